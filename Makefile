@@ -1,0 +1,39 @@
+# The commands of a checkout; `make` alone lists them. Each does its own set-up (tools/setup).
+#
+# Programs replace the shell (exec): make hands signals on to them and waits for their clean-up.
+
+.PHONY: help demo test check clean
+.DEFAULT_GOAL := help
+
+# By way of the environment: the directory's name reaches the program whatever is in it.
+export SRC
+
+help:
+	@echo 'make demo    mount a directory, copy and compare a tree, time parallel dd under each model'
+	@echo '             SRC=/some/dir: on the file system of that directory'
+	@echo 'make test    the whole test suite, real mounts included'
+	@echo '             ARGS="-x -k rename": further arguments for pytest'
+	@echo 'make check   ruff check, ruff format --check and mypy --strict'
+	@echo 'make clean   remove .venv, caches and build leftovers'
+
+demo:
+	@tools/setup
+	@exec .venv/bin/python -m ninefuse.bench.demo $(if $(SRC),--source "$$SRC")
+
+test:
+	@if ! [ -c /dev/fuse ] || ! ( : <>/dev/fuse ) 2>/dev/null; then \
+	  echo 'make test: cannot open /dev/fuse: run "modprobe fuse" as root, or start the container' \
+	    'with --device /dev/fuse --cap-add SYS_ADMIN' >&2; exit 1; fi
+	@tools/setup
+	@exec .venv/bin/python -m pytest $(ARGS)
+
+check:
+	@tools/setup
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy --strict
+
+clean:
+	rm -rf .venv build dist ninefuse.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -xdev -name .git -prune -o -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,127 @@
+"""X parallel `dd if=/dev/zero of=... bs=4k count=N oflag=sync`: the headline workload."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ninefuse.bench import BenchError, Processes
+
+BLOCK = 4096  # bytes: dd's bs=4k
+
+# How long a dd may take, in seconds: a share for each block and one for bad moments.
+_SECONDS_A_BLOCK = 0.02
+_SECONDS_MORE = 60.0
+
+# A first look must take this many seconds to say something, the start of the processes included.
+_LOOK_SECONDS = 0.12
+_LOOK_COUNT = 16
+
+# Names are never used twice: a mount may still believe in a file that was there a second ago.
+_serial = itertools.count(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where to write.
+
+    name: for messages. directory: what dd writes to, perhaps on a mount. backing: the same
+    directory as the source file system has it, where sizes are looked up.
+    """
+
+    name: str
+    directory: Path
+    backing: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What one run took.
+
+    clients: how many dd at a time. count: blocks that each wrote. seconds: from the start of
+    the first until the end of the last. user_seconds, system_seconds: CPU time of all dd
+    together, without the daemon's.
+    """
+
+    clients: int
+    count: int
+    seconds: float
+    user_seconds: float = 0.0
+    system_seconds: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Throughput of all clients together, in MB/s (10**6 bytes a second)."""
+        return self.clients * self.count * BLOCK / self.seconds / 1e6
+
+
+def run(processes: Processes, place: Place, clients: int, count: int) -> Result:
+    """Run that many dd at once, each writing count blocks to a new file, and remove the files.
+
+    Raises BenchError when a dd fails or does not end in time, or a file has not the size it
+    should have.
+    """
+    run_number = next(_serial)
+    names = [f"dd-{run_number}-{client}" for client in range(1, clients + 1)]
+    limit = _SECONDS_MORE + _SECONDS_A_BLOCK * clients * count
+    environment = {**os.environ, "LC_ALL": "C"}
+    running = []
+    begin = time.perf_counter()
+    try:
+        for name in names:
+            command = ["dd", "if=/dev/zero", f"of={place.directory / name}", "bs=4k"]
+            command += [f"count={count}", "oflag=sync"]
+            running.append(processes.start(command, environment))
+        in_time = processes.wait(running, limit)
+        seconds = time.perf_counter() - begin
+    finally:
+        if not all(process.ended for process in running):
+            processes.kill(running)
+    where = f"{clients} dd on {place.name}"
+    if not in_time:
+        raise BenchError(f"{where}: did not end within {limit:g} s")
+    ended = [process.collect() for process in running]
+    for one in ended:
+        if one.returncode != 0:
+            raise BenchError(f"{where}: one failed: {one.complaint}")
+    for name in names:
+        size = (place.backing / name).stat().st_size
+        if size != count * BLOCK:
+            raise BenchError(f"{where}: {name} has {size} bytes instead of {count * BLOCK}")
+    # Removed where they were written, or the daemon would hold on to them and to their space.
+    processes.run(["rm", "--", *(str(place.directory / name) for name in names)], limit)
+    return Result(
+        clients,
+        count,
+        seconds,
+        sum(one.user_seconds for one in ended),
+        sum(one.system_seconds for one in ended),
+    )
+
+
+def choose_count(
+    processes: Processes, places: Sequence[Place], clients: int, seconds: float
+) -> int:
+    """Return the count with which a run in each of the places takes so many seconds in all.
+
+    Every place is tried for a moment, which is also its warm-up: how much slower than the first
+    (the source) the others are differs from machine to machine. The files take a quarter of
+    the free space at most.
+    """
+    count = _LOOK_COUNT
+    while (first := run(processes, places[0], clients, count)).seconds < _LOOK_SECONDS:
+        count *= 2
+    spent = first.seconds
+    spent += sum(run(processes, place, clients, count).seconds for place in places[1:])
+    space = os.statvfs(places[0].backing)
+    most = space.f_bavail * space.f_frsize // 4 // (clients * BLOCK)
+    return max(1, min(_two_digits(count * seconds / spent), most))
+
+
+def _two_digits(number: float) -> int:
+    """Return the number with all but its first two digits zero: nobody reads more."""
+    return int(float(f"{number:.1e}"))

@@ -1,0 +1,185 @@
+"""The ninefuse command: arguments, checks, and the hand-over to the mount."""
+
+import argparse
+import ctypes
+import importlib.metadata
+import logging
+import os
+import platform
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import ninefuse
+from ninefuse import daemon, logs, options, preflight
+from ninefuse.exitcodes import ExitCode, Failure, report
+from ninefuse.options import Settings
+
+log = logging.getLogger(__name__)
+
+_EXAMPLES = """\
+examples:
+  ninefuse /data /mnt/data
+  dd if=/dev/zero of=/mnt/data/file bs=4k count=1000 oflag=sync
+  fusermount3 -u /mnt/data
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code (ExitCode).
+
+    Argument: argv, the words after the command's name; None takes sys.argv's.
+    """
+    daemon.open_standard_streams()
+    try:
+        settings = parse(sys.argv[1:] if argv is None else argv)
+        preflight.check(settings)
+        return _run(settings)
+    except Failure as failure:
+        if failure.code == ExitCode.USAGE:
+            failure = Failure(failure.code, f"{failure.message} (see ninefuse --help)")
+        return report(failure)
+    except SystemExit as end:
+        # So argparse ends --help and --version.
+        return end.code if isinstance(end.code, int) else ExitCode.OK
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except Exception as error:
+        log.exception("unexpected error")
+        return report(
+            Failure(ExitCode.INTERNAL, f"internal error: {type(error).__name__}: {error}")
+        )
+
+
+def parse(argv: Sequence[str]) -> Settings:
+    """Return the settings that the command line asks for.
+
+    Raises Failure(USAGE), and SystemExit once help or versions are printed.
+    """
+    given = _parser().parse_args(argv)
+    return options.make_settings(
+        given.source,
+        given.mountpoint,
+        options.parse_options(given.options),
+        model=given.model,
+        threads=given.threads,
+        foreground=given.foreground,
+        debug=given.debug,
+        log_file=given.log,
+        log_level=given.log_level,
+    )
+
+
+def _run(settings: Settings) -> int:
+    try:
+        # Late, so that help, usage errors and the checks work, and fast, without pyfuse3.
+        from ninefuse import mount
+    except ImportError as error:
+        raise Failure(
+            ExitCode.INTERNAL, f"{error}: install pyfuse3 and trio for {sys.executable}"
+        ) from error
+
+    def serve_detached(ready: Callable[[], None]) -> int:
+        # In the child: the log's sockets and threads' locks are its own from the start.
+        logs.configure(settings, daemon=True)
+        return mount.serve(settings, ready)
+
+    if settings.foreground:
+        logs.configure(settings, daemon=False)
+        # Nobody waits for the mount here, and serve logs it.
+        return mount.serve(settings, lambda: None)
+    return daemon.run_detached(serve_detached)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Raise a Failure: main prints its one line, where argparse would print the usage too."""
+        raise Failure(ExitCode.USAGE, message)
+
+
+class _VersionAction(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
+        """Print the versions and end, before argparse misses the paths."""
+        print(versions())
+        parser.exit()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="ninefuse",
+        usage="ninefuse [options] SRC MNT",
+        description="Mount the directory SRC on the directory MNT.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", metavar="SRC", help=argparse.SUPPRESS)
+    parser.add_argument("mountpoint", metavar="MNT", help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add(
+        "-o",
+        dest="options",
+        metavar="OPT,...",
+        action="append",
+        default=[],
+        help="mount options, among them ro, allow_other, fsname=NAME, cache=none|auto|loose",
+    )
+    add("-f", dest="foreground", action="store_true", help="stay in the foreground")
+    add("-d", dest="debug", action="store_true", help="as -f, with debug messages")
+    add("-s", dest="model", action="store_const", const="none", help="same as --model none")
+    add("--model", choices=options.MODELS, help="threading model (second)")
+    add("--threads", type=_threads, metavar="N", help=f"workers ({options.DEFAULT_THREADS})")
+    add("--log", metavar="FILE", help="log to FILE; a daemon otherwise logs to syslog")
+    add(
+        "--log-level",
+        choices=options.LOG_LEVELS,
+        default=options.DEFAULT_LOG_LEVEL,
+        metavar="LEVEL",
+        help=f"one of {', '.join(options.LOG_LEVELS)} ({options.DEFAULT_LOG_LEVEL})",
+    )
+    add("-V", "--version", action=_VersionAction, nargs=0, help="print versions")
+    return parser
+
+
+def _threads(text: str) -> int:
+    return options.parse_threads(text, f"--threads {text}")
+
+
+def versions() -> str:
+    """Return the versions of all that matters for a bug report, one a line."""
+    return "\n".join(
+        (
+            f"ninefuse {getattr(ninefuse, '__version__', 'unknown')}",
+            f"pyfuse3 {_module_version('pyfuse3')}",
+            f"libfuse {_libfuse_version()}",
+            f"Python {platform.python_version()}",
+            f"trio {_module_version('trio')}",
+            f"kernel {os.uname().release}",
+        )
+    )
+
+
+def _module_version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _libfuse_version() -> str:
+    try:
+        import pyfuse3
+
+        # Looked up through pyfuse3's own module, the dynamic linker finds it in the very libfuse
+        # that pyfuse3 runs on, whatever that file is called (libfuse3.so.3, .so.4).
+        pkgversion = ctypes.CDLL(pyfuse3.__file__).fuse_pkgversion
+    except (ImportError, OSError, AttributeError):
+        return "unknown"
+    pkgversion.restype = ctypes.c_char_p
+    version: bytes = pkgversion()
+    return version.decode("ascii", "replace")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

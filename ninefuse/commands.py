@@ -1,0 +1,116 @@
+"""What an operation body says to its driver.
+
+A 9P operation is a coroutine that knows nothing of threads or trio. Where it may
+block it yields one of the commands below to whoever drives it (executor.py has the
+drivers, one for each threading model), and goes on with the command's result:
+
+* ``await blocking(on, function, *args)``: make this call. ``on`` names the inode
+  that the call may get stuck on (a qid path, or None), so that calls stuck on one
+  file cannot take every worker.
+* ``async with lock.reading`` / ``async with lock.writing`` (locks.py): take a lock,
+  give it back.
+* ``await ended(tag)``: wait until another request has ended.
+
+Locks touched: none.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Coroutine, Generator
+from functools import partial
+from typing import Any, ParamSpec, Protocol, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+READ = "read"
+WRITE = "write"
+
+
+class Queueing(Protocol):
+    """A lock whose waiters are callbacks instead of blocked threads."""
+
+    name: str
+
+    def acquire(self, mode: str, resume: Callable[[], None]) -> bool: ...
+
+    def release(self, mode: str) -> None: ...
+
+
+class Call:
+    """Make the call ``function(*args)``, which may block, on the inode ``on``."""
+
+    __slots__ = ("args", "function", "on")
+
+    def __init__(self, on: int | None, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        self.on = on
+        self.function = function
+        self.args = args
+
+
+class Acquire:
+    """Take ``lock`` in ``mode`` (READ or WRITE) before the body goes on."""
+
+    __slots__ = ("lock", "mode")
+
+    def __init__(self, lock: Queueing, mode: str) -> None:
+        self.lock = lock
+        self.mode = mode
+
+    def __str__(self) -> str:
+        return f"{self.lock.name} ({self.mode})"
+
+
+class Release:
+    """Give back what ``taken`` took."""
+
+    __slots__ = ("taken",)
+
+    def __init__(self, taken: Acquire) -> None:
+        self.taken = taken
+
+
+class Ended:
+    """Wait until the request ``tag`` has ended; one that is not known has."""
+
+    __slots__ = ("tag",)
+
+    def __init__(self, tag: int) -> None:
+        self.tag = tag
+
+    def __str__(self) -> str:
+        return f"the end of request {self.tag}"
+
+
+Command = Call | Acquire | Release | Ended
+Body = Coroutine[Any, Any, T]
+
+
+@types.coroutine
+def _ask(command: Command) -> Generator[Command, Any, Any]:
+    return (yield command)
+
+
+async def blocking(
+    on: int | None, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
+) -> T:
+    """Make a call that may block, wherever the threading model wants it made.
+
+    Args:
+        on: qid path of the inode that the call may get stuck on, or None.
+        function: what to call; it runs on a worker or on the dispatcher.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+
+    Raises:
+        Exception: whatever ``function`` raised.
+    """
+    call: Callable[..., T] = partial(function, **kwargs) if kwargs else function
+    result: T = await _ask(Call(on, call, args))
+    return result
+
+
+async def ended(tag: int) -> None:
+    """Wait until the request ``tag`` has ended (its answer is then on its way)."""
+    await _ask(Ended(tag))

@@ -1,0 +1,206 @@
+"""The FUSE device: waiting for it, reading it without standing still, its limits.
+
+pyfuse3 runs a number of tasks, each of which waits for the device, reads a request and
+answers it. It reaches trio through its own module attribute, where this module puts a
+stand-in, for two reasons.
+
+*Standing still.* pyfuse3 reads the device while it holds the interpreter's lock, and the
+device blocks. When a request is withdrawn between the moment the device is readable and
+the read (its caller was killed), the read waits for the next request, and every thread
+of the daemon with it. Making the device non-blocking is no cure: pyfuse3 takes EAGAIN
+for the end. It does go on after EINTR. So an interval timer interrupts the read: it runs
+while requests come in, and stops after a tick without any, so that an idle daemon sleeps.
+
+*Waiting.* pyfuse3's tasks queue for a lock, and the one that has it waits for the device
+in trio: two or three rounds of trio's loop for each request. Each round makes system
+calls that let the interpreter's lock go for an instant, which wakes workers that then
+find it taken again. The stand-in's lock is none, and its wait asks the device first and
+returns at once if there is a request. When there is none, one task waits for the device
+on behalf of all, and then wakes as many as there were requests in the round before: what
+arrives together is read in one round. No await lies between the answer and the read, so
+no two tasks read for one request.
+
+Locks touched: none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import select
+import signal
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import pyfuse3
+import trio
+
+from ninefuse import syscalls
+
+log = logging.getLogger(__name__)
+
+_TICK = 0.1  # seconds: how long a read may stand still, twice that at worst
+_IN_A_ROW = 16  # requests read without a round of trio's loop, for the others' sake
+
+# Requests in the background; the kernel's defaults are 12 and 9.
+_LIMITS = {"max_background": 4096, "congestion_threshold": 3072}
+
+
+class _NoLock:
+    """Stands in for trio.Lock, which pyfuse3 takes around waiting for the device."""
+
+    async def __aenter__(self) -> None:
+        pass
+
+    async def __aexit__(self, *exc: object) -> None:
+        pass
+
+
+class _PollFd(ctypes.Structure):
+    _fields_ = (("fd", ctypes.c_int), ("events", ctypes.c_short), ("revents", ctypes.c_short))
+
+
+class _Lowlevel:
+    """Stands in for trio.lowlevel."""
+
+    def __init__(self) -> None:
+        self._pollfd = _PollFd(-1, select.POLLIN, 0)
+        self._pollfd_address = ctypes.byref(self._pollfd)
+        # PyDLL: unlike select.poll, the call keeps the interpreter's lock.
+        self._poll = ctypes.PyDLL(None).poll
+        self._parked = trio.lowlevel.ParkingLot()
+        self._waiting = False  # whether a task waits for the device on behalf of all
+        self._woken = 0  # tasks that are about to ask the device
+        self._round = 0  # requests since the last wait
+        self._closed = False
+        self._in_a_row = 0
+        self._reads = 0
+        self._reads_at_tick = 0
+        self._ticking = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(trio.lowlevel, name)
+
+    async def wait_readable(self, fd: int) -> None:
+        """Wait until the device has something to read; see the module's docstring."""
+        self._pollfd.fd = fd
+        while self._in_a_row == _IN_A_ROW or not self._poll(self._pollfd_address, 1, 0):
+            self._in_a_row = 0
+            if self._closed:
+                raise trio.ClosedResourceError
+            if self._waiting:
+                await self._parked.park()
+                self._woken -= 1
+            else:
+                await self._wait(fd)
+        self._in_a_row += 1
+        self._round += 1
+        self._reads += 1
+        if not self._waiting and not self._woken:
+            self._wake(1)  # there may be more, and somebody must wait for what comes next
+        if not self._ticking:
+            self._ticking = True
+            signal.setitimer(signal.ITIMER_REAL, _TICK, _TICK)
+
+    async def _wait(self, fd: int) -> None:
+        self._waiting = True
+        try:
+            await trio.lowlevel.wait_readable(fd)
+        except trio.ClosedResourceError:  # pyfuse3.terminate
+            self._closed = True
+            raise
+        finally:
+            self._waiting = False
+            self._wake(max(1, self._round) if not self._closed else len(self._parked))
+            self._round = 0
+
+    def _wake(self, count: int) -> None:
+        self._woken += len(self._parked.unpark(count=count))
+
+    def tick(self, signum: int, frame: FrameType | None) -> None:
+        """The timer's signal: it has interrupted a read, if one stood still."""
+        if self._reads == self._reads_at_tick:
+            self._ticking = False
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        self._reads_at_tick = self._reads
+
+
+class _Trio:
+    """Stands in for the trio module."""
+
+    Lock = _NoLock
+
+    def __init__(self) -> None:
+        self.lowlevel = _Lowlevel()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(trio, name)
+
+
+def install() -> None:
+    """Have pyfuse3 wait for the device by the rules above. On the dispatcher, once."""
+    stand_in = _Trio()
+    signal.signal(signal.SIGALRM, stand_in.lowlevel.tick)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+    pyfuse3.trio = stand_in  # type: ignore[attr-defined]
+
+
+def remove() -> None:
+    """Undo `install`."""
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    pyfuse3.trio = trio  # type: ignore[attr-defined]
+
+
+def raise_limits(mountpoint: str) -> None:
+    """Let more than a dozen readaheads and writebacks be under way, where we may.
+
+    Requests in the background are counted for the whole mount; at the kernel's limit
+    of 12, a dozen reads stuck in one file stop the buffered reads of all others. Only
+    root may raise it (Linux Documentation/filesystems/fuse, fusectl).
+    """
+    number = _connection(mountpoint)
+    if number is None or os.geteuid() != 0:
+        return
+    try:
+        with _control_file_system() as control:
+            for name, value in _LIMITS.items():
+                fd = os.open(f"{number}/{name}", os.O_WRONLY | os.O_CLOEXEC, dir_fd=control)
+                try:
+                    os.write(fd, b"%d" % value)
+                finally:
+                    os.close(fd)
+    except OSError as e:
+        log.info("the limits of the FUSE connection stay as they are: %s", e)
+
+
+@contextlib.contextmanager
+def _control_file_system() -> Iterator[int]:
+    """A descriptor of fusectl's root, mounted for us alone where nobody mounted it."""
+    path = "/sys/fs/fuse/connections"
+    if os.path.isdir(path) and os.listdir(path):
+        control = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    else:
+        control = syscalls.detached_mount(b"fusectl")
+    try:
+        yield control
+    finally:
+        os.close(control)
+
+
+def _connection(mountpoint: str) -> int | None:
+    """The number of a mount's connection: its device's minor number.
+
+    Read from mountinfo, since a stat of the mount would wait for ourselves.
+    """
+    wanted = mountpoint.encode("utf-8", "surrogateescape")
+    found = None
+    with open("/proc/self/mountinfo", "rb") as lines:
+        for line in lines:
+            fields = line.split()
+            if fields[4].decode("unicode_escape").encode("latin-1") == wanted:
+                found = int(fields[2].split(b":")[1])  # the last one lies on top
+    return found

@@ -1,0 +1,507 @@
+"""The threading models: three drivers of the same operation bodies.
+
+A body (ninefuse/ops/) is a coroutine that yields a command wherever it may block
+(commands.py). A driver decides on which thread each call is made:
+
+* `NoThreading`: the dispatcher makes every call itself, one request at a time.
+* `FirstModel`: each call goes to a worker, its result comes back to the dispatcher,
+  which runs the body on to its next call: two crossings for each blocking call.
+* `SecondModel`: the dispatcher runs the body to its first blocking call and hands the
+  rest of the body to a worker, which makes every later call in place: one crossing out
+  and one back, whatever the body does.
+
+The dispatcher is the thread that runs trio. A request that was handed over is waited
+for with cancellation refused: a started body always runs to its end. A body that has
+to wait for a lock is put aside and occupies no thread; whoever lets the lock go
+resumes it.
+
+Locks touched: whatever bodies ask for, the pool's mutex, and the registry's own.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import logging
+import os
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable
+from enum import Enum
+from functools import partial
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import trio
+
+from ninefuse.commands import Acquire, Body, Call, Ended, Release
+from ninefuse.locks import table_lock_held
+from ninefuse.workers import PoolStatistics, WorkerPool
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+MODELS = ("none", "first", "second")
+
+
+class Step(Enum):
+    """Where a body stopped."""
+
+    CALL = "it asks for a blocking call"
+    PARKED = "it waits for a lock; who lets the lock go resumes it"
+    DONE = "it has ended"
+
+
+class Request:
+    """One body on its way: what it waits for, what it holds, how it ended."""
+
+    __slots__ = (
+        "_error",
+        "_joiners",
+        "_value",
+        "body",
+        "call",
+        "handed_over",
+        "holds",
+        "name",
+        "started",
+        "tag",
+        "task",
+        "thread",
+        "waits",
+    )
+
+    def __init__(self, tag: int, name: str, body: Body[Any]) -> None:
+        self.tag = tag
+        self.name = name
+        self.body = body
+        self.started = time.monotonic()
+        self.call: Call | None = None  # the call to be made next
+        self.handed_over = False
+        self.holds: tuple[Acquire, ...] = ()
+        self.waits: Acquire | Ended | None = None
+        self.task: trio.lowlevel.Task | None = None
+        self.thread: str = ""
+        self._value: Any = None
+        self._error: BaseException | None = None
+        self._joiners: list[Callable[[], None]] | None = None
+
+    def result(self) -> Any:
+        """What the body returned; raises what it raised."""
+        if self._error is None:
+            return self._value
+        error, self._error = self._error, None
+        try:
+            raise error
+        finally:
+            del error  # its traceback refers to this frame
+
+    def log_failure(self) -> None:
+        """Log what the body raised, where nobody waits for its result."""
+        if self._error is not None:
+            log.error("%s failed", self.name, exc_info=self._error)
+
+    def perform(self) -> None:
+        """Make the call that the body asked for, on this thread; keep its outcome."""
+        call = self.call
+        assert call is not None
+        self.call = None
+        try:
+            self._value = call.function(*call.args)
+        except BaseException as error:
+            self._error = error
+
+    def describe(self) -> str:
+        """One line for reports: age, what it does, holds and waits for."""
+        parts = [f"{self.name} (request {self.tag}), {time.monotonic() - self.started:.1f} s"]
+        if self.thread:
+            parts.append(f"on {self.thread}")
+        if (call := self.call) is not None:
+            parts.append(f"queued for {getattr(call.function, '__name__', call.function)}")
+        if self.holds:
+            parts.append("holds " + ", ".join(map(str, self.holds)))
+        if (waits := self.waits) is not None:
+            parts.append(f"waits for {waits}")
+        return "; ".join(parts)
+
+
+class ExecutorStatistics(NamedTuple):
+    """Counters of a driver since its start, and what is under way now."""
+
+    model: str
+    on_dispatcher: int  # requests that never left the dispatcher
+    handed_over: int  # requests that made at least one call on a worker
+    running: int
+    pool: PoolStatistics
+
+
+class Executor(ABC):
+    """What the three drivers share: the life of a request, and what comes after it."""
+
+    model: ClassVar[str]
+
+    def __init__(self) -> None:
+        self.requests: dict[int, Request] = {}  # tag -> request under way
+        self._tags = itertools.count(1)
+        self._registry = threading.Lock()
+        self._cleanups: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
+        self._background: deque[Request] = deque()
+        self._on_dispatcher = 0
+        self._handed_over = 0
+
+    async def run(self, name: str, body: Body[T]) -> T:
+        """Drive a body to its end and return its result.
+
+        Called on the dispatcher only. Cancellation is refused from the moment the body
+        has started.
+
+        Args:
+            name: what reports call the request.
+            body: an operation that has not been started.
+
+        Raises:
+            Exception: what the body raised. Anything that is not an `Exception`
+                (a worker's SystemExit, say) becomes OSError(EIO).
+        """
+        request = self._admit(name, body)
+        await self._drive(request)
+        if request.handed_over:
+            self._handed_over += 1
+        else:
+            self._on_dispatcher += 1
+        result: T = request.result()
+        return result
+
+    def in_background(self, name: str, body: Body[None]) -> None:
+        """Drive a body that nobody waits for, after the running one. Any thread."""
+        self._background.append(self._admit(name, body))
+
+    def defer(self, function: Callable[..., Any], *args: Any) -> None:
+        """Have a call that may block made after the running body. Any thread."""
+        self._cleanups.append((function, args))
+
+    def statistics(self) -> ExecutorStatistics:
+        """Counters and queue lengths now."""
+        return ExecutorStatistics(
+            self.model, self._on_dispatcher, self._handed_over, len(self.requests), self._pool()
+        )
+
+    def slow_requests(self, older_than: float) -> list[str]:
+        """A line for each request under way for more than ``older_than`` seconds."""
+        before = time.monotonic() - older_than
+        with self._registry:
+            return [r.describe() for r in self.requests.values() if r.started <= before]
+
+    @abstractmethod
+    async def _drive(self, request: Request) -> None: ...
+
+    @abstractmethod
+    def close(self) -> None:
+        """Finish everything that was started or deferred."""
+
+    def _pool(self) -> PoolStatistics:
+        return PoolStatistics(0, 0, 0)
+
+    def _admit(self, name: str, body: Body[Any]) -> Request:
+        request = Request(next(self._tags), name, body)
+        with self._registry:
+            self.requests[request.tag] = request
+        return request
+
+    def _advance(self, request: Request, resume: Callable[[], None]) -> Step:
+        """Run a body up to its next blocking call, on this thread.
+
+        Once this has answered PARKED the request may be running on another thread:
+        the caller must not touch it again.
+        """
+        if request.waits is not None:  # it was parked, and has been granted its lock
+            if isinstance(request.waits, Acquire):
+                request.holds += (request.waits,)
+            request.waits = None
+        body = request.body
+        while True:
+            value, request._value = request._value, None
+            error, request._error = request._error, None
+            try:
+                command = body.send(value) if error is None else body.throw(error)
+            except StopIteration as stop:
+                request._value = stop.value
+                self._end(request)
+                return Step.DONE
+            except Exception as failure:
+                request._error = failure
+                self._end(request)
+                return Step.DONE
+            except BaseException as failure:
+                log.error("%s ended in %r", request.name, failure, exc_info=failure)
+                request._error = OSError(errno.EIO, os.strerror(errno.EIO))
+                self._end(request)
+                return Step.DONE
+            finally:
+                del error
+            if table_lock_held():
+                # A bug that would be a deadlock on another day: tell the body itself.
+                request._error = AssertionError(f"{request.name} awaits inside the table's lock")
+            elif type(command) is Call:
+                request.call = command
+                return Step.CALL
+            elif type(command) is Acquire:
+                # Said before it is queued: then the request may be resumed at any time.
+                request.waits = command
+                if not command.lock.acquire(command.mode, resume):
+                    return Step.PARKED
+                request.waits = None
+                request.holds += (command,)
+            elif type(command) is Release:
+                taken = list(request.holds)
+                taken.remove(command.taken)
+                request.holds = tuple(taken)
+                command.taken.lock.release(command.taken.mode)
+            elif type(command) is Ended:
+                request.waits = command
+                if not self._join(command.tag, request, resume):
+                    return Step.PARKED
+                request.waits = None
+            else:
+                request._error = TypeError(f"{request.name} awaits {command!r}: not a command")
+
+    def _end(self, request: Request) -> None:
+        with self._registry:
+            del self.requests[request.tag]
+            joiners = request._joiners
+        for resume in joiners or ():
+            resume()
+
+    def _join(self, tag: int, request: Request, resume: Callable[[], None]) -> bool:
+        with self._registry:
+            other = self.requests.get(tag)
+            if other is None or other is request:
+                return True
+            if other._joiners is None:
+                other._joiners = []
+            other._joiners.append(resume)
+            return False
+
+    def _clean_up(self) -> None:
+        """Make the deferred calls, on this thread."""
+        while self._cleanups:
+            try:
+                function, args = self._cleanups.popleft()
+            except IndexError:  # another thread was quicker
+                return
+            try:
+                function(*args)
+            except BaseException as error:
+                # A close that fails has closed all the same, and nobody waits for it.
+                name = getattr(function, "__name__", function)
+                log.warning("%s%r failed: %r", name, args, error)
+
+
+class NoThreading(Executor):
+    """The dispatcher makes every call itself: one request at a time."""
+
+    model = "none"
+
+    async def _drive(self, request: Request) -> None:
+        self.drive_here(request)
+        self._after()
+
+    def drive_here(self, request: Request) -> None:
+        """Run a request to its end on this thread."""
+        while (step := self._advance(request, _never)) is not Step.DONE:
+            if step is Step.PARKED:
+                raise RuntimeError(f"{request.describe()}: nobody is left to let it go")
+            request.perform()
+
+    def run_here(self, body: Body[T]) -> T:
+        """Run a body to its end on this thread, without trio; its result or error."""
+        request = self._admit("direct", body)
+        self.drive_here(request)
+        self._after()
+        result: T = request.result()
+        return result
+
+    def close(self) -> None:
+        self._after()
+
+    def _after(self) -> None:
+        self._clean_up()
+        while self._background:
+            request = self._background.popleft()
+            self.drive_here(request)
+            request.log_failure()
+            self._clean_up()
+
+
+class _Pooled(Executor, trio.abc.Instrument):
+    """What the two threading models share: the pool, and the way back to the dispatcher.
+
+    Completed requests wait in a queue. The dispatcher empties it whenever it comes out
+    of its wait for events, which it does once in every round; so a worker has to wake
+    it (two system calls here, two there, and a fight for the interpreter's lock) only
+    when it sleeps. trio tells us through its instrument hooks when that is.
+    """
+
+    def __init__(self, threads: int) -> None:
+        super().__init__()
+        self.pool = WorkerPool(threads)
+        self._token: trio.lowlevel.TrioToken | None = None
+        self._completed: deque[Request] = deque()
+        self._asleep = False
+
+    async def run(self, name: str, body: Body[T]) -> T:
+        if self._token is None:
+            self._token = trio.lowlevel.current_trio_token()
+            trio.lowlevel.add_instrument(self)
+        return await super().run(name, body)
+
+    def before_io_wait(self, timeout: float) -> None:
+        """trio is about to wait for events."""
+        if timeout > 0:
+            # In this order: a worker adds to the queue first and then looks at the flag.
+            self._asleep = True
+            if self._completed:
+                self._wake()
+
+    def after_io_wait(self, timeout: float) -> None:
+        """trio has waited for events: reschedule the tasks of completed requests."""
+        self._asleep = False
+        while self._completed:
+            task = self._completed.popleft().task
+            assert task is not None
+            trio.lowlevel.reschedule(task)
+
+    def close(self) -> None:
+        """Let everything that was started or deferred finish, then end the workers."""
+        self._after()
+        self.pool.close()
+
+    def _complete(self, request: Request) -> None:
+        """Send a request back to the dispatcher. Any thread."""
+        self._completed.append(request)
+        if self._asleep:
+            self._wake()
+
+    def _wake(self) -> None:
+        self._asleep = False  # one wake-up serves many completions
+        assert self._token is not None
+        self._token.run_sync_soon(_nothing, idempotent=True)
+
+    def _after(self) -> None:
+        """Have workers do what bodies left to be done."""
+        if self._cleanups:
+            self.pool.resume(self._clean_up)
+        while self._background:
+            try:
+                request = self._background.popleft()
+            except IndexError:  # another thread was quicker
+                return
+            self.pool.resume(partial(self._rest, request))
+
+    def _rest(self, request: Request) -> None:
+        """Run the rest of a body on this worker: every later call is made in place."""
+        request.thread = threading.current_thread().name
+        resume = partial(self._resume, request)
+        # Which inode's place it has. Kept here: once parked, the request is no longer ours
+        # to look at, and one that comes back from there has none.
+        place = None
+        if request.call is not None:  # it waited for this call's place, and has it now
+            step, place = Step.CALL, request.call.on
+        else:
+            step = self._advance(request, resume)
+        while step is Step.CALL:
+            assert request.call is not None
+            on = request.call.on
+            if on is not None and on != place:
+                self.pool.leave(place)
+                if not self.pool.enter(partial(self._rest, request), on):
+                    return
+                place = on
+            request.handed_over = True
+            request.perform()
+            step = self._advance(request, resume)
+        if step is Step.DONE:
+            if request.task is not None:
+                self._complete(request)
+            else:
+                request.log_failure()
+        self.pool.leave(place)
+        if self._cleanups:
+            self._clean_up()
+        if self._background:
+            self._after()
+
+    def _resume(self, request: Request) -> None:
+        """A parked request was granted its lock: go on with it on a worker."""
+        self.pool.resume(partial(self._rest, request))
+
+    def _pool(self) -> PoolStatistics:
+        return self.pool.statistics()
+
+
+class FirstModel(_Pooled):
+    """Each call goes to a worker and its result comes back: two crossings a call."""
+
+    model = "first"
+
+    async def _drive(self, request: Request) -> None:
+        request.task = trio.lowlevel.current_task()
+        granted = partial(self._complete, request)
+        while (step := self._advance(request, granted)) is not Step.DONE:
+            if step is Step.CALL:
+                request.handed_over = True
+                assert request.call is not None
+                self.pool.submit(partial(self._one_call, request), request.call.on)
+            await trio.lowlevel.wait_task_rescheduled(_refuse)
+        self._after()
+
+    def _one_call(self, request: Request) -> None:
+        request.thread = threading.current_thread().name
+        assert request.call is not None
+        on = request.call.on
+        request.perform()
+        self._complete(request)
+        self.pool.leave(on)
+
+
+class SecondModel(_Pooled):
+    """The dispatcher runs to the first call; a worker runs the rest: two crossings."""
+
+    model = "second"
+
+    async def _drive(self, request: Request) -> None:
+        request.task = trio.lowlevel.current_task()
+        step = self._advance(request, partial(self._resume, request))
+        if step is Step.DONE:
+            self._after()
+            return
+        if step is Step.CALL:
+            assert request.call is not None
+            self.pool.submit(partial(self._rest, request), request.call.on)
+        await trio.lowlevel.wait_task_rescheduled(_refuse)
+
+
+def create(model: str, threads: int) -> Executor:
+    """The driver of a threading model.
+
+    Args:
+        model: one of `MODELS`.
+        threads: workers of the pool, 1 or more; the none model has no pool.
+    """
+    if model == "none":
+        return NoThreading()
+    return {"first": FirstModel, "second": SecondModel}[model](threads)
+
+
+def _never() -> None:
+    raise RuntimeError("resumed, though the none model never waits")
+
+
+def _nothing() -> None:
+    """What a wake-up runs: the wake-up itself is the point."""
+
+
+def _refuse(raise_cancel: Callable[[], None]) -> trio.lowlevel.Abort:
+    return trio.lowlevel.Abort.FAILED

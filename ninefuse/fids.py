@@ -1,0 +1,524 @@
+"""fids, the nodes they stand on, and the table that holds them.
+
+A *node* is a file of the source: its identity, an O_PATH descriptor, and the (parent,
+name) under which it was last seen. A *fid* is a number that a client uses for a node,
+as in 9P: it is unopened (made by walk), or an open file or directory (lopen, lcreate),
+or an extended attribute (xattrwalk, xattrcreate).
+
+FUSE's two kinds of number are both fids here. A nodeid is an unopened fid whose number
+is its qid path (the root's is 1); the kernel's lookup count is kept with it. A file
+handle is a fid cloned from it and opened; those are numbered from 2**64, which no
+nodeid reaches. (9P has 32 bits for a fid; an inode number needs more.)
+
+A fid is counted: the table has one reference, each operation that uses it another.
+Clunk takes it out of the table at once; whoever drops the last reference ends it.
+Closing a descriptor can block (the last close of a big unlinked file does), so it is
+never done here but handed to ``defer``.
+
+A node's descriptor is a cache. Nodes that readdir found have none until they are used,
+and the coldest lose theirs when there are too many; it is opened again from the parent
+and the name (session.py), and compared by device, inode and birth.
+
+Locks touched: the table's read-write lock guards the dictionary, lookup counts and
+states; the mutex ``counts`` guards references, pins and descriptors of fids and nodes.
+``counts`` is the innermost lock of all.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from ninefuse.listing import Listing
+from ninefuse.locks import TableLock
+from ninefuse.qids import ROOT_NODEID, Qid, QidPaths, qid_of
+from ninefuse.syscalls import Attributes
+
+FIRST_HANDLE = 1 << 64
+
+
+def error(code: int) -> OSError:
+    """An OSError of this errno, with its usual text."""
+    return OSError(code, os.strerror(code))
+
+
+class Node:
+    """A file of the source, as far as fids know it."""
+
+    __slots__ = (
+        "birth",
+        "device",
+        "fd",
+        "inode",
+        "kind",
+        "path",
+        "pins",
+        "place",
+        "recent",
+        "refs",
+    )
+
+    def __init__(
+        self, path: int, a: Attributes, place: tuple[Node, bytes] | None, births: bool
+    ) -> None:
+        self.path = path  # qid path
+        self.kind = a.kind  # S_IFREG, S_IFDIR, …
+        self.device = (a.dev_major, a.dev_minor)
+        self.inode = a.ino
+        self.birth = a.birth if births else None  # None: it says nothing here
+        self.fd = -1  # O_PATH; -1: it has none now
+        # The (parent, name) it was last seen at, swapped as a whole; None for the root.
+        self.place = place
+        self.refs = 1  # fids on it, and operations that use it: now its maker
+        self.pins = 0  # operations that use its descriptor
+        self.recent = True  # used since the reclaimer last came by
+
+    def __repr__(self) -> str:
+        name = self.place[1] if self.place else b"/"
+        return f"<node {self.path} {name!r} fd {self.fd} refs {self.refs} pins {self.pins}>"
+
+    def shows(self, a: Attributes) -> bool:
+        """Whether the attributes are this file's, not those of one that has its number now."""
+        return (
+            self.inode == a.ino
+            and self.birth in (None, a.birth)
+            and self.kind == a.kind
+            and self.device == (a.dev_major, a.dev_minor)
+        )
+
+    def is_file_of(self, other: Node) -> bool:
+        """Whether both nodes are the same file."""
+        return self.has_number_of(other) and self.birth == other.birth and self.kind == other.kind
+
+    def has_number_of(self, other: Node) -> bool:
+        """Whether both have one (device, inode): a later file may have an earlier one's."""
+        return self.inode == other.inode and self.device == other.device
+
+
+class OpenFile:
+    """The state of a fid after lopen or lcreate of a file."""
+
+    __slots__ = ("fd", "flags")
+
+    def __init__(self, fd: int, flags: int) -> None:
+        self.fd = fd
+        self.flags = flags
+
+    @property
+    def readable(self) -> bool:
+        return self.flags & os.O_ACCMODE != os.O_WRONLY
+
+    @property
+    def writable(self) -> bool:
+        return self.flags & os.O_ACCMODE != os.O_RDONLY
+
+
+class OpenDirectory:
+    """The state of a fid after lopen of a directory."""
+
+    __slots__ = ("fd", "fits", "listing")
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.listing = Listing(fd)
+        self.fits = 24  # entries that fitted into the last reply with attributes
+
+
+class AttributeRead:
+    """The state of a fid after xattrwalk: a value, or a list of names, as it was then."""
+
+    __slots__ = ("value",)
+
+    fd = -1
+
+    def __init__(self, value: bytes) -> None:
+        self.value = value
+
+
+class AttributeWrite:
+    """The state of a fid after xattrcreate: what clunk is going to set, or remove."""
+
+    __slots__ = ("data", "flags", "name", "remove", "size")
+
+    fd = -1
+
+    def __init__(self, name: bytes, size: int, flags: int, remove: bool) -> None:
+        self.name = name
+        self.size = size  # declared by xattrcreate
+        self.flags = flags
+        self.remove = remove
+        self.data = b""  # what write has brought so far
+
+
+Opened = OpenFile | OpenDirectory | AttributeRead | AttributeWrite
+
+
+class Fid:
+    """A client's number for a node."""
+
+    __slots__ = ("generation", "lookups", "node", "number", "opened", "refs")
+
+    def __init__(self, number: int, node: Node, opened: Opened | None = None) -> None:
+        self.number = number
+        self.node = node
+        self.opened = opened  # None: unopened
+        self.refs = 1  # the table's; each operation under way has one more
+        self.lookups = 0  # FUSE's lookup count, for nodeids
+        self.generation = 0  # FUSE's, raised when the number passes to another file
+
+    def __repr__(self) -> str:
+        state = type(self.opened).__name__ if self.opened else "unopened"
+        return f"<fid {self.number} {state} refs {self.refs} lookups {self.lookups}>"
+
+
+class TableStatistics(NamedTuple):
+    """How many fids a table holds."""
+
+    fids: int
+    opened: int  # files, directories and attributes
+    files: int
+    descriptors: int  # O_PATH descriptors of nodes; each open fid has one more
+
+
+class FidTable:
+    """All fids of a session.
+
+    Args:
+        defer: ``defer(os.close, fd)`` has a descriptor closed where that may block.
+    """
+
+    def __init__(self, defer: Callable[..., None]) -> None:
+        self.lock = TableLock()
+        self.descriptors = 0  # nodes that have one
+        self._counts = threading.Lock()
+        self._fids: dict[int, Fid] = {}
+        self._defer = defer
+        self._handles = itertools.count(FIRST_HANDLE)
+        self._root: tuple[tuple[int, int], int] | None = None
+        self._paths: QidPaths | None = None
+        self._births = True
+        self._clock: deque[Node] = deque()  # nodes with a descriptor, in the reclaimer's order
+
+    def __len__(self) -> int:
+        return len(self._fids)
+
+    # Numbers
+
+    def new_number(self) -> int:
+        """A fid number for a file handle: 2**64 and up, never given twice."""
+        return next(self._handles)
+
+    def set_root(self, root: Attributes, births: bool = True) -> None:
+        """Make a source directory the one that numbers are given for.
+
+        Args:
+            root: its attributes.
+            births: whether a birth time is a file's for life, and tells it from a later
+                one that has its inode number.
+        """
+        self._births = births
+        new = (root.dev_major, root.dev_minor), root.ino
+        if new != self._root:  # else numbers given already stay as they are
+            self._root = new
+            self._paths = QidPaths(root)
+
+    def path_of(self, a: Attributes) -> int:
+        """The qid path of a file of the source."""
+        if self._root == ((a.dev_major, a.dev_minor), a.ino):
+            return a.ino
+        assert self._paths is not None
+        return self._paths.path(a)
+
+    def qid_of(self, a: Attributes) -> Qid:
+        """The qid of a file of the source."""
+        return qid_of(self.path_of(a), a)
+
+    # References
+
+    def get(self, number: int) -> Fid:
+        """Find a fid and reference it; give it back with `put`.
+
+        Raises:
+            OSError: not in the table: ESTALE for a nodeid (the kernel then walks the
+                path again), EBADF for a file handle.
+        """
+        with self.lock.reading:
+            fid = self._fids.get(number)
+            if fid is None:
+                raise error(errno.EBADF if number >= FIRST_HANDLE else errno.ESTALE)
+            with self._counts:
+                fid.refs += 1
+        return fid
+
+    def put(self, fid: Fid) -> None:
+        """Drop a reference; the last one ends the fid."""
+        with self._counts:
+            fid.refs -= 1
+            if fid.refs:
+                return
+        # Only the last one comes here: a fid in the table has the table's reference,
+        # and one that has left it gets no new ones.
+        if fid.opened is not None and fid.opened.fd >= 0:
+            self._defer(os.close, fid.opened.fd)
+        self.drop(fid.node)
+
+    def new_node(self, a: Attributes, fd: int, place: tuple[Node, bytes] | None) -> Node:
+        """A node for a file just found or made, referenced by the caller (`drop` it).
+
+        Args:
+            a: its attributes.
+            fd: an O_PATH descriptor of it, which passes to the node, or -1.
+            place: the parent and name it was found at, None for the root.
+        """
+        node = Node(self.path_of(a), a, place, self._births)
+        if fd >= 0:
+            self.give_descriptor(node, fd)
+        return node
+
+    def drop(self, node: Node) -> None:
+        """Drop a reference to a node; the last one closes its descriptor."""
+        with self._counts:
+            node.refs -= 1
+            if node.refs:
+                return
+            fd = self._take_descriptor(node)
+        if fd >= 0:
+            self._defer(os.close, fd)
+
+    def pin(self, node: Node) -> bool:
+        """Reference a node and keep its descriptor, if it has one, from being reclaimed.
+
+        Returns:
+            Whether it has a descriptor. It is referenced and pinned either way.
+        """
+        with self._counts:
+            node.refs += 1
+            node.pins += 1
+            node.recent = True
+            return node.fd >= 0
+
+    def unpin(self, node: Node) -> None:
+        """Undo `pin`."""
+        with self._counts:
+            node.pins -= 1
+        self.drop(node)
+
+    def give_descriptor(self, node: Node, fd: int) -> None:
+        """Give a node a descriptor; of two who opened one, the second's is closed."""
+        with self._counts:
+            if node.fd < 0 and node.refs:
+                node.fd = fd
+                node.recent = True
+                self.descriptors += 1
+                self._clock.append(node)
+                if len(self._clock) > 2 * self.descriptors + 64:
+                    # Once each: one that lost its descriptor and got another is there twice.
+                    self._clock = deque(dict.fromkeys(n for n in self._clock if n.fd >= 0))
+                return
+        self._defer(os.close, fd)
+
+    # The table
+
+    def add(self, number: int, node: Node, opened: Opened | None = None) -> Fid:
+        """Put a new fid into the table; it references the node.
+
+        Returns:
+            The fid, not referenced: somebody may clunk it at any time.
+
+        Raises:
+            OSError: EINVAL, the number is taken.
+        """
+        fid = Fid(number, node, opened)
+        with self.lock.writing:
+            if number in self._fids:
+                raise error(errno.EINVAL)
+            with self._counts:
+                node.refs += 1
+            self._fids[number] = fid
+        return fid
+
+    def intern(self, node: Node) -> Fid:
+        """Find or make the fid by which the kernel knows a node's file; count a lookup.
+
+        The kernel's number for a file is its qid path (the root's is 1), so that there
+        is one such fid for each file, whoever asks.
+
+        Args:
+            node: found or made by the caller, who keeps its reference. Another node of
+                the same file may be the one in the table; it learns this one's name.
+
+        Returns:
+            The fid, not referenced: the lookup just counted keeps it in the table.
+        """
+        is_root = (node.device, node.inode) == self._root
+        number = ROOT_NODEID if is_root else node.path
+        with self.lock.writing:
+            fid = self._fids.get(number)
+            if fid is not None and not fid.node.has_number_of(node):
+                assert self._paths is not None
+                number = node.path = self._paths.apart(node.device, node.inode)
+                fid = self._fids.get(number)
+            if fid is None:
+                fid = Fid(number, node)
+                self._fids[number] = fid
+                with self._counts:
+                    node.refs += 1
+            elif not fid.node.is_file_of(node):
+                # The file that had this inode number has gone. The kernel gives back the
+                # number's lookups together; the new generation tells it that what it
+                # has of the old file is not of this one.
+                self._move(fid, node)
+                fid.generation += 1
+            elif fid.node is not node:
+                if fid.node.place is not None:  # the root, which may be mounted below itself
+                    fid.node.place = node.place
+                self._share_descriptor(node, fid.node)
+            fid.lookups += 1
+        return fid
+
+    def known(self, a: Attributes) -> Node | None:
+        """The node by which the kernel knows a file, referenced (`drop` it), or None."""
+        with self.lock.reading:
+            fid = self._fids.get(self.path_of(a))
+            if fid is None or not fid.node.shows(a):
+                return None
+            with self._counts:
+                fid.node.refs += 1
+            return fid.node
+
+    def seen(self, a: Attributes, parent: Node, name: bytes) -> None:
+        """Note where a file that the kernel may know is found from now on."""
+        with self.lock.writing:
+            fid = self._fids.get(self.path_of(a))
+            if fid is not None and fid.node.shows(a) and fid.node.place is not None:
+                fid.node.place = parent, name
+
+    def move(self, fid: Fid, node: Node) -> None:
+        """Make an unopened fid stand on another node (walk to itself)."""
+        with self.lock.writing:
+            self._move(fid, node)
+
+    def open(self, fid: Fid, opened: Opened, node: Node | None = None) -> None:
+        """Make an unopened fid an open one, on another node if one is given (lcreate).
+
+        Raises:
+            OSError: EINVAL, somebody else opened it meanwhile; ``opened`` is not used.
+        """
+        with self.lock.writing:
+            if fid.opened is not None:
+                raise error(errno.EINVAL)
+            if node is not None:
+                self._move(fid, node)
+            fid.opened = opened
+
+    def remove(self, number: int) -> Fid:
+        """Take a fid out of the table; its reference passes to the caller (`put` it).
+
+        Raises:
+            OSError: as `get`.
+        """
+        with self.lock.writing:
+            fid = self._fids.pop(number, None)
+        if fid is None:
+            raise error(errno.EBADF if number >= FIRST_HANDLE else errno.ESTALE)
+        return fid
+
+    def forget(self, forgets: Iterable[tuple[int, int]]) -> None:
+        """Take lookups back; a nodeid that has none left leaves the table (FUSE_FORGET).
+
+        Args:
+            forgets: (nodeid, how many); unknown nodeids are passed over.
+        """
+        gone = []
+        with self.lock.writing:
+            for number, count in forgets:
+                fid = self._fids.get(number)
+                if fid is None or number == ROOT_NODEID:
+                    continue
+                fid.lookups = max(0, fid.lookups - count)
+                if not fid.lookups:
+                    del self._fids[number]
+                    gone.append(fid)
+        for fid in gone:
+            self.put(fid)
+
+    def clear(self) -> None:
+        """Take every fid out of the table (version, and the end of the session)."""
+        with self.lock.writing:
+            gone = list(self._fids.values())
+            self._fids.clear()
+        for fid in gone:
+            self.put(fid)
+
+    def statistics(self) -> TableStatistics:
+        """How many fids there are, and of which kind."""
+        with self.lock.reading:
+            opened = [fid.opened for fid in self._fids.values() if fid.opened is not None]
+            files = sum(isinstance(state, OpenFile) for state in opened)
+            return TableStatistics(len(self._fids), len(opened), files, self.descriptors)
+
+    # Reclaiming descriptors
+
+    def coldest(self, most: int) -> list[Node]:
+        """Pin the nodes that have not been used for longest, for their descriptors.
+
+        Only nodes that can be opened again are taken: known to the kernel, with a
+        parent, not in use and not open. A node used since the last call is passed over
+        once (the clock, or second-chance, algorithm).
+        """
+        cold: list[Node] = []
+        with self.lock.reading, self._counts:
+            for _ in range(len(self._clock)):
+                if len(cold) >= most:
+                    break
+                node = self._clock.popleft()
+                if node.fd < 0:
+                    continue
+                self._clock.append(node)
+                if node.recent:
+                    node.recent = False
+                elif node.pins == 0 and node.refs == 1 and node.place is not None:
+                    fid = self._fids.get(node.path)
+                    if fid is not None and fid.node is node:
+                        node.pins += 1
+                        node.refs += 1
+                        cold.append(node)
+        return cold
+
+    def take_descriptor(self, node: Node) -> int:
+        """Take the descriptor of a node that only the caller uses and has pinned.
+
+        Returns:
+            The descriptor, which is the caller's now, or -1 if the node is in use.
+        """
+        with self._counts:
+            if node.pins > 1 or node.refs > 2:
+                return -1
+            return self._take_descriptor(node)
+
+    # Helpers that expect the locks to be held
+
+    def _take_descriptor(self, node: Node) -> int:
+        fd, node.fd = node.fd, -1
+        if fd >= 0:
+            self.descriptors -= 1
+        return fd
+
+    def _move(self, fid: Fid, node: Node) -> None:
+        with self._counts:
+            node.refs += 1
+        old, fid.node = fid.node, node
+        self.drop(old)
+
+    def _share_descriptor(self, found: Node, known: Node) -> None:
+        """A node that lost its descriptor gets the one of a newly found twin."""
+        with self._counts:
+            if known.fd >= 0 or found.fd < 0 or found.refs > 1:
+                return
+            fd = self._take_descriptor(found)
+        self.give_descriptor(known, fd)

@@ -1,0 +1,211 @@
+"""One mount, from the first system call to the last.
+
+`serve` sets the process up, attaches the source, mounts, and serves until the mount is
+gone. The daemon never asks anything of its own mount.
+
+Locks touched: none of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pyfuse3
+import trio
+
+from ninefuse import credentials, device, executor, ops, preflight, report, signals
+from ninefuse.adapter import Adapter
+from ninefuse.exitcodes import ExitCode, Failure
+from ninefuse.options import Settings
+from ninefuse.qids import ROOT_NODEID
+from ninefuse.session import Session
+
+log = logging.getLogger(__name__)
+
+# Tasks that wait for the device to give them a request. Each keeps a buffer of 1 MiB,
+# of which only what was used takes memory; fewer would end and start all the time.
+_MIN_TASKS = 32
+# Requests under way at which the device is read no more: well above what the kernel
+# sends when every thread of a busy machine is stuck in one file.
+_MAX_TASKS = 2000
+
+_BUSY_GRACE = 10.0  # seconds to go on serving a busy mount that was detached
+_END_GRACE = 5.0  # seconds after that until the process ends whatever hangs
+
+
+def serve(settings: Settings, ready: Callable[[], None]) -> int:
+    """Mount and serve until unmounted. Blocks; on the main thread.
+
+    Args:
+        settings: checked by preflight.
+        ready: called once the mount answers.
+
+    Returns:
+        The process's exit code.
+
+    Raises:
+        Failure: the mount was refused.
+    """
+    signals.block()
+    credentials.settle()
+    os.umask(0)  # the kernel has applied the caller's
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    log.debug("open files: limit raised from %d to %d", soft, hard)
+    source = os.open(settings.source, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    os.chdir("/")  # so as not to keep another file system busy
+    # As the kernel will name it: it is looked for in mountinfo, and resolved no more.
+    if not preflight.is_descriptor(settings.mountpoint):
+        real = os.path.realpath(settings.mountpoint)
+        settings = dataclasses.replace(settings, mountpoint=real)
+
+    driver = executor.create(settings.model, settings.threads)
+    session = Session(
+        driver,
+        read_only=settings.read_only,
+        sync_directories=settings.sync or settings.dirsync,
+    )
+    try:
+        trio.run(_serve, settings, driver, session, source, ready)
+    finally:
+        session.fids.clear()
+        driver.close()
+        os.close(source)
+    log.info("%s: unmounted", settings.mountpoint)
+    return ExitCode.OK
+
+
+async def _serve(
+    settings: Settings,
+    driver: executor.Executor,
+    session: Session,
+    source: int,
+    ready: Callable[[], None],
+) -> None:
+    await driver.run("version", ops.version(session, ops.MAX_MSIZE, ops.VERSION))
+    await driver.run("attach", ops.attach(session, ROOT_NODEID, source))
+    started = trio.Event()
+    adapter = Adapter(session, driver, settings, started.set)
+    ended = threading.Event()
+    stopper = _Stopper(settings.mountpoint, session, trio.lowlevel.current_trio_token(), ended)
+    signals.start(
+        stop=stopper.stop,
+        end_now=stopper.abandon,
+        counters=lambda: _log_lines(report.counters(adapter, driver, session)),
+        stacks=lambda: _log_lines(report.stacks(driver)),
+    )
+    _mount(adapter, settings)
+    device.install()
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_announce, settings, started, ready)
+            await pyfuse3.main(_MIN_TASKS, _MAX_TASKS)
+            nursery.cancel_scope.cancel()
+    finally:
+        ended.set()
+        device.remove()
+        pyfuse3.close(unmount=True)  # of a mount that is gone already this is no unmount
+
+
+async def _announce(settings: Settings, started: trio.Event, ready: Callable[[], None]) -> None:
+    await started.wait()
+    device.raise_limits(settings.mountpoint)
+    log.info("%s: mounted on %s, model %s", settings.source, settings.mountpoint, settings.model)
+    ready()
+
+
+def _mount(adapter: Adapter, settings: Settings) -> None:
+    """pyfuse3.init, with what libfuse prints on failure made part of the failure."""
+    with _captured_stderr() as said:
+        try:
+            pyfuse3.init(adapter, settings.mountpoint, set(settings.mount_options))
+        except RuntimeError as e:
+            reason = " ".join(said().split()) or str(e)
+            raise Failure(
+                ExitCode.MOUNT_REFUSED,
+                f"cannot mount on {settings.mountpoint}: {reason} "
+                "(mounting takes CAP_SYS_ADMIN, or fusermount3 and a mount point of one's own)",
+            ) from None
+
+
+@contextlib.contextmanager
+def _captured_stderr() -> Iterator[Callable[[], str]]:
+    """Send descriptor 2 to a file; yields a function that says what came so far."""
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as file:
+        before = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield lambda: os.pread(file.fileno(), 4096, 0).decode(errors="replace")
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+
+
+class _Stopper:
+    """Ends the mount from outside the dispatcher, which may be stuck."""
+
+    def __init__(
+        self,
+        mountpoint: str,
+        session: Session,
+        token: trio.lowlevel.TrioToken,
+        ended: threading.Event,
+    ) -> None:
+        self._mountpoint = mountpoint
+        self._session = session
+        self._token = token
+        self._ended = ended
+
+    def stop(self) -> None:
+        """Unmount while the mount goes on being served; then see that the loop ends."""
+        program = os.path.join(os.path.dirname(os.path.abspath(__file__)), "unmount.py")
+        helper = subprocess.Popen(
+            [sys.executable, "-I", program, self._mountpoint],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,  # a second Ctrl-C is for us alone
+        )
+        assert helper.stdin is not None
+        until = time.monotonic() + _BUSY_GRACE
+        # A busy mount is detached, and kept alive by the helper until nobody has a file
+        # open (or mapped) any more, or the time is up.
+        while helper.poll() is None and time.monotonic() < until:
+            self._ended.wait(0.05)
+            if not self._session.fids.statistics().files:
+                helper.stdin.close()
+        helper.stdin.close()
+        if not self._ended.wait(max(_END_GRACE, until - time.monotonic())):
+            log.warning("%s: still in use; ending all the same", self._mountpoint)
+            with contextlib.suppress(trio.RunFinishedError):
+                self._token.run_sync_soon(pyfuse3.terminate)
+            if not self._ended.wait(_END_GRACE):
+                log.error("%s: the dispatcher does not end; ending without", self._mountpoint)
+                self.abandon()
+                os._exit(ExitCode.INTERNAL)
+
+    def abandon(self) -> None:
+        """Detach the mount without waiting for anything."""
+        with contextlib.suppress(OSError):
+            subprocess.Popen(
+                ["fusermount3", "-u", "-z", "--", self._mountpoint],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+
+
+def _log_lines(lines: list[str]) -> None:
+    for line in lines:
+        log.warning("%s", line, extra=logs.ASKED_FOR)

@@ -1,0 +1,74 @@
+"""The 9P operations: one coroutine a message, named after it.
+
+Each is straight-line code on a `Session`: it looks fids up, marks its blocking calls
+with `blocking`, takes the rename lock at its entry where it uses a remembered name,
+and raises OSError with the errno of the reply. None knows of threads, trio or pyfuse3;
+a driver from executor.py runs it.
+
+    attach.py      version, attach, flush
+    walk.py        walk, clunk, remove
+    attributes.py  getattr (stat), setattr (wstat), readlink, statfs
+    io.py          lopen, lcreate, read, write, fsync, lock, getlock
+    directory.py   readdir, and its form with attributes
+    names.py       mkdir, mknod, symlink, link, rename, renameat, unlinkat
+    xattr.py       xattrwalk, xattrcreate
+
+Messages are those of 9P2000.L (diod's protocol.md, Linux net/9p), whose preconditions
+come from the Plan 9 manual, section 5.
+"""
+
+from ninefuse.ops.attach import MAX_MSIZE, VERSION, attach, flush, version
+from ninefuse.ops.attributes import Changes, getattr, readlink, setattr, stat, statfs, wstat
+from ninefuse.ops.directory import readdir, readdirplus
+from ninefuse.ops.io import (
+    LockRange,
+    LockStatus,
+    fsync,
+    getlock,
+    lcreate,
+    lock,
+    lopen,
+    read,
+    write,
+)
+from ninefuse.ops.names import link, mkdir, mknod, rename, renameat, symlink, unlinkat
+from ninefuse.ops.walk import clunk, remove, walk
+from ninefuse.ops.xattr import xattrcreate, xattrwalk
+
+__all__ = [
+    "MAX_MSIZE",
+    "VERSION",
+    "Changes",
+    "LockRange",
+    "LockStatus",
+    "attach",
+    "clunk",
+    "flush",
+    "fsync",
+    "getattr",
+    "getlock",
+    "lcreate",
+    "link",
+    "lock",
+    "lopen",
+    "mkdir",
+    "mknod",
+    "read",
+    "readdir",
+    "readdirplus",
+    "readlink",
+    "remove",
+    "rename",
+    "renameat",
+    "setattr",
+    "stat",
+    "statfs",
+    "symlink",
+    "unlinkat",
+    "version",
+    "walk",
+    "wstat",
+    "write",
+    "xattrcreate",
+    "xattrwalk",
+]

@@ -1,0 +1,144 @@
+"""Attributes of files and of the file system: getattr, setattr, readlink, statfs.
+
+Locks touched: none, but for opening a node again whose descriptor was reclaimed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat as st
+from typing import NamedTuple
+
+from ninefuse.commands import blocking
+from ninefuse.credentials import keeping_setgid
+from ninefuse.fids import OpenFile, error
+from ninefuse.ops.io import sync_path
+from ninefuse.ops.names import rename_within
+from ninefuse.session import PERMISSIONS, Session, check_offset, path_of
+from ninefuse.syscalls import Attributes, SetTime, set_times, stat_descriptor
+
+
+class Changes(NamedTuple):
+    """What setattr is to change; None leaves a field alone."""
+
+    mode: int | None = None  # permission bits
+    uid: int | None = None
+    gid: int | None = None
+    size: int | None = None  # bytes
+    atime: int | SetTime | None = None  # nanoseconds since 1970
+    mtime: int | SetTime | None = None
+    ctime: bool = False  # move the change time to now, whatever else
+
+
+async def getattr(session: Session, fid: int) -> Attributes:
+    """The attributes of a fid's file; works after it was unlinked, too.
+
+    Raises:
+        OSError: unknown fid; the errors of statx(2).
+
+    Source: Tgetattr of 9P2000.L.
+    """
+    async with session.using(fid) as use:
+        return await blocking(use.node.path, stat_descriptor, use.fd)
+
+
+stat = getattr  # Tstat of 9P2000.u: the same question
+
+
+async def setattr(session: Session, fid: int, changes: Changes) -> None:
+    """Change attributes, in this order: mode, owner, size, times.
+
+    The size comes before the times, since it moves them. Steps done before one that
+    fails stay done, as with the system calls they are.
+
+    Args:
+        session: the conversation.
+        fid: the file; an open fid changes the file it has open.
+        changes: what to change.
+
+    Raises:
+        OSError: EROFS; unknown fid; the errors of chmod(2), chown(2), truncate(2) and
+            utimensat(2).
+
+    Source: Tsetattr of 9P2000.L.
+    """
+    session.writable()
+    async with session.using(fid) as use:
+        on = use.node.path
+        path = path_of(use.fd)
+        if changes.mode is not None:
+            await blocking(on, _chmod, path, changes.mode & PERMISSIONS)
+        if changes.uid is not None or changes.gid is not None or changes.ctime:
+            uid = -1 if changes.uid is None else changes.uid
+            gid = -1 if changes.gid is None else changes.gid
+            await blocking(on, os.chown, path, uid, gid)
+        if changes.size is not None:
+            check_offset(changes.size)
+            if isinstance(use.fid.opened, OpenFile) and use.fid.opened.writable:
+                await blocking(on, os.ftruncate, use.fid.opened.fd, changes.size)
+            else:
+                await blocking(on, os.truncate, path, changes.size)
+        if changes.atime is not None or changes.mtime is not None:
+            atime = SetTime.OMIT if changes.atime is None else changes.atime
+            mtime = SetTime.OMIT if changes.mtime is None else changes.mtime
+            await blocking(on, set_times, use.fd, atime, mtime)
+
+
+async def wstat(session: Session, fid: int, changes: Changes, name: bytes | None = None) -> None:
+    """Change attributes and, with ``name``, the file's name in its directory.
+
+    A wstat that changes nothing makes the file durable. The new name must not be
+    another file's.
+
+    Raises:
+        OSError: as setattr and rename; EEXIST, the name is taken.
+
+    Locks: the rename lock, written, if there is a name.
+
+    Source: stat(5) of Plan 9; Twstat of 9P2000.u.
+    """
+    session.writable()
+    if name is not None:
+        await rename_within(session, fid, name)
+    if changes != Changes():
+        await setattr(session, fid, changes)
+    elif name is None:
+        async with session.using(fid) as use:
+            await blocking(use.node.path, sync_path, use.fd, use.node.kind)
+
+
+async def readlink(session: Session, fid: int) -> bytes:
+    """The target of a symlink.
+
+    Raises:
+        OSError: EINVAL, not a symlink; the errors of readlink(2).
+
+    Source: Treadlink of 9P2000.L.
+    """
+    async with session.using(fid) as use:
+        if use.node.kind != st.S_IFLNK:
+            raise error(errno.EINVAL)
+        return await blocking(use.node.path, _readlink, use.fd)
+
+
+async def statfs(session: Session, fid: int) -> os.statvfs_result:
+    """Sizes and limits of the file system that a fid's file lies on.
+
+    Raises:
+        OSError: unknown fid; the errors of statvfs(3).
+
+    Source: Tstatfs of 9P2000.L.
+    """
+    async with session.using(fid) as use:
+        return await blocking(use.node.path, os.statvfs, use.fd)
+
+
+def _chmod(path: str, mode: int) -> None:
+    with keeping_setgid():
+        os.chmod(path, mode)
+
+
+def _readlink(fd: int) -> bytes:
+    # The empty name means the descriptor's own symlink (readlinkat(2)).
+    return os.readlink(b"", dir_fd=fd)

@@ -1,0 +1,402 @@
+"""Open files: lopen, lcreate, read, write, fsync, lock, getlock.
+
+Locks touched: the rename lock, read, by lcreate. None around reads, writes and syncs: a
+file whose data is slow holds up nothing else.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import struct
+from enum import IntEnum
+from typing import NamedTuple
+
+from ninefuse.commands import blocking
+from ninefuse.credentials import Caller, acting_as
+from ninefuse.fids import AttributeRead, AttributeWrite, Fid, OpenDirectory, OpenFile, error
+from ninefuse.qids import Qid
+from ninefuse.session import (
+    PERMISSIONS,
+    Session,
+    check_directory,
+    check_new_name,
+    check_offset,
+    path_of,
+)
+from ninefuse.syscalls import Attributes, stat_descriptor
+
+# What a server keeps of a client's flags. Creating has been decided already; O_NOFOLLOW
+# would refuse the way through /proc; O_DIRECT asks for an alignment that buffers here
+# do not have; the client's kernel does the syncing that O_SYNC asks for, with a Tfsync.
+_KEPT_FLAGS = os.O_ACCMODE | os.O_TRUNC | os.O_APPEND | os.O_NONBLOCK | os.O_NOATIME
+
+
+async def lopen(session: Session, fid: int, flags: int) -> Qid:
+    """Open a fid's file or directory; the fid is an open one from then on.
+
+    Args:
+        session: the conversation.
+        fid: unopened.
+        flags: Linux open(2) flags; those that make no sense here are dropped.
+
+    Raises:
+        OSError: EINVAL, the fid is open already; EROFS; EISDIR, a directory for
+            writing; ENXIO, neither file nor directory (a device of the server is not
+            the client's); the errors of open(2).
+
+    Source: Tlopen of 9P2000.L; CVE-2023-2861.
+    """
+    async with session.using(fid) as use:
+        if use.fid.opened is not None:
+            raise error(errno.EINVAL)
+        if flags & (os.O_ACCMODE | os.O_TRUNC):
+            session.writable()
+        on = use.node.path
+        opened: OpenFile | OpenDirectory
+        if use.node.kind == stat.S_IFDIR:
+            if flags & (os.O_ACCMODE | os.O_TRUNC):
+                raise error(errno.EISDIR)
+            opened = OpenDirectory(await blocking(on, _open_directory, use.fd))
+        elif use.node.kind == stat.S_IFREG:
+            if flags & os.O_DIRECTORY:
+                raise error(errno.ENOTDIR)
+            kept = flags & _KEPT_FLAGS
+            opened = OpenFile(await blocking(on, _open_file, use.fd, kept), kept)
+        else:
+            raise error(errno.ENXIO)
+        try:
+            attributes = await blocking(on, stat_descriptor, use.fd)
+            session.fids.open(use.fid, opened)
+        except OSError:
+            await blocking(on, os.close, opened.fd)
+            raise
+    return session.fids.qid_of(attributes)
+
+
+async def lcreate(
+    session: Session, fid: int, name: bytes, flags: int, mode: int, caller: Caller | None = None
+) -> Qid:
+    """Create a file in a fid's directory; the fid becomes the open file.
+
+    If this fails the fid is still the unopened directory.
+
+    Args:
+        session: the conversation.
+        fid: an unopened directory.
+        name: the new file's.
+        flags: Linux open(2) flags.
+        mode: permission bits, the caller's umask applied.
+        caller: whose file it is to be; None: the daemon's.
+
+    Raises:
+        OSError: EINVAL, the fid is open; ENOTDIR; EEXIST, with O_EXCL or for ``.`` and
+            ``..``; ESTALE, the file exists and O_EXCL was not asked for: the client
+            looked and found none, so it must look again and open what is there, with
+            the checks that opening takes (the kernel does so by itself); EROFS; the
+            errors of open(2).
+
+    Locks: the rename lock, read.
+
+    Source: Tlcreate of 9P2000.L.
+    """
+    check_new_name(name)
+    session.writable()
+    async with session.rename_lock.reading, session.using(fid, locked=True) as use:
+        if use.fid.opened is not None:
+            raise error(errno.EINVAL)
+        check_directory(use.node)
+        on = use.node.path
+        kept = flags & _KEPT_FLAGS
+        exclusive = bool(flags & os.O_EXCL)
+        mode &= PERMISSIONS
+        fd = await blocking(on, _create_file, use.fd, name, kept, mode, caller, exclusive)
+        try:
+            await session.settle(use.node)
+            path_fd, attributes = await blocking(on, _path_descriptor, fd)
+            node = session.fids.new_node(attributes, path_fd, (use.node, name))
+            try:
+                session.fids.open(use.fid, OpenFile(fd, kept), node)
+            finally:
+                session.fids.drop(node)
+        except OSError:
+            # The file stays: it may be somebody's by now.
+            await blocking(on, os.close, fd)
+            raise
+    session.note_descriptors()
+    return session.fids.qid_of(attributes)
+
+
+async def read(session: Session, fid: int, offset: int, count: int) -> bytes:
+    """Read from an open file or from an extended attribute (xattrwalk).
+
+    Args:
+        session: the conversation.
+        fid: open for reading.
+        offset: where, in bytes.
+        count: how many bytes; fewer come back only at the end.
+
+    Raises:
+        OSError: EINVAL, unopened; EISDIR; EBADF, not open for reading; the errors of
+            pread(2).
+
+    Source: read(5) of Plan 9.
+    """
+    use = session.fids.get(fid)
+    try:
+        opened = use.opened
+        if isinstance(opened, AttributeRead):
+            return opened.value[offset : offset + count]
+        if isinstance(opened, OpenDirectory):
+            raise error(errno.EISDIR)
+        file = _open_file_of(use)
+        if not file.readable:
+            raise error(errno.EBADF)
+        check_offset(offset)
+        return await blocking(use.node.path, _read_fully, file.fd, count, offset)
+    finally:
+        session.fids.put(use)
+
+
+async def write(session: Session, fid: int, offset: int, data: bytes) -> int:
+    """Write to an open file, or add to an extended attribute (xattrcreate).
+
+    Args:
+        session: the conversation.
+        fid: open for writing.
+        offset: where, in bytes; ignored if the file was opened with O_APPEND.
+        data: what.
+
+    Returns:
+        How many bytes were written: fewer only if an error came after some were.
+
+    Raises:
+        OSError: EINVAL, unopened; EBADF, not open for writing; ENOSPC, more than the
+            size declared for an attribute; the errors of pwrite(2).
+
+    Source: read(5) of Plan 9.
+    """
+    use = session.fids.get(fid)
+    try:
+        opened = use.opened
+        if isinstance(opened, AttributeWrite):
+            return _write_attribute(opened, offset, data)
+        file = _open_file_of(use)
+        if not file.writable:
+            raise error(errno.EBADF)
+        check_offset(offset)
+        return await blocking(use.node.path, _write_fully, file.fd, data, offset)
+    finally:
+        session.fids.put(use)
+
+
+async def fsync(session: Session, fid: int, datasync: bool = False) -> None:
+    """Make what was written to an open file or directory durable.
+
+    Args:
+        session: the conversation.
+        fid: open.
+        datasync: leave out what is not needed to read the data back (fdatasync(2)).
+
+    Raises:
+        OSError: EINVAL, unopened; the errors of fsync(2).
+
+    Source: Tfsync of 9P2000.L.
+    """
+    use = session.fids.get(fid)
+    try:
+        if not isinstance(use.opened, OpenFile | OpenDirectory):
+            raise error(errno.EINVAL)
+        sync = os.fdatasync if datasync else os.fsync
+        await blocking(use.node.path, sync, use.opened.fd)
+    finally:
+        session.fids.put(use)
+
+
+async def report_close(session: Session, fid: int) -> None:
+    """Fetch the errors that closing an open file reports, and keep it open.
+
+    Some file systems (NFS, quotas) say only at close(2) that a write failed. 9P has no
+    message for it; closing a duplicate is what FUSE's flush stands for.
+
+    Raises:
+        OSError: EINVAL, unopened; the errors of close(2).
+    """
+    use = session.fids.get(fid)
+    try:
+        file = _open_file_of(use)
+        await blocking(use.node.path, _close_duplicate, file.fd)
+    finally:
+        session.fids.put(use)
+
+
+class LockStatus(IntEnum):
+    """The answer to a lock request (9P2000.L)."""
+
+    SUCCESS = 0
+    BLOCKED = 1
+    ERROR = 2
+    GRACE = 3
+
+
+class LockRange(NamedTuple):
+    """A byte-range lock: what kind, where, whose."""
+
+    type: int  # fcntl.F_RDLCK, F_WRLCK, F_UNLCK
+    start: int  # bytes
+    length: int  # bytes; 0: to the end of the file, however it grows
+    pid: int = 0
+
+
+_LOCK_FLAGS = 3  # P9_LOCK_FLAGS_BLOCK, P9_LOCK_FLAGS_RECLAIM
+_FLOCK = struct.Struct("@hhqqi4x")  # struct flock
+
+
+async def lock(session: Session, fid: int, flags: int, wanted: LockRange) -> LockStatus:
+    """Set or clear a byte-range lock that belongs to an open fid; never waits.
+
+    Returns:
+        BLOCKED where another open file holds a lock in the way: the client asks again.
+
+    Raises:
+        OSError: EINVAL, unopened fid or unknown flags; the errors of fcntl(2).
+
+    Source: Tlock of 9P2000.L. Open-file-description locks, which end with the fid.
+    """
+    if flags & ~_LOCK_FLAGS:
+        raise error(errno.EINVAL)
+    use = session.fids.get(fid)
+    try:
+        file = _open_file_of(use)
+        request = _flock(wanted)
+        try:
+            await blocking(use.node.path, fcntl.fcntl, file.fd, fcntl.F_OFD_SETLK, request)
+        except (BlockingIOError, PermissionError):
+            return LockStatus.BLOCKED
+        return LockStatus.SUCCESS
+    finally:
+        session.fids.put(use)
+
+
+async def getlock(session: Session, fid: int, wanted: LockRange) -> LockRange:
+    """Which lock is in the way of ``wanted``; type F_UNLCK if none is.
+
+    Raises:
+        OSError: EINVAL, unopened; the errors of fcntl(2).
+
+    Source: Tgetlock of 9P2000.L.
+    """
+    use = session.fids.get(fid)
+    try:
+        file = _open_file_of(use)
+        request = _flock(wanted)
+        answer = await blocking(use.node.path, fcntl.fcntl, file.fd, fcntl.F_OFD_GETLK, request)
+        assert isinstance(answer, bytes)
+        kind, _whence, start, length, pid = _FLOCK.unpack(answer)
+        return (
+            LockRange(kind, start, length, pid)
+            if kind != fcntl.F_UNLCK
+            else LockRange(fcntl.F_UNLCK, wanted.start, wanted.length, wanted.pid)
+        )
+    finally:
+        session.fids.put(use)
+
+
+def sync_path(fd: int, kind: int) -> None:
+    """Make the file or directory of an O_PATH descriptor durable. Blocks."""
+    if kind not in (stat.S_IFREG, stat.S_IFDIR):
+        return  # nothing else has data to sync, and opening it might do something
+    readable = os.open(path_of(fd), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        os.fsync(readable)
+    finally:
+        os.close(readable)
+
+
+def _open_file_of(fid: Fid) -> OpenFile:
+    if isinstance(fid.opened, OpenFile):
+        return fid.opened
+    raise error(errno.EISDIR if isinstance(fid.opened, OpenDirectory) else errno.EINVAL)
+
+
+def _open_directory(fd: int) -> int:
+    return os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)
+
+
+def _open_file(fd: int, flags: int) -> int:
+    path = path_of(fd)
+    flags |= os.O_CLOEXEC | os.O_NOCTTY
+    try:
+        return os.open(path, flags)
+    except PermissionError:
+        # O_NOATIME is for owners only; a daemon that is not the owner reads without.
+        if not flags & os.O_NOATIME:
+            raise
+        return os.open(path, flags & ~os.O_NOATIME)
+
+
+def _create_file(
+    directory: int, name: bytes, flags: int, mode: int, caller: Caller | None, exclusive: bool
+) -> int:
+    flags |= os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY
+    with acting_as(caller):
+        try:
+            return os.open(name, flags & ~os.O_TRUNC, mode, dir_fd=directory)
+        except FileExistsError:
+            if exclusive:
+                raise
+            raise error(errno.ESTALE) from None
+
+
+def _path_descriptor(fd: int) -> tuple[int, Attributes]:
+    """An O_PATH descriptor of the very file that is open, whatever its name says by now."""
+    path_fd = os.open(path_of(fd), os.O_PATH | os.O_CLOEXEC)
+    try:
+        return path_fd, stat_descriptor(path_fd)
+    except OSError:
+        os.close(path_fd)
+        raise
+
+
+def _read_fully(fd: int, count: int, offset: int) -> bytes:
+    data = os.pread(fd, count, offset)
+    # A short read is the end of the file to whoever asked; make sure that it is.
+    while data and len(data) < count:
+        more = os.pread(fd, count - len(data), offset + len(data))
+        if not more:
+            break
+        data += more
+    return data
+
+
+def _write_fully(fd: int, data: bytes, offset: int) -> int:
+    written = os.pwrite(fd, data, offset)
+    while written < len(data):
+        try:
+            more = os.pwrite(fd, memoryview(data)[written:], offset + written)
+        except OSError:
+            return written  # the error comes back with the write of the rest
+        if not more:
+            break
+        written += more
+    return written
+
+
+def _close_duplicate(fd: int) -> None:
+    os.close(os.dup(fd))
+
+
+def _write_attribute(new: AttributeWrite, offset: int, data: bytes) -> int:
+    if offset != len(new.data):
+        raise error(errno.EINVAL)
+    if offset + len(data) > new.size:
+        raise error(errno.ENOSPC)
+    new.data += data
+    return len(data)
+
+
+def _flock(wanted: LockRange) -> bytes:
+    check_offset(wanted.start, wanted.length)
+    return _FLOCK.pack(wanted.type, os.SEEK_SET, wanted.start, wanted.length, 0)

@@ -1,0 +1,332 @@
+"""Making, moving and removing names: mkdir, mknod, symlink, link, rename, unlinkat.
+
+Locks touched: the rename lock, written by rename and renameat, read by the others. It
+is taken at the entry of each operation and nowhere below.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+
+from ninefuse.commands import blocking
+from ninefuse.credentials import Caller, acting_as
+from ninefuse.fids import Node, error
+from ninefuse.qids import Qid
+from ninefuse.session import (
+    PERMISSIONS,
+    Session,
+    check_component,
+    check_directory,
+    check_new_name,
+    path_of,
+)
+from ninefuse.syscalls import (
+    RENAME_EXCHANGE,
+    RENAME_NOREPLACE,
+    Attributes,
+    stat_name,
+)
+from ninefuse.syscalls import rename as rename_names
+
+AT_REMOVEDIR = 0x200  # unlinkat's only flag
+
+
+async def mkdir(
+    session: Session, dirfid: int, name: bytes, mode: int, caller: Caller | None = None
+) -> Qid:
+    """Make a directory.
+
+    Args:
+        session: the conversation.
+        dirfid: where.
+        name: the new directory's.
+        mode: permission bits, the caller's umask applied.
+        caller: whose it is to be; None: the daemon's.
+
+    Raises:
+        OSError: EEXIST; ENOTDIR; EROFS; the errors of mkdir(2).
+
+    Locks: the rename lock, read.
+
+    Source: Tmkdir of 9P2000.L.
+    """
+    return await _make(session, dirfid, name, _mkdir, mode & PERMISSIONS, caller)
+
+
+async def mknod(
+    session: Session,
+    dirfid: int,
+    name: bytes,
+    mode: int,
+    rdev: int = 0,
+    caller: Caller | None = None,
+) -> Qid:
+    """Make a file, FIFO, socket or device node.
+
+    Args:
+        session: the conversation.
+        dirfid: where.
+        name: the new node's.
+        mode: type and permission bits, the caller's umask applied.
+        rdev: the device a device node stands for.
+        caller: whose it is to be; None: the daemon's.
+
+    Raises:
+        OSError: EEXIST; ENOTDIR; EROFS; the errors of mknod(2).
+
+    Locks: the rename lock, read.
+
+    Source: Tmknod of 9P2000.L.
+    """
+    return await _make(session, dirfid, name, _mknod, mode & 0xFFFF, rdev, caller)
+
+
+async def symlink(
+    session: Session, dirfid: int, name: bytes, target: bytes, caller: Caller | None = None
+) -> Qid:
+    """Make a symlink to ``target``, which is not looked at.
+
+    Raises:
+        OSError: EEXIST; EINVAL, a zero byte in the target; ENOTDIR; EROFS; the errors of
+            symlink(2).
+
+    Locks: the rename lock, read.
+
+    Source: Tsymlink of 9P2000.L.
+    """
+    if b"\0" in target:
+        raise error(errno.EINVAL)
+    return await _make(session, dirfid, name, _symlink, target, caller)
+
+
+async def link(session: Session, dirfid: int, fid: int, name: bytes) -> None:
+    """Give a file another name.
+
+    Args:
+        session: the conversation.
+        dirfid: where.
+        fid: the file.
+        name: its new name.
+
+    Raises:
+        OSError: EEXIST; ENOENT, the file has no name left; EPERM, a directory; EXDEV;
+            EROFS; the errors of link(2).
+
+    Locks: the rename lock, read.
+
+    Source: Tlink of 9P2000.L.
+    """
+    check_new_name(name)
+    session.writable()
+    async with (
+        session.rename_lock.reading,
+        session.using(dirfid, locked=True) as directory,
+        session.using(fid, locked=True) as file,
+    ):
+        check_directory(directory.node)
+        if file.node.kind == stat.S_IFDIR:
+            raise error(errno.EPERM)
+        await blocking(directory.node.path, _link, file.fd, directory.fd, name)
+        await session.settle(directory.node)
+
+
+async def rename(session: Session, fid: int, dirfid: int, name: bytes) -> None:
+    """Move a fid's file to another place; the fid goes on naming the file.
+
+    Args:
+        session: the conversation.
+        fid: the file.
+        dirfid: where it goes.
+        name: its new name; a file that has it is replaced.
+
+    Raises:
+        OSError: EINVAL, a name that is none; EBUSY, the root; ESTALE, the file is not
+            where it was last seen; EROFS; the errors of rename(2).
+
+    Locks: the rename lock, written.
+
+    Source: Trename of 9P2000.L.
+    """
+    _check_moved_name(name)
+    session.writable()
+    async with (
+        session.rename_lock.writing,
+        session.using(fid, locked=True) as file,
+        session.using(dirfid, locked=True) as directory,
+    ):
+        await _move_node(session, file.node, directory.node, name, 0)
+
+
+async def rename_within(session: Session, fid: int, name: bytes) -> None:
+    """Give a fid's file another name in its own directory (wstat).
+
+    Raises:
+        OSError: as rename; EEXIST, the name is taken.
+
+    Locks: the rename lock, written.
+    """
+    check_new_name(name)
+    async with session.rename_lock.writing, session.using(fid, locked=True) as file:
+        if file.node.place is None:
+            raise error(errno.EBUSY)
+        async with session.using_node(file.node.place[0], locked=True) as directory:
+            await _move_node(session, file.node, directory, name, RENAME_NOREPLACE)
+
+
+async def renameat(
+    session: Session,
+    olddirfid: int,
+    oldname: bytes,
+    newdirfid: int,
+    newname: bytes,
+    flags: int = 0,
+) -> None:
+    """Move a name to another place.
+
+    Args:
+        session: the conversation.
+        olddirfid: where it is.
+        oldname: the name.
+        newdirfid: where it goes.
+        newname: its new name.
+        flags: 0, RENAME_NOREPLACE or RENAME_EXCHANGE (an extension to 9P).
+
+    Raises:
+        OSError: EINVAL, other flags, or a name that is none; EROFS; the errors of
+            renameat2(2).
+
+    Locks: the rename lock, written.
+
+    Source: Trenameat of 9P2000.L.
+    """
+    if flags not in (0, RENAME_NOREPLACE, RENAME_EXCHANGE):
+        raise error(errno.EINVAL)
+    _check_moved_name(oldname)
+    _check_moved_name(newname)
+    session.writable()
+    async with (
+        session.rename_lock.writing,
+        session.using(olddirfid, locked=True) as old,
+        session.using(newdirfid, locked=True) as new,
+    ):
+        await _move_name(session, old.node, oldname, new.node, newname, flags)
+
+
+async def unlinkat(session: Session, dirfid: int, name: bytes, flags: int = 0) -> None:
+    """Remove a name. An open directory fid will do: clients list and remove with one.
+
+    Args:
+        session: the conversation.
+        dirfid: where.
+        name: which.
+        flags: 0, or AT_REMOVEDIR for a directory.
+
+    Raises:
+        OSError: EINVAL, other flags or ``.``; ENOTEMPTY, ``..``; EROFS; the errors of
+            unlink(2) and rmdir(2).
+
+    Locks: the rename lock, read.
+
+    Source: Tunlinkat of 9P2000.L.
+    """
+    if flags & ~AT_REMOVEDIR:
+        raise error(errno.EINVAL)
+    check_component(name)
+    if name == b".":
+        raise error(errno.EINVAL)
+    if name == b"..":
+        raise error(errno.ENOTEMPTY)
+    session.writable()
+    async with session.rename_lock.reading, session.using(dirfid, locked=True) as use:
+        directory = use.node
+        check_directory(directory)
+        await session.keep(directory, name)
+        await blocking(directory.path, _remove, directory.fd, name, bool(flags))
+        await session.settle(directory)
+
+
+def _check_moved_name(name: bytes) -> None:
+    check_component(name)
+    if name in (b".", b".."):
+        raise error(errno.EINVAL)
+
+
+async def _make(
+    session: Session, dirfid: int, name: bytes, make: Callable[..., Attributes], *args: object
+) -> Qid:
+    check_new_name(name)
+    session.writable()
+    async with session.rename_lock.reading, session.using(dirfid, locked=True) as use:
+        check_directory(use.node)
+        attributes = await blocking(use.node.path, make, use.fd, name, *args)
+        await session.settle(use.node)
+    return session.fids.qid_of(attributes)
+
+
+async def _move_node(
+    session: Session, node: Node, directory: Node, name: bytes, flags: int
+) -> None:
+    if node.place is None:
+        raise error(errno.EBUSY)
+    above, oldname = node.place
+    async with session.using_node(above, locked=True) as parent:
+        if not node.shows(await blocking(parent.path, stat_name, parent.fd, oldname)):
+            raise error(errno.ESTALE)
+        await _move_name(session, parent, oldname, directory, name, flags)
+    node.place = directory, name
+
+
+async def _move_name(
+    session: Session, old: Node, oldname: bytes, new: Node, newname: bytes, flags: int
+) -> None:
+    check_directory(old)
+    check_directory(new)
+    await session.keep(new, newname)
+    await blocking(old.path, rename_names, old.fd, oldname, new.fd, newname, flags)
+    await _note_place(session, new, newname)
+    if flags == RENAME_EXCHANGE:
+        await _note_place(session, old, oldname)
+    await session.settle(old)
+    if new is not old:
+        await session.settle(new)
+
+
+async def _note_place(session: Session, directory: Node, name: bytes) -> None:
+    """Tell the node of a moved file where it is now."""
+    try:
+        attributes = await blocking(directory.path, stat_name, directory.fd, name)
+    except OSError:
+        return  # gone again, by somebody else's hand
+    session.fids.seen(attributes, directory, name)
+
+
+def _mkdir(directory: int, name: bytes, mode: int, caller: Caller | None) -> Attributes:
+    with acting_as(caller):
+        os.mkdir(name, mode, dir_fd=directory)
+    return stat_name(directory, name)
+
+
+def _mknod(directory: int, name: bytes, mode: int, rdev: int, caller: Caller | None) -> Attributes:
+    with acting_as(caller):
+        os.mknod(name, mode, rdev, dir_fd=directory)
+    return stat_name(directory, name)
+
+
+def _symlink(directory: int, name: bytes, target: bytes, caller: Caller | None) -> Attributes:
+    with acting_as(caller):
+        os.symlink(target, name, dir_fd=directory)
+    return stat_name(directory, name)
+
+
+def _link(file: int, directory: int, name: bytes) -> None:
+    os.link(path_of(file), name, dst_dir_fd=directory, follow_symlinks=True)
+
+
+def _remove(directory: int, name: bytes, is_directory: bool) -> None:
+    if is_directory:
+        os.rmdir(name, dir_fd=directory)
+    else:
+        os.unlink(name, dir_fd=directory)

@@ -1,0 +1,208 @@
+"""Getting from fid to fid, and giving fids back: walk, clunk, remove.
+
+Locks touched: the rename lock, read, by a walk of names and by remove.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+from ninefuse.commands import blocking
+from ninefuse.fids import AttributeWrite, Fid, Node, error
+from ninefuse.qids import Qid, qid_of
+from ninefuse.session import Session, Use, check_component, check_directory, open_step
+from ninefuse.syscalls import Attributes, stat_descriptor, stat_name
+
+MAXWELEM = 16  # names in one walk
+KERNEL = None  # a walk to the fid by which the kernel knows the file, counting a lookup
+
+
+async def walk(
+    session: Session, fid: int, newfid: int | None, names: list[bytes] | tuple[bytes, ...] = ()
+) -> tuple[list[Qid], Fid | None]:
+    """Make ``newfid`` stand for what the names lead to, starting from ``fid``.
+
+    No names: a clone of ``fid``, an open one too (the clone is unopened).
+
+    Args:
+        session: the conversation.
+        fid: where to start.
+        newfid: a new fid, or ``fid`` itself if that is unopened, or KERNEL (None): the
+            nodeid of the file, whose lookup count goes up by one.
+        names: up to 16 path components; ``..`` of the root is the root.
+
+    Returns:
+        The qids of the files passed, and the fid if all names led somewhere (it is not
+        referenced). Fewer qids than names: the walk ended there, and nothing changed.
+
+    Raises:
+        OSError: the first name's error, ENOENT mostly; EINVAL, more than 16 names,
+            ``newfid`` is taken, or ``fid`` is open and walks to itself; ENOTDIR, names
+            from a file.
+
+    Locks: the rename lock, read, if there are names.
+
+    Source: walk(5) of Plan 9; QEMU hw/9pfs/9p.c, v9fs_walk.
+    """
+    if len(names) > MAXWELEM:
+        raise error(errno.EINVAL)
+    if not names:
+        start = session.fids.get(fid)
+        try:
+            return [], _arrive(session, start, newfid, start.node)
+        finally:
+            session.fids.put(start)
+    for name in names:
+        check_component(name, illegal=errno.ENOENT)
+    async with session.rename_lock.reading, session.using(fid, locked=True) as use:
+        check_directory(use.node)
+        if newfid == fid and use.fid.opened is not None:
+            raise error(errno.EINVAL)
+        return await _walk_names(session, use, newfid, names)
+
+
+async def _walk_names(
+    session: Session, use: Use, newfid: int | None, names: list[bytes] | tuple[bytes, ...]
+) -> tuple[list[Qid], Fid | None]:
+    fids = session.fids
+    qids: list[Qid] = []
+    node = use.node
+    fids.pin(node)
+    try:
+        for name in names:
+            try:
+                below, attributes = await blocking(node.path, _step, session, node, name)
+            except OSError:
+                if not qids:
+                    raise
+                return qids, None
+            fids.unpin(node)
+            node = below
+            qids.append(qid_of(node.path, attributes))
+        return qids, _arrive(session, use.fid, newfid, node)
+    finally:
+        fids.unpin(node)
+
+
+def _step(session: Session, node: Node, name: bytes) -> tuple[Node, Attributes]:
+    """One step of a walk, blocking: the node below, pinned, and its attributes."""
+    fids = session.fids
+    check_directory(node)
+    if name == b"..":
+        # Never asked of the source: its parent of the root lies outside.
+        above = node.place[0] if node.place else node
+        if not fids.pin(above):
+            try:
+                session.reopen(above)
+            except BaseException:
+                fids.unpin(above)
+                raise
+        return above, stat_descriptor(above.fd)
+    if name == b".":
+        fids.pin(node)
+        return node, stat_descriptor(node.fd)
+    # A file that the kernel knows needs no new descriptor, only its name checked.
+    attributes = stat_name(node.fd, name)
+    known = fids.known(attributes)
+    if known is not None:
+        has = fids.pin(known)
+        fids.drop(known)
+        if has:
+            fids.seen(attributes, node, name)
+            return known, attributes
+        fids.unpin(known)
+    fd = open_step(node.fd, name)
+    try:
+        attributes = stat_descriptor(fd)
+    except OSError:
+        os.close(fd)
+        raise
+    below = fids.new_node(attributes, fd, (node, name))
+    fids.pin(below)
+    fids.drop(below)
+    session.note_descriptors()
+    return below, attributes
+
+
+def _arrive(session: Session, start: Fid, newfid: int | None, node: Node) -> Fid | None:
+    """Give the node its fid."""
+    if newfid is KERNEL:
+        return session.fids.intern(node)
+    if newfid == start.number:
+        if start.opened is not None:
+            raise error(errno.EINVAL)
+        session.fids.move(start, node)
+        return start
+    return session.fids.add(newfid, node)
+
+
+async def clunk(session: Session, fid: int) -> None:
+    """End a fid; it is gone even if this fails.
+
+    An extended attribute that was being written (xattrcreate) is set or removed now.
+
+    Raises:
+        OSError: unknown fid; for an attribute, EINVAL if less was written than was
+            declared, and the errors of setxattr(2) and removexattr(2).
+
+    Source: clunk(5) of Plan 9; QEMU hw/9pfs/9p.c, v9fs_xattr_fid_clunk.
+    """
+    gone = session.fids.remove(fid)
+    try:
+        if isinstance(gone.opened, AttributeWrite):
+            await _commit(session, gone, gone.opened)
+    finally:
+        session.fids.put(gone)
+
+
+async def _commit(session: Session, fid: Fid, new: AttributeWrite) -> None:
+    if len(new.data) != new.size:
+        raise error(errno.EINVAL)
+    async with session.using_node(fid.node) as node:
+        path = f"/proc/self/fd/{node.fd}"
+        if new.remove:
+            await blocking(node.path, os.removexattr, path, new.name)
+        else:
+            await blocking(node.path, os.setxattr, path, new.name, new.data, new.flags)
+
+
+async def remove(session: Session, fid: int) -> None:
+    """Remove the file of a fid, and end the fid even if that fails.
+
+    Raises:
+        OSError: EROFS; EBUSY for the root; ESTALE, the file is not where it was last
+            seen; the errors of unlink(2) and rmdir(2).
+
+    Locks: the rename lock, read.
+
+    Source: remove(5) of Plan 9.
+    """
+    gone = session.fids.remove(fid)
+    try:
+        session.writable()
+        async with session.rename_lock.reading:
+            node = gone.node
+            if node.place is None:
+                raise error(errno.EBUSY)
+            above, name = node.place
+            async with (
+                session.using_node(node, locked=True),
+                session.using_node(above, locked=True) as parent,
+            ):
+                # Another node of the file may be the one that the kernel knows it by.
+                await session.keep(parent, name)
+                await blocking(parent.path, _remove_if_same, parent.fd, name, node)
+                await session.settle(parent)
+    finally:
+        session.fids.put(gone)
+
+
+def _remove_if_same(directory: int, name: bytes, node: Node) -> None:
+    if not node.shows(stat_name(directory, name)):
+        raise error(errno.ESTALE)
+    if node.kind == stat.S_IFDIR:
+        os.rmdir(name, dir_fd=directory)
+    else:
+        os.unlink(name, dir_fd=directory)

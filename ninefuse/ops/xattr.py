@@ -1,0 +1,85 @@
+"""Extended attributes: xattrwalk, xattrcreate.
+
+9P reaches attributes through fids: xattrwalk makes a fid that reads as the value (or as
+the list of names), xattrcreate turns a fid into one that is written to and takes effect
+at its clunk.
+
+Locks touched: none, but for opening a node again whose descriptor was reclaimed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from ninefuse.commands import blocking
+from ninefuse.fids import AttributeRead, AttributeWrite, error
+from ninefuse.session import Session, path_of
+
+XATTR_SIZE_MAX = 65536  # bytes
+
+
+async def xattrwalk(session: Session, fid: int, newfid: int, name: bytes = b"") -> int:
+    """Make ``newfid`` read as an attribute of a fid's file, as it is now.
+
+    Args:
+        session: the conversation.
+        fid: the file.
+        newfid: a new fid.
+        name: the attribute; empty for the list of names, each ended by a zero byte.
+
+    Returns:
+        How many bytes there are to read.
+
+    Raises:
+        OSError: EINVAL, newfid is taken or the name has a zero byte; the errors of
+            getxattr(2) and listxattr(2).
+
+    Source: Txattrwalk of 9P2000.L.
+    """
+    async with session.using(fid) as use:
+        path = path_of(use.fd)
+        if b"\0" in name:
+            raise error(errno.EINVAL)
+        if name:
+            value = await blocking(use.node.path, os.getxattr, path, name)
+        else:
+            value = await blocking(use.node.path, _list, path)
+        session.fids.add(newfid, use.node, AttributeRead(value))
+    return len(value)
+
+
+async def xattrcreate(
+    session: Session, fid: int, name: bytes, size: int, flags: int = 0, *, remove: bool = False
+) -> None:
+    """Turn a fid into one that writes an attribute of its file, at its clunk.
+
+    Args:
+        session: the conversation.
+        fid: unopened; clients clone one for this.
+        name: the attribute.
+        size: how many bytes will be written.
+        flags: 0, os.XATTR_CREATE or os.XATTR_REPLACE.
+        remove: remove the attribute instead. (9P says that with a size of 0, and so
+            cannot set an empty value, which Linux has.)
+
+    Raises:
+        OSError: E2BIG, more than 64 KiB; EINVAL, unknown flags, a name that is none, or
+            the fid is open; EROFS.
+
+    Source: Txattrcreate of 9P2000.L.
+    """
+    if size > XATTR_SIZE_MAX:
+        raise error(errno.E2BIG)
+    if size < 0 or not name or b"\0" in name or flags & ~(os.XATTR_CREATE | os.XATTR_REPLACE):
+        raise error(errno.EINVAL)
+    session.writable()
+    use = session.fids.get(fid)
+    try:
+        session.fids.open(use, AttributeWrite(name, size, flags, remove))
+    finally:
+        session.fids.put(use)
+
+
+def _list(path: str) -> bytes:
+    return b"".join(os.fsencode(name) + b"\0" for name in os.listxattr(path))

@@ -1,0 +1,315 @@
+"""What the user asked for: the settings of one mount, and the parser of -o options.
+
+The option names follow mount(8), mount.fuse3(8) and, for cache=, v9fs.
+"""
+
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ninefuse.exitcodes import ExitCode, Failure
+
+MODELS = ("none", "first", "second")
+DEFAULT_MODEL = "second"
+DEFAULT_THREADS = 16
+MAX_THREADS = 1024
+LOG_LEVELS = ("error", "warning", "info", "debug")
+DEFAULT_LOG_LEVEL = "info"
+
+# The kernel's mount flags. Of the words of one group the last one given wins; the second
+# member says whether libfuse has to hear of it. It mounts nodev and nosuid for root too unless
+# told otherwise (mo->flags in its lib/mount.c), hence dev and suid are passed on, while rw,
+# exec, async and atime are what it does anyway. nodiratime is not passed on: libfuse 3.14
+# does not know the word, and the kernel never updates access times on a FUSE mount by itself.
+_KERNEL_FLAGS = {
+    "ro": ("write", True),
+    "rw": ("write", False),
+    "dev": ("dev", True),
+    "nodev": ("dev", True),
+    "suid": ("suid", True),
+    "nosuid": ("suid", True),
+    "exec": ("exec", False),
+    "noexec": ("exec", True),
+    "sync": ("sync", True),
+    "async": ("sync", False),
+    "dirsync": ("dirsync", True),
+    "atime": ("atime", False),
+    "noatime": ("atime", True),
+    "diratime": ("diratime", False),
+    "nodiratime": ("diratime", False),
+}
+
+_SWITCHES = ("allow_other", "auto_unmount", "debug", "default_permissions", "noxattr")
+_TIMEOUTS = ("attr_timeout", "entry_timeout", "negative_timeout")
+
+# cache= with v9fs's names as aliases.
+_CACHE_NAMES = {
+    "none": "none",
+    "auto": "auto",
+    "readahead": "auto",
+    "mmap": "auto",
+    "loose": "loose",
+    "fscache": "loose",
+}
+
+# How long the kernel may believe names and attributes, in seconds, for each kind of cache.
+_CACHE_SECONDS = {"none": 0.0, "auto": 1.0, "loose": 86400.0}
+
+# Written in fstab for mount(8), systemd and the boot scripts, or left over from FUSE 2
+# (nonempty): they say nothing to the file system.
+_IGNORED = frozenset(
+    (
+        "",
+        "defaults",
+        "nofail",
+        "user",
+        "users",
+        "nouser",
+        "owner",
+        "group",
+        "auto",
+        "noauto",
+        "_netdev",
+        "relatime",
+        "norelatime",
+        "strictatime",
+        "nostrictatime",
+        "lazytime",
+        "nolazytime",
+        "nonempty",
+    )
+)
+_IGNORED_PREFIXES = ("x-", "X-", "comment=", "user=")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """All that one mount needs to know.
+
+    source, mountpoint: absolute paths. model: the threading model, one of MODELS. threads: how
+    many workers. log_file: absolute path, or None. attr_timeout, entry_timeout,
+    negative_timeout: seconds for which the kernel may keep attributes, names and the absence
+    of names. keep_cache: whether cached file data outlives an open. xattr: whether extended
+    attributes are served. mount_options: the words for libfuse, each for an -o of its own and
+    already escaped.
+    """
+
+    source: str
+    mountpoint: str
+    model: str = DEFAULT_MODEL
+    threads: int = DEFAULT_THREADS
+    foreground: bool = False
+    debug: bool = False
+    log_file: str | None = None
+    log_level: str = DEFAULT_LOG_LEVEL
+    read_only: bool = False
+    dirsync: bool = False
+    sync: bool = False
+    xattr: bool = True
+    allow_other: bool = False
+    attr_timeout: float = 1.0
+    entry_timeout: float = 1.0
+    negative_timeout: float = 1.0
+    keep_cache: bool = False
+    mount_options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class MountOptions:
+    """What the -o options said. None stands for "not given".
+
+    flags: the kernel's flags in force, as words. The timeouts are in seconds.
+    """
+
+    flags: tuple[str, ...] = ()
+    allow_other: bool = False
+    auto_unmount: bool = False
+    debug: bool = False
+    xattr: bool = True
+    model: str | None = None
+    threads: int | None = None
+    fsname: str | None = None
+    subtype: str | None = None
+    attr_timeout: float = 1.0
+    entry_timeout: float = 1.0
+    negative_timeout: float = 1.0
+    keep_cache: bool = False
+
+
+def split_words(text: str) -> list[str]:
+    r"""Split the argument of one -o at its commas.
+
+    A backslash keeps a comma or a backslash after it as it is, as libfuse has it (fuse_opt.h).
+    Before anything else a backslash is only itself.
+    """
+    words = [""]
+    escaped = False
+    for char in text:
+        if escaped:
+            words[-1] += char if char in ",\\" else "\\" + char
+            escaped = False
+        elif char == "\\":
+            escaped = True
+        elif char == ",":
+            words.append("")
+        else:
+            words[-1] += char
+    if escaped:
+        words[-1] += "\\"
+    return words
+
+
+def parse_options(words: Iterable[str]) -> MountOptions:
+    """Parse the arguments of all -o options, in the order given; later ones win.
+
+    Arguments: words, one string `opt[,opt...]` for each -o.
+    Raises Failure(USAGE) that names the option when it is unknown or has a bad value.
+    """
+    flags: dict[str, str] = {}
+    switches: set[str] = set()
+    values: dict[str, str] = {}
+    timeouts: dict[str, float] = {}
+    threads: int | None = None
+    cache = "auto"
+    for word in (word for text in words for word in split_words(text)):
+        name, _, value = word.partition("=")
+        if word in _KERNEL_FLAGS:
+            flags[_KERNEL_FLAGS[word][0]] = word
+        elif word in _SWITCHES:
+            switches.add(word)
+        elif word in _IGNORED or word.startswith(_IGNORED_PREFIXES):
+            pass
+        elif name in ("fsname", "subtype"):
+            if not value:
+                raise Failure(ExitCode.USAGE, f"option -o {name}= needs a value")
+            values[name] = value
+        elif name == "model":
+            values[name] = _choice(word, value, MODELS)
+        elif name == "cache":
+            cache = _CACHE_NAMES[_choice(word, value, tuple(_CACHE_NAMES))]
+        elif name == "threads":
+            threads = parse_threads(value, f"option -o {word}")
+        elif name in _TIMEOUTS:
+            timeouts[name] = _seconds(word, value)
+        else:
+            raise Failure(ExitCode.USAGE, f"unknown option -o {word}")
+
+    seconds = _CACHE_SECONDS[cache]
+    return MountOptions(
+        flags=tuple(flags.values()),
+        allow_other="allow_other" in switches,
+        auto_unmount="auto_unmount" in switches,
+        debug="debug" in switches,
+        xattr="noxattr" not in switches,
+        model=values.get("model"),
+        threads=threads,
+        fsname=values.get("fsname"),
+        subtype=values.get("subtype"),
+        # Looked up last, so that a timeout given by name holds whether it comes before or
+        # after cache=.
+        attr_timeout=timeouts.get("attr_timeout", seconds),
+        entry_timeout=timeouts.get("entry_timeout", seconds),
+        negative_timeout=timeouts.get("negative_timeout", seconds),
+        keep_cache=cache == "loose",
+    )
+
+
+def parse_threads(text: str, where: str) -> int:
+    """Return the number of worker threads that text gives.
+
+    Arguments: text, a whole number from 1 to MAX_THREADS; where, the option as the user wrote
+    it, for the message. Raises Failure(USAGE).
+    """
+    # Checked as text first: int() would take "1_6", " 16" and digits of other scripts too.
+    if text.isascii() and text.isdigit() and len(text) <= 9 and 1 <= int(text) <= MAX_THREADS:
+        return int(text)
+    raise Failure(ExitCode.USAGE, f"{where}: the number of threads is 1 to {MAX_THREADS}")
+
+
+def make_settings(
+    source: str,
+    mountpoint: str,
+    options: MountOptions,
+    *,
+    model: str | None = None,
+    threads: int | None = None,
+    foreground: bool = False,
+    debug: bool = False,
+    log_file: str | None = None,
+    log_level: str = DEFAULT_LOG_LEVEL,
+) -> Settings:
+    """Put the command line and the -o options together.
+
+    Arguments: source, mountpoint, log_file: paths, relative to the current directory or
+    absolute; options, from parse_options; the rest as flags on the command line gave it (None:
+    not given), which wins over options. debug on either side means foreground too, as it does
+    for all FUSE commands (mount.fuse3(8)).
+    Raises Failure(USAGE) when a path is empty.
+    """
+    for name, path in (("SRC", source), ("MNT", mountpoint), ("--log FILE", log_file)):
+        # abspath would make the current directory of it: after a typo in a script's variable
+        # name that is never what was meant.
+        if path == "":
+            raise Failure(ExitCode.USAGE, f"{name} is empty: give a path")
+    source = os.path.abspath(source)
+    debug = debug or options.debug
+    return Settings(
+        source=source,
+        mountpoint=os.path.abspath(mountpoint),
+        model=model or options.model or DEFAULT_MODEL,
+        threads=threads or options.threads or DEFAULT_THREADS,
+        foreground=foreground or debug,
+        debug=debug,
+        log_file=None if log_file is None else os.path.abspath(log_file),
+        log_level=log_level,
+        read_only="ro" in options.flags,
+        dirsync="dirsync" in options.flags,
+        sync="sync" in options.flags,
+        xattr=options.xattr,
+        allow_other=options.allow_other,
+        attr_timeout=options.attr_timeout,
+        entry_timeout=options.entry_timeout,
+        negative_timeout=options.negative_timeout,
+        keep_cache=options.keep_cache,
+        mount_options=_words_for_libfuse(source, options),
+    )
+
+
+def _words_for_libfuse(source: str, options: MountOptions) -> tuple[str, ...]:
+    """Return libfuse's share of the options. Their order has no meaning."""
+    # A comma or backslash in the subtype gets lost between libfuse and fusermount3, however
+    # it is escaped (libfuse 3.14, for users other than root).
+    subtype = _ascii(options.subtype or "ninefuse").replace(",", "?").replace("\\", "?")
+    fsname = _ascii(options.fsname or source).replace("\\", "\\\\").replace(",", "\\,")
+    # Without default_permissions a daemon of root with allow_other would let everybody in.
+    words = ["default_permissions", f"subtype={subtype}", f"fsname={fsname}"]
+    if options.allow_other:
+        words.append("allow_other")
+    if options.auto_unmount:
+        words.append("auto_unmount")
+    words += [flag for flag in options.flags if _KERNEL_FLAGS[flag][1]]
+    return tuple(words)
+
+
+def _ascii(text: str) -> str:
+    """Return text with ? for all but printable ASCII: pyfuse3 encodes options as us-ascii."""
+    return "".join(char if " " <= char <= "~" else "?" for char in text)
+
+
+def _choice(word: str, value: str, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise Failure(ExitCode.USAGE, f"option -o {word}: choose one of {', '.join(choices)}")
+    return value
+
+
+def _seconds(word: str, value: str) -> float:
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not math.isfinite(seconds) or seconds < 0:
+        raise Failure(
+            ExitCode.USAGE, f"option -o {word}: give a number of seconds, zero or greater"
+        )
+    return seconds

@@ -1,0 +1,224 @@
+"""The checks before the mount: whatever can be known beforehand is said in one clear line."""
+
+import errno
+import os
+import re
+import select
+import shlex
+import shutil
+import signal
+import stat
+
+from ninefuse.exitcodes import ExitCode, Failure
+from ninefuse.options import Settings
+
+FUSE_DEVICE = "/dev/fuse"
+FUSE_CONF = "/etc/fuse.conf"
+FUSERMOUNT = "fusermount3"
+
+# How long a directory may take to answer stat(2) before it counts as hung, in seconds.
+STAT_TIMEOUT = 5.0
+
+# What stat(2) says about the mount point of a FUSE daemon that has died (ENOTCONN) or whose
+# connection was aborted.
+_DEAD = (errno.ENOTCONN, errno.ECONNABORTED, errno.EIO)
+
+
+def check(settings: Settings) -> None:
+    """Check that the mount can work; call this before anything is forked or mounted.
+
+    Raises Failure with an exit code of its own for each thing that is wrong.
+    """
+    _check_source(settings.source)
+    if is_descriptor(settings.mountpoint):
+        return  # there is nothing left to look at or to mount
+    _check_mountpoint(settings.mountpoint)
+    _check_overlap(settings.source, settings.mountpoint)
+    _check_device()
+    # As root libfuse mounts by itself, but auto_unmount is the work of fusermount3.
+    if os.geteuid() != 0 or "auto_unmount" in settings.mount_options:
+        _check_fusermount()
+    if settings.allow_other and os.geteuid() != 0:
+        _check_allow_other()
+
+
+def is_descriptor(mountpoint: str) -> bool:
+    """Whether this is a mount that somebody else has made and handed over, open.
+
+    ``/dev/fd/N`` is libfuse's name for it (mount.fuse3(8), drop_privileges).
+    """
+    return re.fullmatch(r"/dev/fd/[0-9]+", mountpoint) is not None
+
+
+def _check_source(source: str) -> None:
+    if not _answers(source):
+        raise Failure(
+            ExitCode.SOURCE_UNREADABLE,
+            f"source {source} does not answer within {STAT_TIMEOUT:g} s: "
+            "check the disk or server that it is on",
+        )
+    try:
+        mode = os.stat(source).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise Failure(
+            ExitCode.SOURCE_MISSING, f"source {source} does not exist: create it or check the name"
+        ) from None
+    except OSError as error:
+        raise Failure(
+            ExitCode.SOURCE_UNREADABLE,
+            f"source {source} cannot be reached ({error.strerror}): check its permissions and "
+            "those of the directories above it",
+        ) from None
+    if not stat.S_ISDIR(mode):
+        raise Failure(
+            ExitCode.SOURCE_NOT_DIRECTORY, f"source {source} is not a directory: give a directory"
+        )
+    if not os.access(source, os.R_OK | os.X_OK, effective_ids=True):
+        raise Failure(
+            ExitCode.SOURCE_UNREADABLE,
+            f"source {source} may not be listed and entered by you: "
+            "check its permissions (r and x are needed)",
+        )
+
+
+def _check_mountpoint(mountpoint: str) -> None:
+    undo = f"unmount it with: fusermount3 -u {shlex.quote(mountpoint)}"
+    if not _answers(mountpoint):
+        raise Failure(
+            ExitCode.MOUNTPOINT_DEAD,
+            f"mount point {mountpoint} does not answer within {STAT_TIMEOUT:g} s: end the daemon "
+            f"that is mounted there, or {undo}",
+        )
+    try:
+        mode = os.stat(mountpoint).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise Failure(
+            ExitCode.MOUNTPOINT_MISSING,
+            f"mount point {mountpoint} does not exist: create it with mkdir",
+        ) from None
+    except OSError as error:
+        if error.errno in _DEAD:
+            raise Failure(
+                ExitCode.MOUNTPOINT_DEAD,
+                f"mount point {mountpoint} holds a dead mount ({error.strerror}): {undo}",
+            ) from None
+        # One cause is a live FUSE mount of another user: it shuts out everybody else, root too.
+        raise Failure(
+            ExitCode.MOUNT_REFUSED,
+            f"mount point {mountpoint} cannot be reached ({error.strerror}): check its "
+            "permissions, and that no other user has a mount there",
+        ) from None
+    if not stat.S_ISDIR(mode):
+        raise Failure(
+            ExitCode.MOUNTPOINT_NOT_DIRECTORY,
+            f"mount point {mountpoint} is not a directory: give a directory",
+        )
+
+
+def _check_overlap(source: str, mountpoint: str) -> None:
+    real_source = os.path.realpath(source)
+    real_mountpoint = os.path.realpath(mountpoint)
+    if _is_same(real_source, real_mountpoint):
+        raise Failure(
+            ExitCode.SAME_DIRECTORY,
+            f"{source} and {mountpoint} are the same directory: give another mount point",
+        )
+    if _is_inside(real_mountpoint, real_source):
+        raise Failure(
+            ExitCode.MOUNTPOINT_INSIDE_SOURCE,
+            f"mount point {mountpoint} lies inside the source {source}, so that requests would "
+            "come back into the daemon and freeze it: give a mount point outside",
+        )
+    if _is_inside(real_source, real_mountpoint):
+        raise Failure(
+            ExitCode.SOURCE_INSIDE_MOUNTPOINT,
+            f"source {source} lies inside the mount point {mountpoint}, which would hide it: "
+            "give a mount point outside",
+        )
+
+
+def _check_device() -> None:
+    try:
+        os.close(os.open(FUSE_DEVICE, os.O_RDWR | os.O_CLOEXEC))
+    except PermissionError as error:
+        raise Failure(
+            ExitCode.FUSE_DEVICE_DENIED,
+            f"{FUSE_DEVICE} may not be opened ({error.strerror}): "
+            "have root allow it (chmod 666, or the container's device rules)",
+        ) from None
+    except OSError as error:
+        raise Failure(
+            ExitCode.NO_FUSE_DEVICE,
+            f"there is no usable {FUSE_DEVICE} ({error.strerror}): load the kernel module with "
+            f"modprobe fuse, or give the container the device (--device {FUSE_DEVICE})",
+        ) from None
+
+
+def _check_fusermount() -> None:
+    if shutil.which(FUSERMOUNT) is None:
+        raise Failure(
+            ExitCode.NO_FUSERMOUNT,
+            f"{FUSERMOUNT} is not on the PATH: install the package fuse3",
+        )
+
+
+def _check_allow_other() -> None:
+    try:
+        with open(FUSE_CONF, encoding="utf-8", errors="replace") as conf:
+            lines = [line.partition("#")[0].strip() for line in conf]
+    except OSError:
+        # fusermount3 takes a file that it cannot read for an empty one too.
+        lines = []
+    if "user_allow_other" not in lines:
+        raise Failure(
+            ExitCode.ALLOW_OTHER_DENIED,
+            f"allow_other is not allowed to users: have root put the line user_allow_other into "
+            f"{FUSE_CONF}, or leave the option out",
+        )
+
+
+def _is_same(one: str, other: str) -> bool:
+    """Return whether two paths lead to one directory. Bind mounts give it more than one name."""
+    return one == other or os.path.samestat(os.stat(one), os.stat(other))
+
+
+def _is_inside(path: str, directory: str) -> bool:
+    """Return whether directory is one of the directories above path.
+
+    Both are real paths. Each directory above is compared by device and inode too, since a bind
+    mount can give the outer one a name that the inner path does not show.
+    """
+    above = path
+    while above != os.path.dirname(above):
+        above = os.path.dirname(above)
+        if _is_same(above, directory):
+            return True
+    return False
+
+
+def _answers(path: str) -> bool:
+    """Return whether stat(2) of path comes back, with whatever result, within STAT_TIMEOUT.
+
+    It runs in a child process, since a thread that is stuck in a hung mount could neither be
+    left behind nor be taken across a fork. Not covered: a mount that hangs only after this
+    answer, and one that hangs so that even SIGKILL has to wait for it; then the child stays
+    behind until the mount answers or is gone.
+    """
+    done, child_end = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        # Its end is all that it reports: the end closes the pipe.
+        try:
+            os.stat(path)
+        finally:
+            os._exit(0)
+    os.close(child_end)
+    try:
+        answered = bool(select.select([done], [], [], STAT_TIMEOUT)[0])
+    finally:
+        os.close(done)
+    if answered:
+        os.waitpid(pid, 0)
+    else:
+        os.kill(pid, signal.SIGKILL)
+    return answered

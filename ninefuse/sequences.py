@@ -1,0 +1,182 @@
+"""FUSE callbacks as sequences of 9P messages.
+
+One coroutine for each callback that takes more than one message (docs/operations.md has
+the whole table). Each is itself an operation body: whatever threading model runs it
+runs all of its messages as one request. Nothing here knows of pyfuse3.
+
+Locks touched: those of the messages. None is held from one message to the next.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Awaitable, Sequence
+from typing import TypeVar
+
+from ninefuse import ops
+from ninefuse.credentials import Caller
+from ninefuse.fids import Fid, error
+from ninefuse.ops.io import report_close
+from ninefuse.ops.walk import KERNEL
+from ninefuse.qids import ROOT_NODEID
+from ninefuse.session import Session
+from ninefuse.syscalls import Attributes
+
+T = TypeVar("T")
+
+
+async def lookup(session: Session, parent: int, name: bytes) -> tuple[Fid, Attributes]:
+    """walk one name to the kernel's fid, getattr."""
+    _, fid = await ops.walk(session, parent, KERNEL, [name])
+    assert fid is not None  # a walk of one name succeeds or raises
+    return fid, await _or_forget(session, fid, ops.getattr(session, fid.number))
+
+
+async def forget(session: Session, forgets: Sequence[tuple[int, int]]) -> None:
+    """clunk each fid whose lookups have all been taken back."""
+    session.fids.forget(forgets)
+
+
+async def setattr(
+    session: Session, nodeid: int, handle: int | None, changes: ops.Changes
+) -> Attributes:
+    """setattr on the open fid if there is one, getattr."""
+    await ops.setattr(session, nodeid if handle is None else handle, changes)
+    return await ops.getattr(session, nodeid)
+
+
+async def mkdir(
+    session: Session, parent: int, name: bytes, mode: int, caller: Caller
+) -> tuple[Fid, Attributes]:
+    """mkdir, walk, getattr."""
+    await ops.mkdir(session, parent, name, mode, caller)
+    return await lookup(session, parent, name)
+
+
+async def mknod(
+    session: Session, parent: int, name: bytes, mode: int, rdev: int, caller: Caller
+) -> tuple[Fid, Attributes]:
+    """mknod, walk, getattr."""
+    await ops.mknod(session, parent, name, mode, rdev, caller)
+    return await lookup(session, parent, name)
+
+
+async def symlink(
+    session: Session, parent: int, name: bytes, target: bytes, caller: Caller
+) -> tuple[Fid, Attributes]:
+    """symlink, walk, getattr."""
+    await ops.symlink(session, parent, name, target, caller)
+    return await lookup(session, parent, name)
+
+
+async def link(session: Session, nodeid: int, parent: int, name: bytes) -> tuple[Fid, Attributes]:
+    """link, walk from the file to itself (a lookup is counted), getattr."""
+    await ops.link(session, parent, nodeid, name)
+    _, fid = await ops.walk(session, nodeid, KERNEL)
+    assert fid is not None
+    return fid, await _or_forget(session, fid, ops.getattr(session, fid.number))
+
+
+async def open_fid(session: Session, nodeid: int, flags: int) -> int:
+    """walk to a clone, lopen it; its number is the file handle."""
+    handle = session.fids.new_number()
+    await ops.walk(session, nodeid, handle)
+    return await _or_clunk(session, handle, _lopen(session, handle, flags))
+
+
+async def create(
+    session: Session, parent: int, name: bytes, flags: int, mode: int, caller: Caller
+) -> tuple[int, Fid, Attributes]:
+    """walk to a clone of the directory, lcreate, walk to the kernel's fid, getattr.
+
+    The second walk starts from the file just made, not from its name: whatever has the
+    name by then is none of its business.
+    """
+    handle = session.fids.new_number()
+    await ops.walk(session, parent, handle)
+    return await _or_clunk(session, handle, _lcreate(session, handle, name, flags, mode, caller))
+
+
+async def flush(session: Session, handle: int) -> None:
+    """No message: the errors that a close reports, fetched before the clunk."""
+    await report_close(session, handle)
+
+
+async def statfs(session: Session) -> os.statvfs_result:
+    """statfs of the root: pyfuse3 does not say which file was asked for."""
+    return await ops.statfs(session, ROOT_NODEID)
+
+
+async def getxattr(session: Session, nodeid: int, name: bytes) -> bytes:
+    """xattrwalk to a fid of its own, read, clunk."""
+    return await _read_attribute(session, nodeid, name)
+
+
+async def listxattr(session: Session, nodeid: int) -> list[bytes]:
+    """xattrwalk without a name, read, clunk."""
+    return (await _read_attribute(session, nodeid, b"")).split(b"\0")[:-1]
+
+
+async def setxattr(session: Session, nodeid: int, name: bytes, value: bytes) -> None:
+    """walk to a clone, xattrcreate, write, clunk: which sets it."""
+    clone = session.fids.new_number()
+    await ops.walk(session, nodeid, clone)
+    await _or_clunk(session, clone, _fill_attribute(session, clone, name, value))
+    await ops.clunk(session, clone)
+
+
+async def removexattr(session: Session, nodeid: int, name: bytes) -> None:
+    """walk to a clone, xattrcreate to remove, clunk: which removes it."""
+    clone = session.fids.new_number()
+    await ops.walk(session, nodeid, clone)
+    removing = ops.xattrcreate(session, clone, name, 0, remove=True)
+    await _or_clunk(session, clone, removing)
+    await ops.clunk(session, clone)
+
+
+async def _lopen(session: Session, handle: int, flags: int) -> int:
+    await ops.lopen(session, handle, flags)
+    return handle
+
+
+async def _lcreate(
+    session: Session, handle: int, name: bytes, flags: int, mode: int, caller: Caller
+) -> tuple[int, Fid, Attributes]:
+    await ops.lcreate(session, handle, name, flags, mode, caller)
+    _, fid = await ops.walk(session, handle, KERNEL)
+    assert fid is not None
+    return handle, fid, await _or_forget(session, fid, ops.getattr(session, fid.number))
+
+
+async def _read_attribute(session: Session, nodeid: int, name: bytes) -> bytes:
+    attribute = session.fids.new_number()
+    size = await ops.xattrwalk(session, nodeid, attribute, name)
+    try:
+        return await ops.read(session, attribute, 0, size)
+    finally:
+        await ops.clunk(session, attribute)
+
+
+async def _fill_attribute(session: Session, clone: int, name: bytes, value: bytes) -> None:
+    await ops.xattrcreate(session, clone, name, len(value))
+    if value and await ops.write(session, clone, 0, value) != len(value):
+        raise error(errno.EIO)
+
+
+async def _or_clunk(session: Session, fid: int, message: Awaitable[T]) -> T:
+    """Await a message; where it fails, clunk the fid that it was for."""
+    try:
+        return await message
+    except BaseException:
+        await ops.clunk(session, fid)
+        raise
+
+
+async def _or_forget(session: Session, fid: Fid, message: Awaitable[T]) -> T:
+    """Await a message; where it fails, take back the lookup that no reply will tell of."""
+    try:
+        return await message
+    except BaseException:
+        session.fids.forget([(fid.number, 1)])
+        raise

@@ -1,0 +1,350 @@
+"""What the operations of one mount share: the fid table, the rename lock, the rules.
+
+Also the one way to a node's descriptor: `using` pins it, and opens it again where it
+was reclaimed or never made.
+
+Locks touched: the rename lock, read, to open a node again by its name; written, to
+reclaim descriptors. The fid table's, through fids.py.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import stat
+from collections.abc import Callable
+from typing import Protocol
+
+from ninefuse.commands import Body, blocking
+from ninefuse.fids import Fid, FidTable, Node, error
+from ninefuse.locks import RenameLock
+from ninefuse.syscalls import stat_descriptor, stat_name
+
+NAME_MAX = 255  # bytes
+PERMISSIONS = 0o7777  # mode bits besides the type: set-user-id and the like are among them
+_FEWEST_DESCRIPTORS = 64
+
+
+class Background(Protocol):
+    """What a session needs of its driver: to have things done after a body."""
+
+    def defer(self, function: Callable[..., object], *args: object) -> None: ...
+
+    def in_background(self, name: str, body: Body[None]) -> None: ...
+
+
+class Session:
+    """One client's view of one source directory.
+
+    Args:
+        driver: makes deferred calls and runs bodies nobody waits for (an Executor).
+        read_only: refuse what would change the source, with EROFS.
+        sync_directories: make changes of a directory durable before they are
+            acknowledged (mount(8)'s sync and dirsync).
+        most_descriptors: O_PATH descriptors to keep for nodes; by default half of the
+            process's limit on open files, so that the other half is there to open files.
+    """
+
+    def __init__(
+        self,
+        driver: Background,
+        *,
+        read_only: bool = False,
+        sync_directories: bool = False,
+        most_descriptors: int | None = None,
+    ) -> None:
+        self.fids = FidTable(driver.defer)
+        self.rename_lock = RenameLock()
+        self.read_only = read_only
+        self.sync_directories = sync_directories
+        if most_descriptors is None:
+            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            most_descriptors = max(_FEWEST_DESCRIPTORS, limit // 2)
+        self.most_descriptors = most_descriptors
+        self.msize = 0  # bytes of a message, agreed by version
+        self._driver = driver
+        self._reclaiming = False
+
+    def using(self, number: int, *, locked: bool = False) -> Use:
+        """``async with session.using(fid) as use``: reference a fid, pin its node.
+
+        Inside, ``use.fid`` is the fid, ``use.node`` its node and ``use.fd`` the node's
+        O_PATH descriptor.
+
+        Args:
+            number: the fid.
+            locked: whether the body holds the rename lock already.
+
+        Raises:
+            OSError: unknown fid (see `FidTable.get`); ESTALE where the node had no
+                descriptor and its name leads to it no more.
+
+        Locks: the rename lock, read, if the node's descriptor has to be opened again
+        and ``locked`` is false.
+        """
+        return Use(self, number, locked)
+
+    def using_node(self, node: Node, *, locked: bool = False) -> UseNode:
+        """``async with session.using_node(node)``: as `using`, for a node held already."""
+        return UseNode(self, node, locked)
+
+    def writable(self) -> None:
+        """Refuse with EROFS on a read-only session."""
+        if self.read_only:
+            raise error(errno.EROFS)
+
+    def reopen(self, node: Node) -> None:
+        """Open a node again by its parent and name. Blocks; the rename lock is held.
+
+        Climbs to the nearest ancestor that has a descriptor and comes down from it, one
+        name at a time, comparing each file with what its node knows of it.
+
+        Raises:
+            OSError: ESTALE, the names do not lead there any more.
+        """
+        way: list[tuple[Node, bytes]] = []
+        passed: set[Node] = set()
+        top: Node = node
+        while not self.fids.pin(top):
+            self.fids.unpin(top)
+            place = top.place  # read once: a walk may find the file at another place
+            # A directory mounted below itself is found below itself.
+            if place is None or top in passed:
+                raise error(errno.ESTALE)
+            passed.add(top)
+            way.append((top, place[1]))
+            top = place[0]
+        fd = -1
+        try:
+            for step, name in reversed(way):
+                above, fd = fd, open_step(top.fd if fd < 0 else fd, name)
+                if above >= 0:
+                    os.close(above)
+                if not step.shows(stat_descriptor(fd)):
+                    raise error(errno.ESTALE)
+        except (FileNotFoundError, NotADirectoryError):
+            _close(fd)
+            raise error(errno.ESTALE) from None
+        except BaseException:
+            _close(fd)
+            raise
+        finally:
+            self.fids.unpin(top)
+        if fd >= 0:
+            self.fids.give_descriptor(node, fd)
+
+    async def keep(self, directory: Node, name: bytes) -> None:
+        """Give the file behind a name its descriptor, before the name goes away.
+
+        A node that has none could not be opened again after the name is gone, but the
+        kernel may still use the file.
+
+        Locks: the rename lock is held by the caller.
+        """
+        try:
+            a = await blocking(directory.path, stat_name, directory.fd, name)
+        except FileNotFoundError:
+            return
+        node = self.fids.known(a)
+        if node is None:
+            return
+        try:
+            if node.fd < 0:
+                await blocking(directory.path, self._open_named, directory, name, node)
+                self.note_descriptors()
+        finally:
+            self.fids.drop(node)
+
+    def note_descriptors(self) -> None:
+        """Have the coldest descriptors reclaimed when there are too many."""
+        if self.fids.descriptors > self.most_descriptors and not self._reclaiming:
+            self._reclaiming = True
+            self._driver.in_background("reclaim", self._reclaim())
+
+    async def settle(self, directory: Node) -> None:
+        """Make what was changed in a directory durable, where the mount asks for it."""
+        if self.sync_directories:
+            await blocking(directory.path, _sync_directory, directory.fd)
+
+    def _open_named(self, directory: Node, name: bytes, node: Node) -> None:
+        fd = open_step(directory.fd, name)
+        if node.shows(stat_descriptor(fd)):
+            self.fids.give_descriptor(node, fd)
+        else:
+            os.close(fd)
+
+    async def _reclaim(self) -> None:
+        """Close descriptors that can be opened again, down to seven eighths of the most.
+
+        Locks: the rename lock, written: no name may change between the check that it
+        leads to the node and the close.
+        """
+        try:
+            async with self.rename_lock.writing:
+                surplus = self.fids.descriptors - self.most_descriptors * 7 // 8
+                await blocking(None, self._close_coldest, surplus)
+        finally:
+            self._reclaiming = False
+
+    def _close_coldest(self, surplus: int) -> None:
+        # The newest first: a directory is mostly older than what was found in it, and would
+        # have to be opened again to see that its entries can be.
+        reopened: list[Node] = []  # directories that are open only for this look, pinned
+        for node in reversed(self.fids.coldest(surplus)):
+            if self._leads_back(node, reopened):
+                self._let_go(node)
+            else:
+                self.fids.unpin(node)
+        for directory in reopened:
+            self._let_go(directory)
+
+    def _leads_back(self, node: Node, reopened: list[Node]) -> bool:
+        """Whether a node's parent and name still lead to it."""
+        if node.place is None:
+            return False
+        parent, name = node.place
+        try:
+            if not self.fids.pin(parent):
+                self.reopen(parent)
+                self.fids.pin(parent)
+                reopened.append(parent)
+            return node.shows(stat_name(parent.fd, name))
+        except OSError:
+            return False
+        finally:
+            self.fids.unpin(parent)
+
+    def _let_go(self, node: Node) -> None:
+        """Close the descriptor of a pinned node that nobody else uses, and unpin it."""
+        fd = self.fids.take_descriptor(node)
+        self.fids.unpin(node)
+        if fd >= 0:
+            os.close(fd)
+
+
+class UseNode:
+    """A node referenced and pinned, for an ``async with`` block; `Session.using_node`."""
+
+    __slots__ = ("_locked", "_session", "node")
+
+    def __init__(self, session: Session, node: Node, locked: bool) -> None:
+        self._session = session
+        self._locked = locked
+        self.node = node
+
+    async def __aenter__(self) -> Node:
+        session, node = self._session, self.node
+        if not session.fids.pin(node):
+            try:
+                if self._locked:
+                    await blocking(node.path, session.reopen, node)
+                else:
+                    async with session.rename_lock.reading:
+                        await blocking(node.path, session.reopen, node)
+                session.note_descriptors()
+            except BaseException:
+                session.fids.unpin(node)
+                raise
+        return node
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._session.fids.unpin(self.node)
+
+
+class Use:
+    """A fid referenced and its node pinned, for an ``async with`` block; `Session.using`."""
+
+    __slots__ = ("_locked", "_number", "_pin", "_session", "fid")
+
+    fid: Fid
+    _pin: UseNode
+
+    def __init__(self, session: Session, number: int, locked: bool) -> None:
+        self._session = session
+        self._number = number
+        self._locked = locked
+
+    async def __aenter__(self) -> Use:
+        self.fid = self._session.fids.get(self._number)
+        # The fid may be moved to another node meanwhile: this one is what is used here.
+        self._pin = UseNode(self._session, self.fid.node, self._locked)
+        try:
+            await self._pin.__aenter__()
+        except BaseException:
+            self._session.fids.put(self.fid)
+            raise
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._pin.__aexit__()
+        self._session.fids.put(self.fid)
+
+    @property
+    def node(self) -> Node:
+        """The node that the fid stood on when the block was entered."""
+        return self._pin.node
+
+    @property
+    def fd(self) -> int:
+        """The node's O_PATH descriptor."""
+        return self._pin.node.fd
+
+
+def open_step(directory: int, name: bytes) -> int:
+    """An O_PATH descriptor of a name in a directory; a symlink is not followed."""
+    return os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+
+
+def _close(fd: int) -> None:
+    if fd >= 0:
+        os.close(fd)
+
+
+def _sync_directory(fd: int) -> None:
+    # An O_PATH descriptor cannot be synced.
+    readable = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)
+    try:
+        os.fsync(readable)
+    finally:
+        os.close(readable)
+
+
+def path_of(fd: int) -> str:
+    """The path by which calls that take no descriptor reach an open file (proc(5))."""
+    return f"/proc/self/fd/{fd}"
+
+
+def check_offset(*offsets: int) -> None:
+    """Refuse what is no place in a file, or no size of one, with EINVAL: off_t has 63 bits."""
+    if not all(0 <= offset < 1 << 63 for offset in offsets):
+        raise error(errno.EINVAL)
+
+
+def check_component(name: bytes, *, illegal: int = errno.EINVAL) -> None:
+    """Refuse what is not one name in a directory.
+
+    Args:
+        name: a path component.
+        illegal: the errno for an empty name and for one with a slash or a zero byte.
+
+    Raises:
+        OSError: ``illegal``; ENAMETOOLONG, over 255 bytes.
+    """
+    if not name or b"/" in name or b"\0" in name:
+        raise error(illegal)
+    if len(name) > NAME_MAX:
+        raise error(errno.ENAMETOOLONG)
+
+
+def check_new_name(name: bytes) -> None:
+    """Refuse a name that nothing can be made under; EEXIST for ``.`` and ``..``."""
+    check_component(name)
+    if name in (b".", b".."):
+        raise error(errno.EEXIST)
+
+
+def check_directory(node: Node) -> None:
+    """Refuse a node that is not a directory, with ENOTDIR."""
+    if node.kind != stat.S_IFDIR:
+        raise error(errno.ENOTDIR)

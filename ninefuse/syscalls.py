@@ -1,0 +1,262 @@
+"""System calls that Python's os module lacks, or offers without what is needed here.
+
+All take descriptors and single names, never paths that are walked. Each may block; none
+takes a lock. A call that a signal interrupts is made again, as Python does for its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import stat
+import struct
+from collections.abc import Callable
+from enum import Enum
+from typing import Any, NamedTuple
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+_AT_FDCWD = -100
+_AT_SYMLINK_NOFOLLOW = 0x100
+_AT_NO_AUTOMOUNT = 0x800
+_AT_EMPTY_PATH = 0x1000
+_STATX_BASIC_STATS_AND_BTIME = 0xFFF
+
+RENAME_NOREPLACE = 1
+RENAME_EXCHANGE = 2
+
+_UTIME_NOW = 0x3FFFFFFF
+_UTIME_OMIT = 0x3FFFFFFE
+
+_OVERLAYFS = 0x794C7630  # OVERLAYFS_SUPER_MAGIC
+
+_BILLION = 1_000_000_000
+
+
+def _function(name: str, *argtypes: Any) -> Callable[..., int]:
+    function = getattr(_libc, name)
+    if argtypes:
+        function.argtypes = argtypes
+
+    def call(*args: Any) -> int:
+        while True:
+            result: int = function(*args)
+            if result >= 0:
+                return result
+            code = ctypes.get_errno()
+            if code != errno.EINTR:
+                raise OSError(code, os.strerror(code))
+
+    return call
+
+
+_statx = _function(
+    "statx", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p
+)
+_renameat2 = _function(
+    "renameat2", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint
+)
+_utimensat = _function("utimensat", ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int)
+_fstatfs = _function("fstatfs", ctypes.c_int, ctypes.c_void_p)
+_getdents64 = _function("getdents64", ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t)
+
+_STATX = struct.Struct("=IIQIIIHxxQQQQqIxxxxqIxxxxqIxxxxqIxxxxIIII")
+_StatxBuffer = ctypes.c_char * 256
+_Timespecs = struct.Struct("=qqqq")
+_DIRENT = struct.Struct("=QqHB")  # d_ino, d_off, d_reclen, d_type; the name follows
+
+
+class Attributes(NamedTuple):
+    """What statx(2) says of a file, in the order in which the kernel lays it out."""
+
+    mask: int
+    blksize: int
+    flags: int
+    nlink: int
+    uid: int
+    gid: int
+    mode: int
+    ino: int
+    size: int
+    blocks: int  # of 512 bytes
+    flags_mask: int
+    atime_seconds: int
+    atime_nanoseconds: int
+    btime_seconds: int
+    btime_nanoseconds: int
+    ctime_seconds: int
+    ctime_nanoseconds: int
+    mtime_seconds: int
+    mtime_nanoseconds: int
+    rdev_major: int
+    rdev_minor: int
+    dev_major: int
+    dev_minor: int
+
+    @property
+    def kind(self) -> int:
+        """The file type: the S_IFMT bits of the mode."""
+        return stat.S_IFMT(self.mode)
+
+    @property
+    def dev(self) -> int:
+        """The device that the file lies on."""
+        return os.makedev(self.dev_major, self.dev_minor)
+
+    @property
+    def rdev(self) -> int:
+        """The device that a special file stands for."""
+        return os.makedev(self.rdev_major, self.rdev_minor)
+
+    @property
+    def atime_ns(self) -> int:
+        """Last access, nanoseconds since 1970."""
+        return self.atime_seconds * _BILLION + self.atime_nanoseconds
+
+    @property
+    def mtime_ns(self) -> int:
+        """Last change of the data, nanoseconds since 1970."""
+        return self.mtime_seconds * _BILLION + self.mtime_nanoseconds
+
+    @property
+    def ctime_ns(self) -> int:
+        """Last change of the inode, nanoseconds since 1970."""
+        return self.ctime_seconds * _BILLION + self.ctime_nanoseconds
+
+    @property
+    def birth(self) -> int:
+        """Creation time in nanoseconds, 0 where the file system does not keep it."""
+        return self.btime_seconds * _BILLION + self.btime_nanoseconds
+
+
+def stat_descriptor(fd: int) -> Attributes:
+    """The attributes of an open file, O_PATH ones included (statx(2))."""
+    buffer = _StatxBuffer()
+    _statx(fd, b"", _AT_EMPTY_PATH, _STATX_BASIC_STATS_AND_BTIME, buffer)
+    return Attributes._make(_STATX.unpack_from(buffer))
+
+
+def stat_name(directory: int, name: bytes) -> Attributes:
+    """The attributes of a name in a directory; a symlink is not followed (statx(2))."""
+    buffer = _StatxBuffer()
+    flags = _AT_SYMLINK_NOFOLLOW | _AT_NO_AUTOMOUNT
+    _statx(directory, name, flags, _STATX_BASIC_STATS_AND_BTIME, buffer)
+    return Attributes._make(_STATX.unpack_from(buffer))
+
+
+def births_change(fd: int) -> bool:
+    """Whether a file may get another birth time while it lives (fstatfs(2)).
+
+    On overlayfs it does: the first change of a file of a lower layer copies the file up,
+    and from then on the copy's birth is what statx says. The inode number stays.
+    """
+    buffer = (ctypes.c_long * 32)()  # struct statfs is smaller; the type comes first
+    _fstatfs(fd, buffer)
+    return buffer[0] == _OVERLAYFS
+
+
+def rename(old_dir: int, old_name: bytes, new_dir: int, new_name: bytes, flags: int) -> None:
+    """renameat2(2): ``flags`` is 0, RENAME_NOREPLACE or RENAME_EXCHANGE."""
+    _renameat2(old_dir, old_name, new_dir, new_name, flags)
+
+
+class SetTime(Enum):
+    """What else than a moment a file's time can be set to."""
+
+    NOW = (0, _UTIME_NOW)
+    OMIT = (0, _UTIME_OMIT)  # leave it as it is
+
+
+def set_times(fd: int, atime_ns: int | SetTime, mtime_ns: int | SetTime) -> None:
+    """Set the times of an open file, O_PATH ones and symlinks included (utimensat(2)).
+
+    Args:
+        fd: the file.
+        atime_ns: last access, nanoseconds since 1970, or a `SetTime`.
+        mtime_ns: last change, likewise.
+
+    Raises:
+        OSError: EINVAL, further from 1970 than 64 bits of seconds reach; the errors of
+            utimensat(2).
+    """
+    try:
+        times = _Timespecs.pack(*_timespec(atime_ns), *_timespec(mtime_ns))
+    except struct.error:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL)) from None
+    _utimensat(_AT_FDCWD, b"/proc/self/fd/%d" % fd, times, 0)
+
+
+def _timespec(ns: int | SetTime) -> tuple[int, int]:
+    if isinstance(ns, SetTime):
+        return ns.value
+    return divmod(ns, _BILLION)
+
+
+class DirectoryEntry(NamedTuple):
+    """An entry as getdents64(2) gives it."""
+
+    ino: int
+    offset: int  # the cookie of the entry after this one
+    type: int  # DT_*, which is the S_IFMT bits shifted right by 12
+    name: bytes
+
+
+def read_entries(fd: int, size: int) -> list[DirectoryEntry]:
+    """The next entries of an open directory; an empty list at its end (getdents64(2)).
+
+    Args:
+        fd: the directory, open for reading; its offset moves.
+        size: how many bytes of the kernel's records to take at most.
+    """
+    buffer = ctypes.create_string_buffer(size)
+    filled = _getdents64(fd, buffer, size)
+    raw = buffer.raw[:filled]
+    entries = []
+    at = 0
+    while at < filled:
+        ino, offset, length, kind = _DIRENT.unpack_from(raw, at)
+        name = raw[at + _DIRENT.size : at + length]
+        entries.append(DirectoryEntry(ino, offset, kind, name[: name.index(0)]))
+        at += length
+    return entries
+
+
+# Numbers and values of the mount calls, which glibc has had only since 2.36. They are
+# the same on every architecture (include/uapi/asm-generic/unistd.h).
+_SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = 430, 431, 432
+_FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = 1
+_FSCONFIG_CMD_CREATE = 6
+
+_syscall = _function("syscall")
+
+
+def detached_mount(kind: bytes) -> int:
+    """Mount a file system that needs no source, visible to nobody else.
+
+    Args:
+        kind: its type, as in mount(8)'s -t.
+
+    Returns:
+        A descriptor of its root; closing it ends the mount (fsmount(2)).
+    """
+    context = _syscall(
+        ctypes.c_long(_SYS_FSOPEN), ctypes.c_char_p(kind), ctypes.c_long(_FSOPEN_CLOEXEC)
+    )
+    try:
+        _syscall(
+            ctypes.c_long(_SYS_FSCONFIG),
+            ctypes.c_long(context),
+            ctypes.c_long(_FSCONFIG_CMD_CREATE),
+            ctypes.c_void_p(),
+            ctypes.c_void_p(),
+            ctypes.c_long(0),
+        )
+        return _syscall(
+            ctypes.c_long(_SYS_FSMOUNT),
+            ctypes.c_long(context),
+            ctypes.c_long(_FSMOUNT_CLOEXEC),
+            ctypes.c_long(0),
+        )
+    finally:
+        os.close(context)

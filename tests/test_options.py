@@ -1,0 +1,256 @@
+"""The -o options and how they join the command line in one Settings."""
+
+import dataclasses
+import os
+
+import pytest
+
+from ninefuse.exitcodes import ExitCode, Failure
+from ninefuse.options import (
+    DEFAULT_THREADS,
+    MAX_THREADS,
+    MountOptions,
+    Settings,
+    make_settings,
+    parse_options,
+    split_words,
+)
+
+
+def settings(*words: str, source: str = "/src") -> Settings:
+    return make_settings(source, "/mnt", parse_options(words))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", [""]),
+        ("ro", ["ro"]),
+        ("a,b,,c,", ["a", "b", "", "c", ""]),
+        (r"a\,b,c", ["a,b", "c"]),
+        (r"a\\,b", ["a\\", "b"]),
+        (r"a\\\,b", [r"a\,b"]),
+        (r"a\b", [r"a\b"]),
+        ("a\\", ["a\\"]),
+    ],
+)
+def test_words_split_at_commas_that_no_backslash_keeps(text: str, words: list[str]) -> None:
+    assert split_words(text) == words
+
+
+def test_defaults() -> None:
+    assert settings() == Settings(
+        source="/src",
+        mountpoint="/mnt",
+        model="second",
+        threads=16,
+        foreground=False,
+        debug=False,
+        log_file=None,
+        log_level="info",
+        read_only=False,
+        dirsync=False,
+        sync=False,
+        xattr=True,
+        allow_other=False,
+        attr_timeout=1.0,
+        entry_timeout=1.0,
+        negative_timeout=1.0,
+        keep_cache=False,
+        mount_options=("default_permissions", "subtype=ninefuse", "fsname=/src"),
+    )
+
+
+def test_settings_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        settings().threads = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("", "defaults", "nofail", "user", "users", "nouser", "owner", "group", "auto", "noauto"),
+        *("_netdev", "relatime", "norelatime", "strictatime", "nostrictatime", "lazytime"),
+        *("nolazytime", "nonempty", "default_permissions", "x-systemd.automount", "user=joe"),
+        *("x-systemd.requires=/a", "X-mount.mkdir", "comment=what, ever".replace(",", r"\,")),
+    ],
+)
+def test_what_fstab_writes_changes_nothing(word: str) -> None:
+    assert settings(word) == settings()
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("foo", "foo=bar", "ro=1", "debug=1", "max_read=4096", "xattr", "uid=0", "kernel_cache"),
+        *("nosymfollow", "umask=022", "RO", " ro", "allow_root", "direct_io", "commentary"),
+    ],
+)
+def test_anything_else_is_refused_by_name(word: str) -> None:
+    with pytest.raises(Failure) as caught:
+        parse_options(["ro", f"nofail,{word},rw"])
+    assert caught.value.code == ExitCode.USAGE
+    assert word in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("words", "passed"),
+    [
+        (["ro"], {"ro"}),
+        (["rw"], set()),
+        (["ro", "rw"], set()),
+        (["ro,rw,ro"], {"ro"}),
+        (["noexec"], {"noexec"}),
+        (["noexec,exec"], set()),
+        (["sync"], {"sync"}),
+        (["sync", "async"], set()),
+        (["dirsync"], {"dirsync"}),
+        (["noatime"], {"noatime"}),
+        (["noatime,atime"], set()),
+        # libfuse mounts nodev and nosuid by itself, also as root, so these must reach it.
+        (["dev,suid"], {"dev", "suid"}),
+        (["dev,nodev", "nosuid,suid"], {"nodev", "suid"}),
+        # libfuse 3.14 refuses this word.
+        (["nodiratime"], set()),
+        (["allow_other"], {"allow_other"}),
+        (["auto_unmount"], {"auto_unmount"}),
+        (["noxattr,debug,cache=none,threads=3,model=none,attr_timeout=3"], set()),
+        (
+            ["ro,noatime,nosuid,nodev,noexec,dirsync"],
+            {"ro", "noatime", "nosuid", "nodev", "noexec", "dirsync"},
+        ),
+    ],
+)
+def test_words_for_libfuse(words: list[str], passed: set[str]) -> None:
+    given = settings(*words).mount_options
+    assert len(given) == len(set(given))
+    assert set(given) - set(settings().mount_options) == passed
+    assert "default_permissions" in given
+
+
+def test_flags_that_the_daemon_itself_heeds() -> None:
+    given = settings("ro,dirsync,sync,noxattr,allow_other,debug")
+    assert given.read_only
+    assert given.dirsync
+    assert given.sync
+    assert not given.xattr
+    assert given.allow_other
+    assert given.debug
+    assert given.foreground, "debug stays in the foreground, as with all FUSE commands"
+    assert not settings("ro,sync", "rw,async").read_only
+    assert not settings("ro,sync", "rw,async").sync
+
+
+@pytest.mark.parametrize(
+    ("name", "keep_cache", "seconds"),
+    [
+        ("none", False, 0.0),
+        ("auto", False, 1.0),
+        ("readahead", False, 1.0),
+        ("mmap", False, 1.0),
+        ("loose", True, 86400.0),
+        ("fscache", True, 86400.0),
+    ],
+)
+def test_cache(name: str, keep_cache: bool, seconds: float) -> None:
+    given = settings(f"cache={name}")
+    assert given.keep_cache is keep_cache
+    assert (given.attr_timeout, given.entry_timeout, given.negative_timeout) == (seconds,) * 3
+
+
+@pytest.mark.parametrize("name", ["attr_timeout", "entry_timeout", "negative_timeout"])
+@pytest.mark.parametrize("order", ["{0},cache=loose", "cache=loose,{0}"])
+def test_a_timeout_by_name_beats_cache_in_either_order(name: str, order: str) -> None:
+    expected = dataclasses.replace(settings("cache=loose"), **{name: 2.5})  # type: ignore[arg-type]
+    assert settings(order.format(f"{name}=2.5")) == expected
+
+
+def test_later_words_win() -> None:
+    given = settings("cache=loose,model=first,threads=3", "cache=none", "model=none,threads=4")
+    assert given.attr_timeout == 0
+    assert not given.keep_cache
+    assert given.model == "none"
+    assert given.threads == 4
+    assert settings("attr_timeout=5,attr_timeout=0").attr_timeout == 0
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("attr_timeout=-1", "attr_timeout=nan", "entry_timeout=inf", "negative_timeout=x"),
+        *("attr_timeout=", "attr_timeout", "entry_timeout=-0.001", "attr_timeout=1e999"),
+        *("cache=", "cache", "cache=always", "model=third", "model", "model=None"),
+        *("threads=0", "threads=1025", "threads=-1", "threads=1.5", "threads=", "threads=1_6"),
+        *("threads", "threads= 3", "threads=3x", "threads=\u0663", "threads=" + "9" * 5000),
+        *("fsname=", "fsname", "subtype="),
+    ],
+)
+def test_bad_values_are_refused_by_name(word: str) -> None:
+    with pytest.raises(Failure) as caught:
+        parse_options([word])
+    assert caught.value.code == ExitCode.USAGE
+    assert f"-o {word.partition('=')[0]}" in caught.value.message
+
+
+def test_a_bad_value_is_refused_even_when_a_later_one_would_win() -> None:
+    with pytest.raises(Failure, match="cache=bogus"):
+        parse_options(["cache=bogus,cache=none"])
+
+
+@pytest.mark.parametrize("number", [1, 16, MAX_THREADS])
+def test_threads(number: int) -> None:
+    assert settings(f"threads={number}").threads == number
+
+
+@pytest.mark.parametrize(
+    ("source", "word"),
+    [
+        ("/a,b", r"fsname=/a\,b"),
+        ("/a\\b", r"fsname=/a\\b"),
+        ("/a\\,b", r"fsname=/a\\\,b"),
+        # libfuse reads three digits after a backslash as an octal number: doubled, they are not.
+        ("/a\\101", r"fsname=/a\\101"),
+        ("/a b=c", "fsname=/a b=c"),
+        ("/caf\u00e9", "fsname=/caf?"),
+        ("/a\nb\x7f\t", "fsname=/a?b??"),
+        (os.fsdecode(b"/\xff"), "fsname=/?"),
+    ],
+)
+def test_fsname_is_the_source_escaped_and_in_ascii(source: str, word: str) -> None:
+    given = settings(source=source)
+    assert given.source == source
+    assert word in given.mount_options
+    "".join(given.mount_options).encode("us-ascii")
+
+
+def test_fsname_and_subtype_as_given() -> None:
+    given = settings(r"fsname=server:/x\,y\\z,subtype=other,fsname=last\,one").mount_options
+    assert given == ("default_permissions", "subtype=other", r"fsname=last\,one")
+    # fusermount3 would cut these off the subtype, escaped or not.
+    assert r"subtype=a?b?c" in settings(r"subtype=a\,b\\c").mount_options
+
+
+def test_paths_become_absolute(tmp_path: os.PathLike[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = make_settings("src/", "../mnt", MountOptions(), log_file="log")
+    assert given.source == os.path.join(tmp_path, "src")
+    assert given.mountpoint == os.path.join(os.path.dirname(tmp_path), "mnt")
+    assert given.log_file == os.path.join(tmp_path, "log")
+
+
+@pytest.mark.parametrize(
+    ("source", "mountpoint", "log"), [("", "/m", "l"), ("/s", "", "l"), ("/s", "/m", "")]
+)
+def test_an_empty_path_is_not_the_current_directory(source: str, mountpoint: str, log: str) -> None:
+    with pytest.raises(Failure) as caught:
+        make_settings(source, mountpoint, MountOptions(), log_file=log)
+    assert caught.value.code == ExitCode.USAGE
+
+
+def test_the_command_line_beats_the_options() -> None:
+    options = parse_options(["model=first,threads=3"])
+    given = make_settings("/s", "/m", options, model="none", threads=5)
+    assert (given.model, given.threads) == ("none", 5)
+    given = make_settings("/s", "/m", options)
+    assert (given.model, given.threads) == ("first", 3)
+    assert make_settings("/s", "/m", MountOptions()).threads == DEFAULT_THREADS

@@ -1,0 +1,509 @@
+"""The launcher, the pins, the wheel, tools/setup and the Makefile.
+
+tools/setup runs here in a scratch checkout, with a PATH that holds stand-ins for Python, apt-get
+and the compiler, so that nothing is downloaded and nothing of the machine is touched.
+"""
+
+import configparser
+import os
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+import ninefuse
+
+ROOT = Path(__file__).resolve().parent.parent
+OLDEST = "3.10"
+
+
+def run(
+    *command: str | Path, cwd: Path, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, whatever its exit code, and keep its output."""
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def script(path: Path, text: str) -> Path:
+    """Write an executable shell script."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("#!/bin/sh\n" + text)
+    path.chmod(0o755)
+    return path
+
+
+# ---- bin/ninefuse -------------------------------------------------------------------------------
+
+
+def test_launcher_runs_through_a_symlink_from_any_directory(tmp_path: Path) -> None:
+    link = tmp_path / "links" / "nf"
+    link.parent.mkdir()
+    link.symlink_to(ROOT / "bin" / "ninefuse")
+    again = tmp_path / "again"
+    again.symlink_to("links/nf")
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for command in ([sys.executable, str(link)], [sys.executable, str(again)], ["./links/nf"]):
+        done = run(*command, "-V", cwd=tmp_path, env=env)
+        assert (done.returncode, done.stderr) == (0, ""), command
+        assert done.stdout.startswith(f"ninefuse {ninefuse.__version__}\npyfuse3 3.5."), command
+
+
+@pytest.fixture
+def launcher(tmp_path: Path) -> Path:
+    """Return the launcher of a scratch checkout, whose .venv has no pyfuse3 and no trio."""
+    checkout = tmp_path / "a checkout"
+    package = checkout / "ninefuse"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "cli.py").write_text(
+        "import sys\ndef main(argv):\n    print(sys.prefix, *argv, sep='|')\n    return 7\n"
+    )
+    (checkout / "bin").mkdir()
+    shutil.copy2(ROOT / "bin" / "ninefuse", checkout / "bin")
+    done = run(sys.executable, "-m", "venv", "--without-pip", ".venv", cwd=checkout)
+    assert done.returncode == 0, done.stderr
+    return checkout / "bin" / "ninefuse"
+
+
+def stub_modules(directory: Path) -> None:
+    for name in ("pyfuse3", "trio"):
+        (directory / f"{name}.py").touch()
+
+
+def test_launcher_changes_to_the_interpreter_of_venv(launcher: Path, tmp_path: Path) -> None:
+    venv = launcher.parent.parent / ".venv"
+    stub_modules(next(venv.glob("lib/python*/site-packages")))
+    for python in (sys.executable, str(venv / "bin" / "python")):
+        done = run(python, launcher, "a b", "-o", "x,y", cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (7, f"{venv}|a b|-o|x,y\n"), done.stderr
+
+
+def test_launcher_without_pyfuse3_says_what_to_run(launcher: Path, tmp_path: Path) -> None:
+    done = run(sys.executable, launcher, "-V", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("ninefuse: there is no pyfuse3 for ")
+    assert "make demo" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_launcher_does_without_a_venv_whose_interpreter_has_gone(
+    launcher: Path, tmp_path: Path
+) -> None:
+    venv = launcher.parent.parent / ".venv"
+    for name in os.listdir(venv / "bin"):
+        (venv / "bin" / name).unlink()
+    done = run(sys.executable, launcher, "x", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (7, f"{sys.prefix}|x\n"), done.stderr
+
+
+def test_launcher_is_not_caught_in_a_loop_by_a_half_made_venv(
+    launcher: Path, tmp_path: Path
+) -> None:
+    # Without its pyvenv.cfg, the interpreter in .venv takes itself for the one it links to.
+    (launcher.parent.parent / ".venv" / "pyvenv.cfg").unlink()
+    done = run(sys.executable, launcher, "x", cwd=tmp_path)
+    assert done.returncode in (1, 7)
+
+
+def test_python_m_ninefuse_is_the_same_command(tmp_path: Path) -> None:
+    done = run(sys.executable, "-m", "ninefuse", "-V", cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"ninefuse {ninefuse.__version__}\n")
+
+
+def test_importing_the_package_is_cheap() -> None:
+    code = "import sys; old = set(sys.modules); import ninefuse; print(*set(sys.modules) - old)"
+    done = run(sys.executable, "-c", code, cwd=ROOT)
+    assert done.stdout.split() == ["ninefuse"]
+
+
+# ---- setup.cfg and requirements.txt -------------------------------------------------------------
+
+
+def pins() -> list[Requirement]:
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    return [Requirement(line) for line in lines if line.strip() and not line.startswith("#")]
+
+
+def pinned_versions() -> dict[str, str]:
+    return {canonicalize_name(pin.name): next(iter(pin.specifier)).version for pin in pins()}
+
+
+def setup_cfg() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    return parser
+
+
+def ranges() -> list[Requirement]:
+    config = setup_cfg()
+    texts = [config["options"]["install_requires"], *config["options.extras_require"].values()]
+    return [Requirement(line) for text in texts for line in text.split("\n") if line.strip()]
+
+
+def test_every_pin_is_exact_and_stated_once() -> None:
+    for pin in pins():
+        assert [clause.operator for clause in pin.specifier] == ["=="], pin
+    assert len(pinned_versions()) == len(pins())
+
+
+def test_pins_are_within_the_ranges_of_setup_cfg() -> None:
+    versions = pinned_versions()
+    for wanted in ranges():
+        assert wanted.specifier.contains(versions[canonicalize_name(wanted.name)]), wanted
+
+
+@pytest.mark.parametrize("python", [OLDEST, "3.11", "3.12", "3.13", "3.14"])
+def test_pins_are_complete_for_every_python(python: str) -> None:
+    """What a pinned package needs under that Python is pinned too, in a version that it takes."""
+    environment = {"python_version": python, "python_full_version": f"{python}.0", "extra": ""}
+    versions = pinned_versions()
+    active = {
+        canonicalize_name(pin.name)
+        for pin in pins()
+        if pin.marker is None or pin.marker.evaluate(environment)
+    }
+    for name in versions:
+        try:
+            distribution = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            continue  # one for other Pythons than this
+        supported = "".join(distribution.metadata.get_all("Requires-Python") or [])
+        assert SpecifierSet(supported).contains(f"{python}.0"), name
+        for line in distribution.requires or []:
+            needed = Requirement(line)
+            if name not in active or (needed.marker and not needed.marker.evaluate(environment)):
+                continue
+            assert canonicalize_name(needed.name) in active, f"{name} needs {line}"
+            version = versions[canonicalize_name(needed.name)]
+            assert needed.specifier.contains(version), f"{name} needs {line}"
+
+
+def test_the_oldest_python_is_the_same_everywhere() -> None:
+    config = setup_cfg()
+    assert config["options"]["python_requires"] == f">={OLDEST}"
+    assert config["mypy"]["python_version"] == OLDEST
+    assert (
+        f'target-version = "py{OLDEST.replace(".", "")}"' in (ROOT / "pyproject.toml").read_text()
+    )
+
+
+# ---- the wheel ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]:
+    """Build the wheel, from a copy: building leaves files in the tree."""
+    tree = tmp_path_factory.mktemp("wheel")
+    shutil.copytree(
+        ROOT / "ninefuse", tree / "ninefuse", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy2(ROOT / name, tree)
+    options = ("--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", "dist")
+    done = run(sys.executable, "-m", "pip", "wheel", *options, ".", cwd=tree)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (built,) = (tree / "dist").iterdir()
+    with zipfile.ZipFile(built) as opened:
+        yield opened
+
+
+def test_wheel_holds_the_whole_package_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+    names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    tree = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "ninefuse").rglob("*")
+        if path.suffix == ".py" or path.name == "py.typed"
+    }
+    assert "ninefuse/py.typed" in tree
+    assert names == tree
+
+
+def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
+    info = f"ninefuse-{ninefuse.__version__}.dist-info"
+    entry_points = configparser.ConfigParser()
+    entry_points.read_string(wheel.read(f"{info}/entry_points.txt").decode())
+    assert dict(entry_points["console_scripts"]) == {"ninefuse": "ninefuse.cli:main"}
+    text = wheel.read(f"{info}/METADATA").decode()
+    assert f"\nRequires-Python: >={OLDEST}\n" in text
+    assert "\nRequires-Dist: pyfuse3==3.5.*\n" in text
+    assert (ROOT / "README.md").read_text().strip() in text
+    assert any(name.endswith("/LICENSE") for name in wheel.namelist())
+
+
+# ---- tools/setup --------------------------------------------------------------------------------
+
+# Enough of Python for tools/setup: a virtual environment is a copy of this script, pip only says
+# what it was asked for, and the rest is the interpreter that runs the tests, as one without gaps.
+PYTHON_STAND_IN = """
+case "$*" in
+*'-m venv'*)
+    echo venv >>"$LOG"
+    mkdir -p .venv/bin
+    cp "$STAND_IN" .venv/bin/python ;;
+*'-m pip'*)
+    shift 3
+    echo "pip $*" >>"$LOG"
+    if [ -n "${PIP_FAILS:-}" ]; then echo 'no such package' >&2; exit 1; fi ;;
+*ensurepip*)
+    "$REAL" "$@" | sed -e "1s|.*|$STAND_IN|" -e '3s|.*||' -e '4s|.*|gcc|' -e '5s|.*||' ;;
+*)
+    exec "$REAL" "$@" ;;
+esac
+"""
+
+# Makes what it is asked to install, like the commands that tools/setup looks for.
+APT_STAND_IN = """
+echo "apt-get $*" >>"$LOG"
+case "$*" in *install*fuse3*) ln -s gcc "$BIN/fusermount3" ;; esac
+"""
+
+BASICS = "sh cat cksum cp cut dirname env flock grep id ln mkdir mktemp mv rm sed sleep"
+TEST_TOOLS = (
+    "fusermount3 getfattr setfattr getfacl setfacl mount umount unshare setpriv ps pgrep"
+    " pkg-config gcc"
+)
+
+
+class Checkout:
+    """A scratch checkout with tools/setup, and the PATH that it runs with."""
+
+    def __init__(self, directory: Path) -> None:
+        self.root = directory / "checkout"
+        self.bin = directory / "bin"
+        self.log = directory / "log"
+        self.bin.mkdir()
+        (self.root / "tools").mkdir(parents=True)
+        for name in ("requirements.txt", "setup.cfg", "pyproject.toml", "tools/setup"):
+            shutil.copy2(ROOT / name, self.root / name)
+        for name in BASICS.split():
+            found = shutil.which(name)
+            assert found is not None, name
+            (self.bin / name).symlink_to(found)
+        for name in TEST_TOOLS.split():
+            script(self.bin / name, "exit 0\n")
+        python = script(self.bin / "python3", PYTHON_STAND_IN)
+        self.env = {
+            "PATH": str(self.bin),
+            "TMPDIR": str(directory),
+            "BIN": str(self.bin),
+            "LOG": str(self.log),
+            "REAL": sys.executable,
+            "STAND_IN": str(python),
+        }
+
+    def setup(self, **env: str) -> subprocess.CompletedProcess[str]:
+        return run(self.root / "tools" / "setup", cwd=self.bin, env={**self.env, **env})
+
+    def logged(self) -> list[str]:
+        """Return what was called since the last time, of Python's venv, pip, and apt-get."""
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        self.log.unlink(missing_ok=True)
+        return [" ".join(line.split()[:2]) for line in lines]
+
+
+MADE = ["venv", *["pip install"] * 3, "pip check"]
+UPDATED = ["pip --version", *MADE[1:]]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path)
+
+
+@pytest.fixture
+def ready(checkout: Checkout) -> Checkout:
+    done = checkout.setup()
+    assert done.returncode == 0, done.stderr
+    assert checkout.logged() == MADE
+    return checkout
+
+
+def test_setup_is_silent_and_quick_when_all_is_there(ready: Checkout) -> None:
+    times = []
+    for _ in range(5):
+        start = time.monotonic()
+        done = ready.setup()
+        times.append(time.monotonic() - start)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert ready.logged() == []
+    assert min(times) < 0.3
+
+
+def test_setup_leaves_nothing_but_venv(ready: Checkout) -> None:
+    assert sorted(path.name for path in ready.root.iterdir()) == [
+        ".venv",
+        "pyproject.toml",
+        "requirements.txt",
+        "setup.cfg",
+        "tools",
+    ]
+    assert sorted(path.name for path in ready.root.parent.iterdir()) == ["bin", "checkout"]
+
+
+@pytest.mark.parametrize("name", ["requirements.txt", "setup.cfg", "pyproject.toml"])
+def test_setup_brings_venv_up_to_date(ready: Checkout, name: str) -> None:
+    with open(ready.root / name, "a") as file:
+        file.write("# changed\n")
+    assert ready.setup().returncode == 0
+    assert ready.logged() == UPDATED
+    assert ready.setup().returncode == 0
+    assert ready.logged() == []
+
+
+def test_setup_makes_a_half_made_venv_anew(ready: Checkout) -> None:
+    (ready.root / ".venv" / "setup-stamp").unlink()
+    (ready.root / ".venv" / "left-over").touch()
+    assert ready.setup().returncode == 0
+    assert ready.logged() == MADE
+    assert not (ready.root / ".venv" / "left-over").exists()
+
+
+def test_setup_makes_a_venv_anew_whose_interpreter_has_gone(ready: Checkout) -> None:
+    python = ready.root / ".venv" / "bin" / "python"
+    python.unlink()
+    python.symlink_to("/no/such/python")
+    assert ready.setup().returncode == 0
+    assert ready.logged() == MADE
+
+
+def test_setup_makes_the_venv_of_a_moved_checkout_anew(ready: Checkout) -> None:
+    ready.root = ready.root.rename(ready.root.with_name("moved"))
+    assert ready.setup().returncode == 0
+    assert ready.logged() == MADE
+
+
+def test_setup_starts_over_after_pip_has_failed(ready: Checkout) -> None:
+    with open(ready.root / "requirements.txt", "a") as file:
+        file.write("nothing==1.0\n")
+    done = ready.setup(PIP_FAILS="yes")
+    assert done.returncode == 1
+    assert "no such package\ntools/setup: pip could not install" in done.stderr
+    ready.logged()
+    assert ready.setup().returncode == 0
+    assert ready.logged() == MADE
+
+
+def test_runs_of_setup_at_the_same_time_make_one_venv(checkout: Checkout) -> None:
+    command = [checkout.root / "tools" / "setup"]
+    children = [
+        subprocess.Popen(command, env=checkout.env, stdout=subprocess.DEVNULL) for _ in range(4)
+    ]
+    assert [child.wait(timeout=60) for child in children] == [0] * 4
+    assert checkout.logged() == MADE
+
+
+def test_setup_installs_missing_packages_as_root(checkout: Checkout) -> None:
+    (checkout.bin / "fusermount3").unlink()
+    (checkout.bin / "id").unlink()
+    script(checkout.bin / "id", "echo 0\n")
+    script(checkout.bin / "apt-get", APT_STAND_IN)
+    done = checkout.setup()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("setup: apt-get install fuse3\n")
+    assert checkout.logged() == ["apt-get -qq", *MADE]
+
+
+@pytest.mark.parametrize("apt", [True, False])
+def test_setup_says_what_is_missing_when_it_may_not_install(checkout: Checkout, apt: bool) -> None:
+    for name in ("fusermount3", "getfattr", "id"):
+        (checkout.bin / name).unlink()
+    script(checkout.bin / "id", "echo 1000\n")
+    script(checkout.bin / "sudo", "echo 'sudo: a password is required' >&2; exit 1\n")
+    if apt:
+        script(checkout.bin / "apt-get", APT_STAND_IN)
+    done = checkout.setup()
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.endswith(" fuse3 attr\n")
+    assert ("sudo apt-get install" in done.stderr) == apt
+    assert checkout.logged() == []
+
+
+def test_setup_says_that_there_is_no_python(checkout: Checkout) -> None:
+    (checkout.bin / "python3").unlink()
+    script(checkout.bin / "python3.12", "echo 'no such version' >&2; exit 127\n")
+    done = checkout.setup()
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("tools/setup: needs Python 3.10 or newer")
+    assert done.stderr.count("\n") == 1
+
+
+def test_setup_takes_the_first_python_that_is_new_enough(checkout: Checkout) -> None:
+    python = checkout.bin / "python3"
+    python.rename(checkout.bin / "python3.12")
+    script(python, "exit 1\n")
+    checkout.env["STAND_IN"] = str(checkout.bin / "python3.12")
+    assert checkout.setup().returncode == 0
+    assert checkout.logged() == MADE
+
+
+# ---- Makefile and .ci/run -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def commands(tmp_path: Path) -> Path:
+    """Return a directory with the Makefile, where set-up and Python only say their arguments."""
+    shutil.copy2(ROOT / "Makefile", tmp_path)
+    script(tmp_path / "tools" / "setup", "echo setup\n")
+    for name in ("python", "ruff", "mypy"):
+        script(tmp_path / ".venv" / "bin" / name, 'for word; do echo "<$word>"; done\n')
+    return tmp_path
+
+
+def make(directory: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    # Not as part of the make that may run these tests.
+    passed_on = ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "MAKELEVEL", "SRC", "ARGS")
+    env = {name: value for name, value in os.environ.items() if name not in passed_on}
+    return run("make", *words, cwd=directory, env=env)
+
+
+def test_make_alone_lists_the_commands(commands: Path) -> None:
+    done = make(commands)
+    assert done.returncode == 0
+    for target in ("demo", "test", "check", "clean"):
+        assert f"\nmake {target} " in "\n" + done.stdout
+
+
+def test_make_demo_hands_the_directory_on_as_it_is(commands: Path) -> None:
+    words = ["setup", "<-m>", "<ninefuse.bench.demo>"]
+    assert make(commands, "demo").stdout.splitlines() == words
+    name = '/a b/it\'s "one"; exit 1'
+    with_source = make(commands, "demo", f"SRC={name}").stdout.splitlines()
+    assert with_source == [*words, "<--source>", f"<{name}>"]
+
+
+def test_make_test_runs_pytest_with_further_arguments(commands: Path) -> None:
+    done = make(commands, "test", "ARGS=-x -k 'a or b'")
+    assert done.stdout.splitlines() == ["setup", "<-m>", "<pytest>", "<-x>", "<-k>", "<a or b>"]
+
+
+def test_make_check_ends_at_the_first_failure(commands: Path) -> None:
+    assert make(commands, "check").stdout.count("setup\n") == 1
+    script(commands / ".venv" / "bin" / "ruff", "exit 1\n")
+    done = make(commands, "check")
+    assert done.returncode != 0
+    assert "mypy" not in done.stdout
+
+
+@pytest.mark.parametrize("name", ["bin/ninefuse", "tools/setup", ".ci/run"])
+def test_scripts_are_executable(name: str) -> None:
+    assert os.access(ROOT / name, os.X_OK)

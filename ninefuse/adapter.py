@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_SYNC = os.O_SYNC | os.O_DSYNC
 _MAX_ERRNO = 4095  # the kernel takes nothing above for an error
 
 
@@ -73,6 +74,7 @@ class Adapter(pyfuse3.Operations):
         self._entry_timeout = settings.entry_timeout
         self._negative_timeout = settings.negative_timeout
         self._keep_cache = settings.keep_cache
+        self._direct_sync = settings.direct_sync
         self._xattr = settings.xattr
         self.operations: Counter[str] = Counter()  # by callback
         self.errors: Counter[tuple[str, int]] = Counter()  # by callback and errno
@@ -192,7 +194,7 @@ class Adapter(pyfuse3.Operations):
     # Files
 
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
-        body = sequences.open_fid(self._session, inode, flags)
+        body = sequences.open_fid(self._session, inode, self._kept(flags))
         return self._opened(await self._answer("open", body), flags)
 
     async def create(
@@ -203,7 +205,8 @@ class Adapter(pyfuse3.Operations):
         flags: int,
         ctx: pyfuse3.RequestContext,
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
-        body = sequences.create(self._session, parent_inode, name, flags, mode, _caller(ctx))
+        kept = self._kept(flags)
+        body = sequences.create(self._session, parent_inode, name, kept, mode, _caller(ctx))
         handle, fid, attributes = await self._answer("create", body)
         return self._opened(handle, flags), self._entry(fid, attributes)
 
@@ -320,13 +323,21 @@ class Adapter(pyfuse3.Operations):
         entry.st_ctime_ns = a.ctime_ns
         return entry
 
+    def _kept(self, flags: int) -> int:
+        # The kernel sends an fsync after each write to a cached O_SYNC open: a descriptor
+        # that syncs as well would do it twice.
+        return flags if self._direct_sync else flags & ~_SYNC
+
     def _opened(self, handle: int, flags: int) -> pyfuse3.FileInfo:
         # Mapped pages of a file open for reading and appending would be appended, not
         # written in place, when the kernel writes them back through such a descriptor:
         # a direct one cannot be mapped shared (ENODEV), which is the honest answer.
         appends = flags & os.O_APPEND and flags & os.O_ACCMODE == os.O_RDWR
+        # Past the page cache a synchronous write is one request, and our descriptor makes
+        # it durable; through it, it is three (an xattr, the write, an fsync).
+        syncs = self._direct_sync and flags & _SYNC and flags & os.O_ACCMODE != os.O_RDONLY
         return pyfuse3.FileInfo(
-            fh=_handle(handle), direct_io=bool(appends), keep_cache=self._keep_cache
+            fh=_handle(handle), direct_io=bool(appends or syncs), keep_cache=self._keep_cache
         )
 
 

@@ -74,7 +74,12 @@ def run_detached(serve: Callable[[Callable[[], None]], int]) -> int:
             os.close(read_end)
             _run_child(serve, write_end, old_mask)
         os.close(write_end)
-        return _wait(pid, read_end, signals)
+        code = _wait(pid, read_end, signals)
+        if code == ExitCode.OK:
+            # It is mounted, and the command has only to end: a signal comes too late to call
+            # it off and must not make it look as if it had.
+            old_mask |= signals
+        return code
     finally:
         os.close(read_end)
         signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)

@@ -147,6 +147,7 @@ class Executor(ABC):
         self._tags = itertools.count(1)
         self._registry = threading.Lock()
         self._cleanups: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
+        self._cleaning = threading.Lock()
         self._background: deque[Request] = deque()
         self._on_dispatcher = 0
         self._handed_over = 0
@@ -179,7 +180,10 @@ class Executor(ABC):
         self._background.append(self._admit(name, body))
 
     def defer(self, function: Callable[..., Any], *args: Any) -> None:
-        """Have a call that may block made after the running body. Any thread."""
+        """Have a call that may block made soon, where it may. Any thread.
+
+        It is made after the running body, or with another one that ends before.
+        """
         self._cleanups.append((function, args))
 
     def statistics(self) -> ExecutorStatistics:
@@ -285,18 +289,22 @@ class Executor(ABC):
             return False
 
     def _clean_up(self) -> None:
-        """Make the deferred calls, on this thread."""
-        while self._cleanups:
+        """Make the deferred calls, on this thread, unless another one is at it.
+
+        One thread at a time: if closing hangs, it is not to take worker after worker.
+        """
+        while self._cleanups and self._cleaning.acquire(blocking=False):
             try:
-                function, args = self._cleanups.popleft()
-            except IndexError:  # another thread was quicker
-                return
-            try:
-                function(*args)
-            except BaseException as error:
-                # A close that fails has closed all the same, and nobody waits for it.
-                name = getattr(function, "__name__", function)
-                log.warning("%s%r failed: %r", name, args, error)
+                while self._cleanups:
+                    function, args = self._cleanups.popleft()
+                    try:
+                        function(*args)
+                    except BaseException as error:
+                        # A close that fails has closed all the same; nobody waits for it.
+                        name = getattr(function, "__name__", function)
+                        log.warning("%s%r failed: %r", name, args, error)
+            finally:
+                self._cleaning.release()
 
 
 class NoThreading(Executor):
@@ -401,7 +409,11 @@ class _Pooled(Executor, trio.abc.Instrument):
             self.pool.resume(partial(self._rest, request))
 
     def _rest(self, request: Request) -> None:
-        """Run the rest of a body on this worker: every later call is made in place."""
+        """Run the rest of a body on this worker: every later call is made in place.
+
+        Except that a call on another inode takes one of that inode's places. If there is
+        none, the rest waits for one in the inode's queue, and this worker is free.
+        """
         request.thread = threading.current_thread().name
         resume = partial(self._resume, request)
         # Which inode's place it has. Kept here: once parked, the request is no longer ours

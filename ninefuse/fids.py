@@ -274,8 +274,17 @@ class FidTable:
             a: its attributes.
             fd: an O_PATH descriptor of it, which passes to the node, or -1.
             place: the parent and name it was found at, None for the root.
+
+        Raises:
+            OSError: ENFILE, see `QidPaths.path`; the descriptor is closed.
         """
-        node = Node(self.path_of(a), a, place, self._births)
+        try:
+            path = self.path_of(a)
+        except OSError:
+            if fd >= 0:
+                self._defer(os.close, fd)
+            raise
+        node = Node(path, a, place, self._births)
         if fd >= 0:
             self.give_descriptor(node, fd)
         return node

@@ -1,6 +1,7 @@
 """Where log messages go and how they look: stderr, a file or syslog, one line an event."""
 
 import contextlib
+import errno
 import logging
 import os
 import socket
@@ -69,6 +70,7 @@ def configure(settings: Settings, daemon: bool) -> None:
     root.setLevel(level)
     for name in _LIBRARIES:
         logging.getLogger(name).setLevel(level if settings.debug else max(level, logging.WARNING))
+    logging.getLogger("pyfuse3").addFilter(_withdrawn)
 
 
 def _open_file(path: str) -> logging.Handler:
@@ -101,6 +103,15 @@ class LineFormatter(logging.Formatter):
         # formatMessage has left no newline in the event's own line: the rest is traceback.
         line, *rest = super().format(record).split("\n")
         return "\n".join([line, *("    " + one_line(text) for text in rest)])
+
+
+def _withdrawn(record: logging.LogRecord) -> bool:
+    """Pass over what pyfuse3 calls an error and what is none: a reply that nobody waits for.
+
+    The kernel has taken the request back, since the mount is gone or the caller was killed.
+    """
+    reply_failed = str(record.msg).endswith(": fuse_reply_* failed with %s")
+    return not (reply_failed and record.args == (os.strerror(errno.ENOENT),))
 
 
 class RepeatFilter(logging.Filter):

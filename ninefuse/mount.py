@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import logging
 import os
 import resource
@@ -23,7 +24,7 @@ from collections.abc import Callable, Iterator
 import pyfuse3
 import trio
 
-from ninefuse import credentials, device, executor, ops, preflight, report, signals
+from ninefuse import credentials, device, executor, logs, ops, preflight, report, signals
 from ninefuse.adapter import Adapter
 from ninefuse.exitcodes import ExitCode, Failure
 from ninefuse.options import Settings
@@ -69,6 +70,8 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
         real = os.path.realpath(settings.mountpoint)
         settings = dataclasses.replace(settings, mountpoint=real)
 
+    if settings.one_cpu and settings.model != "none":
+        _share_one_cpu()
     driver = executor.create(settings.model, settings.threads)
     session = Session(
         driver,
@@ -83,6 +86,17 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
         os.close(source)
     log.info("%s: unmounted", settings.mountpoint)
     return ExitCode.OK
+
+
+def _share_one_cpu() -> None:
+    """Keep this thread, and those it starts, on one of the processors it may use.
+
+    The interpreter's lock lets one of them run Python at a time, and passing it on to a
+    thread on another processor costs several times what it costs on the same one
+    (docs/models.md). The kernel moves others' work away from a busy processor.
+    """
+    allowed = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {allowed[os.getpid() % len(allowed)]})
 
 
 async def _serve(
@@ -119,6 +133,10 @@ async def _serve(
 
 async def _announce(settings: Settings, started: trio.Event, ready: Callable[[], None]) -> None:
     await started.wait()
+    # What is here now stays: the collector need not look at it again and again, with all
+    # threads waiting.
+    gc.collect()
+    gc.freeze()
     device.raise_limits(settings.mountpoint)
     log.info("%s: mounted on %s, model %s", settings.source, settings.mountpoint, settings.model)
     ready()

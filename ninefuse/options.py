@@ -53,6 +53,12 @@ _CACHE_NAMES = {
     "fscache": "loose",
 }
 
+# osync=: one durable write for each write(2) of an O_SYNC open, or a cached one and an fsync.
+_SYNC_WAYS = ("direct", "cached")
+
+# cpus=: whether the daemon's threads share one processor.
+_CPUS = ("one", "all")
+
 # How long the kernel may believe names and attributes, in seconds, for each kind of cache.
 _CACHE_SECONDS = {"none": 0.0, "auto": 1.0, "loose": 86400.0}
 
@@ -90,7 +96,9 @@ class Settings:
     source, mountpoint: absolute paths. model: the threading model, one of MODELS. threads: how
     many workers. log_file: absolute path, or None. attr_timeout, entry_timeout,
     negative_timeout: seconds for which the kernel may keep attributes, names and the absence
-    of names. keep_cache: whether cached file data outlives an open. xattr: whether extended
+    of names. keep_cache: whether cached file data outlives an open. direct_sync: whether writes
+    through O_SYNC and O_DSYNC opens go past the kernel's page cache. one_cpu: whether the
+    dispatcher and the workers share one processor. xattr: whether extended
     attributes are served. mount_options: the words for libfuse, each for an -o of its own and
     already escaped.
     """
@@ -112,6 +120,8 @@ class Settings:
     entry_timeout: float = 1.0
     negative_timeout: float = 1.0
     keep_cache: bool = False
+    direct_sync: bool = True
+    one_cpu: bool = True
     mount_options: tuple[str, ...] = ()
 
 
@@ -135,6 +145,8 @@ class MountOptions:
     entry_timeout: float = 1.0
     negative_timeout: float = 1.0
     keep_cache: bool = False
+    direct_sync: bool = True
+    one_cpu: bool = True
 
 
 def split_words(text: str) -> list[str]:
@@ -186,6 +198,10 @@ def parse_options(words: Iterable[str]) -> MountOptions:
             values[name] = value
         elif name == "model":
             values[name] = _choice(word, value, MODELS)
+        elif name == "osync":
+            values[name] = _choice(word, value, _SYNC_WAYS)
+        elif name == "cpus":
+            values[name] = _choice(word, value, _CPUS)
         elif name == "cache":
             cache = _CACHE_NAMES[_choice(word, value, tuple(_CACHE_NAMES))]
         elif name == "threads":
@@ -212,6 +228,9 @@ def parse_options(words: Iterable[str]) -> MountOptions:
         entry_timeout=timeouts.get("entry_timeout", seconds),
         negative_timeout=timeouts.get("negative_timeout", seconds),
         keep_cache=cache == "loose",
+        # cache=none is for those who want the kernel's ordinary way with everything.
+        direct_sync=values.get("osync", "cached" if cache == "none" else "direct") == "direct",
+        one_cpu=values.get("cpus", "one") == "one",
     )
 
 
@@ -272,6 +291,8 @@ def make_settings(
         entry_timeout=options.entry_timeout,
         negative_timeout=options.negative_timeout,
         keep_cache=options.keep_cache,
+        direct_sync=options.direct_sync,
+        one_cpu=options.one_cpu,
         mount_options=_words_for_libfuse(source, options),
     )
 

@@ -69,7 +69,7 @@ class QidPaths:
         device = (a.dev_major, a.dev_minor)
         if self._apart and (number := self._apart.get((device, a.ino))):
             return number
-        if device == self._main and a.ino != ROOT_NODEID:
+        if device == self._main and a.ino != ROOT_NODEID and a.ino < _APART:
             return a.ino
         if device == self._main or a.ino >> _INODE_BITS:
             return self.apart(device, a.ino)

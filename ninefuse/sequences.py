@@ -30,7 +30,7 @@ async def lookup(session: Session, parent: int, name: bytes) -> tuple[Fid, Attri
     """walk one name to the kernel's fid, getattr."""
     _, fid = await ops.walk(session, parent, KERNEL, [name])
     assert fid is not None  # a walk of one name succeeds or raises
-    return fid, await _or_forget(session, fid, ops.getattr(session, fid.number))
+    return fid, await _attributes(session, fid)
 
 
 async def forget(session: Session, forgets: Sequence[tuple[int, int]]) -> None:
@@ -75,7 +75,7 @@ async def link(session: Session, nodeid: int, parent: int, name: bytes) -> tuple
     await ops.link(session, parent, nodeid, name)
     _, fid = await ops.walk(session, nodeid, KERNEL)
     assert fid is not None
-    return fid, await _or_forget(session, fid, ops.getattr(session, fid.number))
+    return fid, await _attributes(session, fid)
 
 
 async def open_fid(session: Session, nodeid: int, flags: int) -> int:
@@ -146,7 +146,7 @@ async def _lcreate(
     await ops.lcreate(session, handle, name, flags, mode, caller)
     _, fid = await ops.walk(session, handle, KERNEL)
     assert fid is not None
-    return handle, fid, await _or_forget(session, fid, ops.getattr(session, fid.number))
+    return handle, fid, await _attributes(session, fid)
 
 
 async def _read_attribute(session: Session, nodeid: int, name: bytes) -> bytes:
@@ -173,10 +173,16 @@ async def _or_clunk(session: Session, fid: int, message: Awaitable[T]) -> T:
         raise
 
 
-async def _or_forget(session: Session, fid: Fid, message: Awaitable[T]) -> T:
-    """Await a message; where it fails, take back the lookup that no reply will tell of."""
+async def _attributes(session: Session, fid: Fid) -> Attributes:
+    """getattr of what was just found; if it fails, take back the lookup nobody hears of.
+
+    The kernel keeps a directory locked for its names' requests. So this goes on the
+    directory's share of the workers: in the file's own it might queue behind reads that
+    are stuck, and every other name of the directory with it.
+    """
+    place = fid.node.place
     try:
-        return await message
+        return await ops.getattr(session, fid.number, on=place[0].path if place else None)
     except BaseException:
         session.fids.forget([(fid.number, 1)])
         raise

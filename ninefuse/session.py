@@ -169,7 +169,12 @@ class Session:
 
     def _open_named(self, directory: Node, name: bytes, node: Node) -> None:
         fd = open_step(directory.fd, name)
-        if node.shows(stat_descriptor(fd)):
+        try:
+            same = node.shows(stat_descriptor(fd))
+        except BaseException:
+            os.close(fd)
+            raise
+        if same:
             self.fids.give_descriptor(node, fd)
         else:
             os.close(fd)

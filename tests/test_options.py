@@ -254,3 +254,34 @@ def test_the_command_line_beats_the_options() -> None:
     given = make_settings("/s", "/m", options)
     assert (given.model, given.threads) == ("first", 3)
     assert make_settings("/s", "/m", MountOptions()).threads == DEFAULT_THREADS
+
+
+@pytest.mark.parametrize(
+    ("words", "direct"),
+    [
+        ((), True),
+        (("osync=cached",), False),
+        (("osync=cached,osync=direct",), True),
+        (("cache=none",), False),
+        (("osync=direct", "cache=none"), True),
+        (("cache=loose",), True),
+    ],
+)
+def test_synchronous_opens_are_direct_unless_told_otherwise(
+    words: tuple[str, ...], direct: bool
+) -> None:
+    assert settings(*words).direct_sync is direct
+
+
+def test_osync_knows_two_ways() -> None:
+    with pytest.raises(Failure) as caught:
+        settings("osync=maybe")
+    assert caught.value.code == ExitCode.USAGE
+    assert "osync=maybe" in caught.value.message
+
+
+def test_the_threads_share_one_processor_unless_told_otherwise() -> None:
+    assert settings().one_cpu
+    assert not settings("cpus=all").one_cpu
+    with pytest.raises(Failure, match="cpus=two"):
+        settings("cpus=two")

@@ -223,6 +223,7 @@ class Processes:
         deadline = time.monotonic() + seconds
         poll = select.poll()
         poll.register(self._woken, select.POLLIN)
+        self.check()
         while (left := deadline - time.monotonic()) > 0:
             if poll.poll(left * 1000):
                 os.read(self._woken, 4096)

@@ -30,6 +30,7 @@ from ninefuse.bench.mounted import (
     ninefuse_command,
     unmounter,
 )
+from ninefuse.exitcodes import one_line
 from ninefuse.options import MODELS
 
 CLIENTS = (1, 2, 5, 10)
@@ -107,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _complain(progress: Progress, text: str) -> None:
     progress.clear()
     with contextlib.suppress(OSError):
-        print(f"demo: {text}", file=sys.stderr, flush=True)
+        print(f"demo: {one_line(text)}", file=sys.stderr, flush=True)
 
 
 def _say(progress: Progress, text: str) -> None:
@@ -183,7 +184,7 @@ def _demo(processes: Processes, options: Options, progress: Progress) -> None:
     # Said by whoever has looked: the context managers raise an error where something is left.
     _say(
         progress,
-        f"\nUnmounted with {unmounter()} -u, {scratch} removed; "
+        f"\nUnmounted with {unmounter()} -u, {one_line(str(scratch))} removed; "
         f"{time.monotonic() - begin:.0f} s in all.",
     )
 
@@ -208,7 +209,7 @@ def scratch_directory(parent: Path | None) -> Iterator[Path]:
     except BaseException:
         problem = _remove(path)
         if problem:
-            logging.warning("%s", problem)
+            logging.warning("%s", one_line(problem))
         raise
     problem = _remove(path)
     if problem:
@@ -240,7 +241,7 @@ def describe_machine(scratch: Path) -> list[str]:
     return [
         f"CPUs         {len(os.sched_getaffinity(0))} ({platform.machine()})",
         f"kernel       {platform.system()} {platform.release()}",
-        f"file system  {kind}, in {scratch.parent}{remark}",
+        f"file system  {kind}, in {one_line(str(scratch.parent))}{remark}",
         f"ninefuse     {ninefuse.__version__}, Python {platform.python_version()}",
     ]
 

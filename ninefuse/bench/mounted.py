@@ -19,6 +19,7 @@ from types import TracebackType
 
 import ninefuse
 from ninefuse.bench import BenchError, Process, Processes
+from ninefuse.exitcodes import one_line
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ class Mounted:
     def _end_after_failure(self) -> None:
         problem = self._end()
         if problem:
-            log.warning("%s: %s", self.name, problem)
+            log.warning("%s: %s", self.name, one_line(problem))
 
     def _await_mount(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -175,7 +176,7 @@ class Mounted:
                 [unmounter(), "-u", "-z", "--", str(self.mountpoint)], self._limits.unmount
             )
         except BenchError as error:
-            log.warning("%s: %s", self.name, error)
+            log.warning("%s: %s", self.name, one_line(str(error)))
 
 
 def unmounter() -> str:

@@ -31,8 +31,13 @@ class Changes(NamedTuple):
     ctime: bool = False  # move the change time to now, whatever else
 
 
-async def getattr(session: Session, fid: int) -> Attributes:
+async def getattr(session: Session, fid: int, on: int | None = None) -> Attributes:
     """The attributes of a fid's file; works after it was unlinked, too.
+
+    Args:
+        session: the conversation.
+        fid: the file.
+        on: the inode whose share of the workers the call takes; by default the file's.
 
     Raises:
         OSError: unknown fid; the errors of statx(2).
@@ -40,7 +45,7 @@ async def getattr(session: Session, fid: int) -> Attributes:
     Source: Tgetattr of 9P2000.L.
     """
     async with session.using(fid) as use:
-        return await blocking(use.node.path, stat_descriptor, use.fd)
+        return await blocking(use.node.path if on is None else on, stat_descriptor, use.fd)
 
 
 stat = getattr  # Tstat of 9P2000.u: the same question

@@ -30,8 +30,10 @@ from ninefuse.syscalls import Attributes, stat_descriptor
 
 # What a server keeps of a client's flags. Creating has been decided already; O_NOFOLLOW
 # would refuse the way through /proc; O_DIRECT asks for an alignment that buffers here
-# do not have; the client's kernel does the syncing that O_SYNC asks for, with a Tfsync.
-_KEPT_FLAGS = os.O_ACCMODE | os.O_TRUNC | os.O_APPEND | os.O_NONBLOCK | os.O_NOATIME
+# do not have.
+_KEPT_FLAGS = (
+    os.O_ACCMODE | os.O_TRUNC | os.O_APPEND | os.O_NONBLOCK | os.O_NOATIME | os.O_SYNC | os.O_DSYNC
+)
 
 
 async def lopen(session: Session, fid: int, flags: int) -> Qid:

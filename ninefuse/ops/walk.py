@@ -90,19 +90,17 @@ def _step(session: Session, node: Node, name: bytes) -> tuple[Node, Attributes]:
     """One step of a walk, blocking: the node below, pinned, and its attributes."""
     fids = session.fids
     check_directory(node)
-    if name == b"..":
+    if name in (b".", b".."):
         # Never asked of the source: its parent of the root lies outside.
-        above = node.place[0] if node.place else node
-        if not fids.pin(above):
-            try:
-                session.reopen(above)
-            except BaseException:
-                fids.unpin(above)
-                raise
-        return above, stat_descriptor(above.fd)
-    if name == b".":
-        fids.pin(node)
-        return node, stat_descriptor(node.fd)
+        place = node.place if name == b".." else None
+        there = node if place is None else place[0]
+        try:
+            if not fids.pin(there):
+                session.reopen(there)
+            return there, stat_descriptor(there.fd)
+        except BaseException:
+            fids.unpin(there)
+            raise
     # A file that the kernel knows needs no new descriptor, only its name checked.
     attributes = stat_name(node.fd, name)
     known = fids.known(attributes)

@@ -1,0 +1,461 @@
+"""What the tests of the operations share: a client without a mount, and the search for leaks.
+
+A `Client` calls operations directly, under the none model, on the thread of the test. A
+`Stepper` runs one operation call by call, so that others can come in between.
+
+Every test that uses the fixture `leak_free` fails if it leaves a descriptor open, or if
+ninefuse logs a warning meanwhile (a descriptor closed twice shows as one).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gc
+import logging
+import os
+import stat
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
+
+import pytest
+
+from ninefuse import ops
+from ninefuse.commands import Acquire, Body, Call, Release
+from ninefuse.executor import NoThreading
+from ninefuse.fids import Fid, Node, OpenDirectory, OpenFile
+from ninefuse.ops.walk import KERNEL
+from ninefuse.qids import ROOT_NODEID
+from ninefuse.session import Session
+from ninefuse.syscalls import Attributes
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+ROOT = ROOT_NODEID
+UNKNOWN_NODEID = (1 << 63) + 12345
+ILLEGAL_NAMES = [b"", b"/", b"a/b", b"a/", b"../a", b"a\0", b"\0"]
+
+
+# Leaks
+
+
+def descriptors() -> dict[int, str]:
+    """The open descriptors of this process, and what each is of."""
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the listing's own
+            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+    return found
+
+
+class _Complaints(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.heard: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.heard.append(record.getMessage())
+
+
+@contextlib.contextmanager
+def no_leaks() -> Iterator[None]:
+    """Fail if the block leaves a descriptor open or has ninefuse complain."""
+    complaints = _Complaints()
+    logger = logging.getLogger("ninefuse")
+    logger.addHandler(complaints)
+    before = descriptors()
+    try:
+        yield
+    finally:
+        logger.removeHandler(complaints)
+    left = descriptors().items() - before.items()
+    if left:
+        gc.collect()
+        left = descriptors().items() - before.items()
+    assert not left, "descriptors left open"
+    assert not complaints.heard
+
+
+@pytest.fixture
+def leak_free() -> Iterator[None]:
+    """Around a test: no descriptor is left open, none is closed twice."""
+    with no_leaks():
+        yield
+
+
+# A client
+
+
+class Client:
+    """A 9P client that calls the operations directly; ``ROOT`` is its source directory."""
+
+    def __init__(self, source: Path, **options: Any) -> None:
+        self.source = source
+        self.executor = NoThreading()
+        self.session = Session(self.executor, **options)
+        self.do(ops.attach, ROOT, str(source))
+
+    def run(self, body: Body[T]) -> T:
+        """Run an operation body to its end on this thread."""
+        return self.executor.run_here(body)
+
+    def do(
+        self,
+        operation: Callable[Concatenate[Session, P], Body[T]],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        """Call an operation of this client's session."""
+        return self.run(operation(self.session, *args, **kwargs))
+
+    # Shorthands for what most tests need before they come to their point
+
+    def new(self) -> int:
+        """A fid number that is free."""
+        return self.session.fids.new_number()
+
+    def walk(self, *names: bytes | str, start: int = ROOT) -> int:
+        """A new fid for what names lead to."""
+        newfid = self.new()
+        qids, _ = self.do(ops.walk, start, newfid, [os.fsencode(name) for name in names])
+        assert len(qids) == len(names), "the walk ended early"
+        return newfid
+
+    def know(self, *names: bytes | str, start: int = ROOT) -> Fid:
+        """The kernel's fid for what names lead to, a lookup counted."""
+        _, fid = self.do(ops.walk, start, KERNEL, [os.fsencode(name) for name in names])
+        assert fid is not None, "the walk ended early"
+        return fid
+
+    def open(self, *names: bytes | str, flags: int = os.O_RDONLY) -> int:
+        """A new open fid."""
+        fid = self.walk(*names)
+        self.do(ops.lopen, fid, flags)
+        return fid
+
+    def create(self, name: bytes | str, data: bytes = b"", start: int = ROOT) -> int:
+        """A new file, with this in it, and an open fid for it."""
+        fid = self.walk(start=start)
+        self.do(ops.lcreate, fid, os.fsencode(name), os.O_RDWR | os.O_EXCL, 0o644)
+        assert self.do(ops.write, fid, 0, data) == len(data)
+        return fid
+
+    def forget(self, fid: Fid, count: int = 1) -> None:
+        """Take lookups back."""
+        self.session.fids.forget([(fid.number, count)])
+        self.rest()
+
+    def rest(self) -> None:
+        """Let everything deferred happen."""
+        self.do(ops.flush, 0)
+
+    # Looking inside
+
+    def fid(self, number: int) -> Fid:
+        """What is behind a fid number."""
+        return self.session.fids._fids[number]
+
+    def node(self, number: int) -> Node:
+        """The node that a fid stands on."""
+        return self.fid(number).node
+
+    def has(self, number: int) -> bool:
+        """Whether a fid number is in use."""
+        return number in self.session.fids._fids
+
+    def descriptor(self, number: int) -> int:
+        """The descriptor of an open fid."""
+        opened = self.fid(number).opened
+        assert isinstance(opened, OpenFile | OpenDirectory)
+        return opened.fd
+
+    def place(self, number: int) -> tuple[int, bytes]:
+        """The qid path of the parent, and the name, that a fid's node remembers."""
+        place = self.node(number).place
+        assert place is not None
+        return place[0].path, place[1]
+
+    def lose_descriptor(self, fid: Fid) -> None:
+        """Have the reclaimer close the descriptor of a node, as if it were the coldest."""
+        fid.node.recent = False
+        for node in self.session.fids.coldest(sys.maxsize):
+            if node is not fid.node:
+                node.recent = True
+            elif (fd := self.session.fids.take_descriptor(node)) >= 0:
+                os.close(fd)
+            self.session.fids.unpin(node)
+        assert fid.node.fd == -1
+
+    def check_idle(self) -> None:
+        """Nothing is under way: no lock is held, nobody but the table refers to a fid."""
+        assert not self.executor.requests
+        for lock in (self.session.rename_lock, self.session.fids.lock):
+            s = lock.statistics()
+            assert (s.readers, s.writing, s.waiting) == (0, False, 0)
+        fids = self.session.fids._fids
+        for number, fid in fids.items():
+            assert fid.number == number
+            assert fid.refs == 1, f"{fid!r} is still referenced"
+        standing = Counter(fid.node for fid in fids.values())
+        for node, count in standing.items():
+            assert node.pins == 0, f"{node!r} is still pinned"
+            assert node.refs == count, f"{node!r} is still referenced"
+        with_descriptor = sum(node.fd >= 0 for node in standing)
+        assert self.session.fids.descriptors == with_descriptor, "a node outside the table has one"
+
+    def close(self) -> None:
+        """End the session; nothing may be left of it."""
+        self.rest()
+        self.check_idle()
+        self.session.fids.clear()
+        self.executor.close()
+        assert len(self.session.fids) == 0
+        assert self.session.fids.descriptors == 0
+
+
+@contextlib.contextmanager
+def daemon_umask() -> Iterator[None]:
+    """The umask that the daemon has: callers' modes come with theirs applied."""
+    before = os.umask(0)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+@contextlib.contextmanager
+def client_of(source: Path, **options: Any) -> Iterator[Client]:
+    """A client of a source directory, for a ``with`` block."""
+    with daemon_umask():
+        client = Client(source, **options)
+        try:
+            yield client
+        except BaseException:
+            client.session.fids.clear()  # the test has failed: nothing more is looked at
+            client.executor.close()
+            raise
+        client.close()
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """An empty source directory."""
+    directory = tmp_path / "source"
+    directory.mkdir()
+    return directory
+
+
+@pytest.fixture
+def client(leak_free: None, source: Path) -> Iterator[Client]:
+    """A client of an empty source directory. After the test nothing may be in use."""
+    with client_of(source) as it:
+        yield it
+
+
+def module_of(operation: Callable[..., Any]) -> ModuleType:
+    """The module of an operation, to replace something in it; ninefuse.ops hides it."""
+    return sys.modules[operation.__module__]
+
+
+@contextlib.contextmanager
+def fails(*codes: int) -> Iterator[None]:
+    """The block raises an OSError of one of these errnos."""
+    with pytest.raises(OSError) as info:  # noqa: PT011 - the errno is compared below
+        yield
+    wanted = " or ".join(errno.errorcode[code] for code in codes)
+    assert info.value.errno in codes, f"{info.value!r} instead of {wanted}"
+
+
+# One operation, call by call
+
+
+class Stepper(Generic[T]):
+    """Runs an operation body on this thread and stops before blocking calls."""
+
+    def __init__(self, body: Body[T]) -> None:
+        self._body = body
+        self._value: Any = None
+        self._error: BaseException | None = None
+        self._call: Call | None = None
+        self._granted = True
+        self._result: T
+        self.over = False
+        self.calls: list[str] = []  # names of the functions that it called
+
+    @property
+    def waiting(self) -> bool:
+        """Whether it waits for a lock."""
+        return not self._granted
+
+    def before(self, function: str) -> None:
+        """Go on until it is about to call a function of this name."""
+        while self._advance():
+            assert self._call is not None
+            if self._call.function.__name__ == function:
+                return
+            self._perform()
+        pytest.fail(f"it has ended, or waits, without a call of {function}")
+
+    def after(self, function: str) -> None:
+        """Go on until it has called a function of this name, but not taken note of it."""
+        self.before(function)
+        self._perform()
+
+    def to_lock(self) -> None:
+        """Go on until it waits for a lock."""
+        while self._advance():
+            self._perform()
+        assert self.waiting
+
+    def finish(self) -> T:
+        """Go on to its end."""
+        while self._advance():
+            self._perform()
+        assert self.over, "it waits for a lock that nobody lets go"
+        return self._result
+
+    def _grant(self) -> None:
+        self._granted = True
+
+    def _perform(self) -> None:
+        call, self._call = self._call, None
+        assert call is not None
+        self.calls.append(call.function.__name__)
+        try:
+            self._value = call.function(*call.args)
+        except OSError as failure:
+            self._error = failure
+
+    def _advance(self) -> bool:
+        """Run it to its next call (true), or to its end or to a lock that it must wait for."""
+        while self._call is None:
+            if self.over or not self._granted:
+                return False
+            value, self._value = self._value, None
+            failure, self._error = self._error, None
+            try:
+                body = self._body
+                command = body.send(value) if failure is None else body.throw(failure)
+            except StopIteration as stop:
+                self._result = stop.value
+                self.over = True
+                return False
+            finally:
+                del failure
+            if isinstance(command, Call):
+                self._call = command
+            elif isinstance(command, Acquire):
+                self._granted = command.lock.acquire(command.mode, self._grant)
+            elif isinstance(command, Release):
+                command.taken.lock.release(command.taken.mode)
+            else:
+                raise TypeError(command)
+        return True
+
+
+# Made-up files
+
+
+def made_up(
+    ino: int,
+    *,
+    device: tuple[int, int] = (8, 1),
+    birth: int = 1,
+    kind: int = stat.S_IFREG,
+    mtime: int = 0,
+    size: int = 0,
+) -> Attributes:
+    """The attributes of a file that does not exist."""
+    return Attributes(
+        mask=0xFFF,
+        blksize=4096,
+        flags=0,
+        nlink=1,
+        uid=0,
+        gid=0,
+        mode=kind | 0o644,
+        ino=ino,
+        size=size,
+        blocks=0,
+        flags_mask=0,
+        atime_seconds=0,
+        atime_nanoseconds=0,
+        btime_seconds=0,
+        btime_nanoseconds=birth,
+        ctime_seconds=0,
+        ctime_nanoseconds=0,
+        mtime_seconds=0,
+        mtime_nanoseconds=mtime,
+        rdev_major=0,
+        rdev_minor=0,
+        dev_major=device[0],
+        dev_minor=device[1],
+    )
+
+
+# Threads
+
+
+def in_threads(*functions: Callable[[], object]) -> None:
+    """Call each function on a thread of its own, all let go together; raise what one raised."""
+    barrier = threading.Barrier(len(functions))
+    failures: list[BaseException] = []
+
+    def call(function: Callable[[], object]) -> None:
+        try:
+            barrier.wait(20)
+            function()
+        except BaseException as failure:
+            failures.append(failure)
+
+    threads = [threading.Thread(target=call, args=(f,), daemon=True) for f in functions]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+    finally:
+        sys.setswitchinterval(interval)
+    assert not any(thread.is_alive() for thread in threads), "a thread hangs"
+    if failures:
+        raise failures[0]
+
+
+# What the machine offers
+
+
+needs_root = pytest.mark.skipif(
+    os.geteuid() != 0, reason="only root may give files to others and drop capabilities"
+)
+
+
+def need_devices(directory: Path) -> None:
+    """Skip the test where no device node can be made."""
+    probe = directory / "device-probe"
+    try:
+        os.mknod(probe, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+    except PermissionError:
+        pytest.skip("making device nodes is not permitted here")
+    probe.unlink()
+
+
+def need_attributes(directory: Path) -> None:
+    """Skip the test where the file system has no extended attributes for users."""
+    probe = directory / "attribute-probe"
+    probe.touch()
+    try:
+        os.setxattr(probe, "user.probe", b"1")
+    except OSError as failure:
+        if failure.errno != errno.ENOTSUP:
+            raise
+        pytest.skip("the file system of tmp_path has no user attributes")
+    finally:
+        probe.unlink()

@@ -1,0 +1,382 @@
+"""Whose rights a system call is made with (ninefuse/credentials.py)."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+from ops_helpers import ROOT, Client, client_of, fails, need_devices, needs_root
+from ops_helpers import client as client
+from ops_helpers import leak_free as leak_free
+from ops_helpers import source as source
+
+from ninefuse import credentials, ops
+from ninefuse.credentials import Caller, acting_as, keeping_setgid, settle
+from ninefuse.ops import Changes
+
+pytestmark = pytest.mark.usefixtures("leak_free")
+
+T = TypeVar("T")
+
+SOMEBODY = Caller(12345, 23456)
+FSETID, SYS_RESOURCE = 1 << 4, 1 << 24  # capabilities(7)
+
+
+def identity() -> tuple[str, ...]:
+    """The ids and capabilities of the calling thread."""
+    with open("/proc/thread-self/status") as status:
+        lines = dict(line.split(":", 1) for line in status)
+    return tuple(lines[name].strip() for name in ("Uid", "Gid", "Groups", "CapPrm", "CapEff"))
+
+
+def effective() -> int:
+    """The effective capabilities of the calling thread."""
+    return int(identity()[-1], 16)
+
+
+def on_a_thread(function: Callable[[], T]) -> T:
+    """What a function returns, or raises, on a thread of its own: it may spoil that one."""
+    values: list[T] = []
+    failures: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            values.append(function())
+        except BaseException as failure:
+            failures.append(failure)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+    if failures:
+        raise failures[0]
+    return values[0]
+
+
+@pytest.fixture(autouse=True)
+def unspoilt() -> Iterator[None]:
+    """No test leaves its own thread with other rights than it found."""
+    before = identity()
+    yield
+    assert identity() == before
+
+
+@pytest.fixture
+def open_to_all(source: Path) -> Path:
+    """A source directory in which everybody may do everything."""
+    source.chmod(0o777)
+    return source
+
+
+def owner(path: Path) -> Caller:
+    found = path.lstat()
+    return Caller(found.st_uid, found.st_gid)
+
+
+# acting_as
+
+MAKERS: dict[str, Callable[[Client, Caller | None], object]] = {
+    "file": lambda c, who: c.do(ops.lcreate, c.walk(), b"new", os.O_RDWR, 0o640, who),
+    "directory": lambda c, who: c.do(ops.mkdir, ROOT, b"new", 0o750, who),
+    "node": lambda c, who: c.do(ops.mknod, ROOT, b"new", stat.S_IFREG | 0o640, 0, who),
+    "fifo": lambda c, who: c.do(ops.mknod, ROOT, b"new", stat.S_IFIFO | 0o640, 0, who),
+    "socket": lambda c, who: c.do(ops.mknod, ROOT, b"new", stat.S_IFSOCK | 0o640, 0, who),
+    "symlink": lambda c, who: c.do(ops.symlink, ROOT, b"new", b"target", who),
+}
+
+
+@needs_root
+@pytest.mark.parametrize("maker", MAKERS)
+def test_what_a_caller_makes_is_the_callers(client: Client, maker: str) -> None:
+    """From the first moment on: the ids are those of the call that makes it."""
+    before = identity()
+    for who in (SOMEBODY, Caller(0, 500), Caller(500, 0), Caller(4_000_000_000, 4_000_000_001)):
+        MAKERS[maker](client, who)
+        assert owner(client.source / "new") == who
+        assert identity() == before
+        client.do(ops.remove, client.walk("new"))
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_without_a_caller_it_is_the_daemons(client: Client, maker: str) -> None:
+    """So it is for a caller who is the daemon's own user, and always without root's rights."""
+    for who in (None, Caller(os.geteuid(), os.getegid())):
+        MAKERS[maker](client, who)
+        assert owner(client.source / "new") == (os.geteuid(), os.getegid())
+        client.do(ops.remove, client.walk("new"))
+
+
+@needs_root
+@pytest.mark.parametrize("maker", MAKERS)
+def test_the_daemons_ids_are_back_after_an_error(client: Client, maker: str) -> None:
+    """The name is taken, the directory has gone."""
+    (client.source / "new").mkdir()
+    before = identity()
+    with fails(errno.EEXIST, errno.ESTALE):
+        MAKERS[maker](client, SOMEBODY)
+    assert identity() == before
+    (client.source / "new").rmdir()
+    client.source.rmdir()
+    with fails(errno.ENOENT):
+        MAKERS[maker](client, SOMEBODY)
+    assert identity() == before
+
+
+@needs_root
+def test_ids_are_back_after_any_exception() -> None:
+    """Also after one that is no error."""
+    before = identity()
+
+    def fail_inside(failure: BaseException) -> None:
+        with acting_as(SOMEBODY):
+            assert identity() != before
+            raise failure
+
+    for failure in (OSError(5, "broken"), KeyboardInterrupt(), SystemExit()):
+        with pytest.raises(type(failure)):
+            fail_inside(failure)
+        assert identity() == before
+
+
+@needs_root
+def test_callers_may_be_nested() -> None:
+    """The outer one's ids come back first."""
+    before = identity()
+    with acting_as(SOMEBODY):
+        outer = identity()
+        assert outer[:2] == ("0\t0\t0\t12345", "0\t0\t0\t23456")
+        with acting_as(None):
+            assert identity() == outer
+    assert identity() == before
+
+
+@needs_root
+def test_other_threads_keep_their_ids(tmp_path: Path) -> None:
+    """While one acts for a caller; also threads that start meanwhile elsewhere."""
+    before = identity()
+    inside, done = threading.Event(), threading.Event()
+
+    def act() -> None:
+        with acting_as(SOMEBODY):
+            inside.set()
+            assert done.wait(20)
+            (tmp_path / "theirs").mkdir()
+
+    tmp_path.chmod(0o777)
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    assert inside.wait(20)
+    assert identity() == before
+    assert on_a_thread(identity) == before
+    (tmp_path / "ours").mkdir()
+    done.set()
+    thread.join(20)
+    assert owner(tmp_path / "ours") == (0, 0)
+    assert owner(tmp_path / "theirs") == SOMEBODY
+
+
+@needs_root
+def test_the_daemon_may_still_pass_and_write_directories(client: Client) -> None:
+    """The kernel has checked the caller's rights, with groups that the daemon does not know."""
+    (client.source / "closed").mkdir(0o700)
+    directory = client.walk("closed")
+    client.do(ops.lcreate, client.walk("closed"), b"file", os.O_RDWR, 0o600, SOMEBODY)
+    client.do(ops.mkdir, directory, b"directory", 0o700, SOMEBODY)
+    client.do(ops.symlink, directory, b"symlink", b"x", SOMEBODY)
+    assert {owner(path) for path in (client.source / "closed").iterdir()} == {SOMEBODY}
+
+
+@needs_root
+def test_device_nodes_are_made_for_callers(client: Client) -> None:
+    """Who may not make them does not get that far; the kernel has checked."""
+    need_devices(client.source)
+    device = os.makedev(1, 3)
+    client.do(ops.mknod, ROOT, b"node", stat.S_IFCHR | 0o600, device, SOMEBODY)
+    assert owner(client.source / "node") == SOMEBODY
+    assert (client.source / "node").stat().st_rdev == device
+
+
+@needs_root
+def test_a_caller_gets_no_other_power(open_to_all: Path) -> None:
+    """Only what was needed to make things is kept; giving them away is not."""
+    (open_to_all / "file").touch()
+    with acting_as(SOMEBODY):
+        now = effective()
+        with pytest.raises(PermissionError):
+            os.chown(open_to_all / "file", 1, 1)
+        with pytest.raises(PermissionError):
+            os.chmod(open_to_all / "file", 0o777)
+    chown, fowner, linux_immutable, mac_override = 1 << 0, 1 << 3, 1 << 9, 1 << 32
+    assert now & (chown | fowner | FSETID | linux_immutable | mac_override) == 0
+
+
+@needs_root
+def test_in_a_set_group_id_directory(client: Client) -> None:
+    """New files get the directory's group, new directories its bit as well."""
+    os.chown(client.source, 0, 777)
+    client.source.chmod(0o2777)
+    client.do(ops.lcreate, client.walk(), b"file", os.O_RDWR, 0o664, SOMEBODY)
+    client.do(ops.mkdir, ROOT, b"directory", 0o775, SOMEBODY)
+    client.do(ops.symlink, ROOT, b"symlink", b"x", SOMEBODY)
+    client.do(ops.mknod, ROOT, b"fifo", stat.S_IFIFO | 0o664, 0, SOMEBODY)
+    assert {owner(path) for path in client.source.iterdir()} == {Caller(SOMEBODY.uid, 777)}
+    modes = {path.name: stat.S_IMODE(path.lstat().st_mode) for path in client.source.iterdir()}
+    assert modes == {"file": 0o664, "directory": 0o2775, "symlink": 0o777, "fifo": 0o664}
+
+
+@needs_root
+def test_no_set_group_id_for_a_group_that_is_not_the_callers(client: Client) -> None:
+    """A new program file in such a directory would run with rights of the directory's group."""
+    os.chown(client.source, 0, 777)
+    client.source.chmod(0o2777)
+    client.do(ops.lcreate, client.walk(), b"file", os.O_RDWR, 0o2775, SOMEBODY)
+    assert stat.S_IMODE((client.source / "file").stat().st_mode) == 0o775
+
+
+def test_without_the_right_to_switch_nothing_is_switched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A daemon that a user runs makes files of its own, and raises nothing."""
+    before = identity()
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with acting_as(SOMEBODY):
+        assert identity() == before
+        (tmp_path / "file").touch()
+    monkeypatch.undo()
+    assert owner(tmp_path / "file") == (os.geteuid(), os.getegid())
+
+
+# settle
+
+
+def test_settling_lays_down_two_capabilities(leak_free: None) -> None:
+    """They stay permitted; everything else stays as it was; once more changes nothing."""
+    before = effective()
+
+    def settled() -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+        settle()
+        first = identity()
+        settle()
+        return first, identity(), on_a_thread(identity)
+
+    permitted = identity()[:-1]
+    for now in on_a_thread(settled):
+        assert now[:-1] == permitted
+        assert int(now[-1], 16) == before & ~(FSETID | SYS_RESOURCE)
+    assert effective() == before
+
+
+@needs_root
+@pytest.mark.parametrize("how", ["write", "truncate", "chown"])
+def test_a_change_by_the_daemon_clears_set_user_id(source: Path, how: str) -> None:
+    """As the caller's own would; without settling, root's writes leave the bits alone."""
+
+    def change() -> int:
+        settle()
+        (source / "program").write_bytes(b"old")
+        (source / "program").chmod(0o6755)
+        with client_of(source) as client:
+            fid = client.open("program", flags=os.O_RDWR)
+            if how == "write":
+                client.do(ops.write, fid, 0, b"new")
+            elif how == "truncate":
+                client.do(ops.setattr, fid, Changes(size=0))
+            else:
+                client.do(ops.setattr, fid, Changes(uid=5, gid=5))
+        return stat.S_IMODE((source / "program").stat().st_mode)
+
+    assert on_a_thread(change) == 0o755
+
+
+@needs_root
+def test_acting_for_somebody_does_not_bring_laid_down_capabilities_back(tmp_path: Path) -> None:
+    """Going back to user 0 would raise them again."""
+
+    def act() -> tuple[int, int, int]:
+        settle()
+        before = effective()
+        with acting_as(SOMEBODY):
+            inside = effective()
+        return before, inside, effective()
+
+    before, inside, after = on_a_thread(act)
+    assert before == after
+    assert not (before | inside) & (FSETID | SYS_RESOURCE)
+
+
+# keeping_setgid
+
+
+@needs_root
+def test_a_mode_that_arrives_is_set(source: Path) -> None:
+    """The kernel has taken the bit away already where the caller may not have it."""
+    (source / "file").touch()
+    os.chown(source / "file", 5, 777)
+
+    def change() -> int:
+        settle()
+        before = effective()
+        with client_of(source) as client:
+            client.do(ops.setattr, client.walk("file"), Changes(mode=0o2755))
+        assert effective() == before
+        return stat.S_IMODE((source / "file").stat().st_mode)
+
+    assert on_a_thread(change) == 0o2755
+
+
+@needs_root
+def test_the_right_to_keep_the_bit_ends_with_the_block() -> None:
+    """Also by an exception; where it is there already, nothing changes."""
+
+    def keep() -> None:
+        before = effective()
+        with keeping_setgid():
+            assert effective() == before
+        settle()
+        before = effective()
+        with keeping_setgid():
+            assert effective() == before | FSETID
+        assert effective() == before
+        with pytest.raises(OSError, match="broken"), keeping_setgid():
+            raise OSError(errno.EIO, "broken")
+        assert effective() == before
+
+    on_a_thread(keep)
+
+
+@needs_root
+def test_a_right_that_is_not_permitted_is_not_asked_for() -> None:
+    """A daemon without it goes on without it."""
+
+    def keep() -> None:
+        c = credentials._get_capabilities()
+        without = c.permitted & ~FSETID
+        credentials._set_capabilities(
+            c._replace(effective=without & c.effective, permitted=without)
+        )
+        before = identity()
+        with keeping_setgid():
+            assert identity() == before
+        assert identity() == before
+
+    on_a_thread(keep)
+
+
+def test_capabilities_that_may_not_be_had() -> None:
+    """EPERM for more than is permitted, as capset says."""
+
+    def raise_them() -> None:
+        c = credentials._get_capabilities()
+        credentials._set_capabilities(c._replace(effective=0, permitted=0))
+        assert effective() == 0
+        with fails(errno.EPERM):
+            credentials._set_capabilities(c._replace(effective=FSETID, permitted=FSETID))
+
+    on_a_thread(raise_them)

@@ -1,0 +1,233 @@
+"""Any sequence of operations, on any fids and names: a result or an OSError, and no leak."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, note, settings
+from hypothesis import strategies as st
+from ops_helpers import ROOT, UNKNOWN_NODEID, Client, client_of, no_leaks
+
+from ninefuse import ops, sequences
+from ninefuse.credentials import Caller
+from ninefuse.fids import FIRST_HANDLE
+from ninefuse.ops import Changes, LockRange
+from ninefuse.ops.directory import fitted, readdirplus
+from ninefuse.ops.io import report_close
+from ninefuse.ops.walk import KERNEL
+from ninefuse.syscalls import SetTime
+
+ME = Caller(os.geteuid(), os.getegid())
+
+# Few, so that they meet; ones that are no names, seldom.
+GOOD_NAMES = [b"a", b"b", b"c", b"\xff"]
+BAD_NAMES = [b".", b"..", b"", b"a/b", b"a\0", b"x" * 255, b"x" * 256]
+ATTRIBUTES = [*[b"user.a", b"user.b"] * 3, b"", b"bad", b"user.\0", b"user." + b"x" * 300]
+
+
+class Live(int):
+    """Stands for one of the fids that there are when the step is made."""
+
+
+def resolved(client: Client, argument: Any) -> Any:
+    """The argument of a step, with a fid's number in the place of a `Live`."""
+    if isinstance(argument, Live):
+        there = sorted(client.session.fids._fids)
+        return there[argument % len(there)]
+    if isinstance(argument, list):
+        return [(resolved(client, a), n) if isinstance(a, Live) else (a, n) for a, n in argument]
+    return argument
+
+
+def mostly(good: st.SearchStrategy[Any], bad: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """Nine times out of ten a good one."""
+    return st.integers(0, 9).flatmap(lambda n: bad if n == 9 else good)
+
+
+handles = st.integers(FIRST_HANDLE, FIRST_HANDLE + 40)
+fids = mostly(st.builds(Live, st.integers(0, 30)), st.one_of(st.just(UNKNOWN_NODEID), handles))
+names = mostly(st.sampled_from(GOOD_NAMES), st.sampled_from(BAD_NAMES))
+path = st.lists(names, min_size=1, max_size=3).map(tuple)
+attributes = st.sampled_from(ATTRIBUTES)
+open_flags = st.builds(
+    int.__or__,
+    st.sampled_from([os.O_RDONLY, os.O_WRONLY, os.O_RDWR, os.O_RDWR]),
+    st.sampled_from(
+        [0, 0, os.O_TRUNC, os.O_APPEND, os.O_EXCL, os.O_DIRECTORY, os.O_CREAT, 1 << 31]
+    ),
+)
+modes = mostly(st.sampled_from([0o644, 0o755, 0o7777]), st.sampled_from([0, 0xFFFF_FFFF]))
+kinds = st.sampled_from([0, stat.S_IFREG, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFDIR, stat.S_IFLNK])
+offsets = mostly(
+    st.sampled_from([0, 0, 1, 5, 70]),
+    st.sampled_from([-1, 1 << 20, (1 << 63) - 1, 1 << 63, (1 << 64) - 1]),
+)
+places = mostly(st.integers(0, 70), st.sampled_from([-1, 1 << 63, (1 << 64) - 1]))
+counts = st.sampled_from([0, 10, 60, 5000])
+data = st.binary(max_size=40)
+ids = st.sampled_from([None, os.geteuid()])
+times = st.one_of(
+    st.none(),
+    st.sampled_from(SetTime),
+    st.integers(-(10**19), 10**19),
+    st.sampled_from([1 << 100, -(1 << 100)]),
+)
+changes = st.builds(Changes, st.one_of(st.none(), modes), ids, ids, st.one_of(st.none(), places),
+                    times, times, st.booleans())  # fmt: skip
+ranges = st.builds(LockRange, st.sampled_from([0, 1, 2, 255]), offsets, offsets, st.just(7))
+
+Step = tuple[Callable[..., Any], tuple[Any, ...]]
+
+
+def step(operation: Callable[..., Any], *arguments: st.SearchStrategy[Any]) -> Any:
+    """An operation and arguments for it."""
+    return st.tuples(st.just(operation), st.tuples(*arguments))
+
+
+# What makes fids comes often, and what ends all of them seldom.
+MESSAGES = [
+    *3 * [step(ops.walk, fids, handles, path)],
+    *2 * [step(ops.walk, fids, handles)],
+    *2 * [step(ops.walk, fids, st.just(KERNEL), path)],
+    step(ops.walk, fids, fids, path),
+    step(ops.walk, fids, fids),
+    step(ops.walk, fids, handles, st.just((b"a",) * 17)),
+    step(ops.clunk, fids),
+    step(ops.remove, fids),
+    step(ops.getattr, fids),
+    step(ops.setattr, fids, changes),
+    step(ops.wstat, fids, changes, st.one_of(st.none(), names)),
+    step(ops.readlink, fids),
+    step(ops.statfs, fids),
+    *3 * [step(ops.lopen, fids, open_flags)],
+    *2 * [step(ops.lcreate, fids, names, open_flags, modes)],
+    *2 * [step(ops.read, fids, offsets, counts)],
+    *3 * [step(ops.write, fids, places, data)],
+    step(ops.fsync, fids, st.booleans()),
+    step(report_close, fids),
+    *2 * [step(ops.lock, fids, mostly(st.integers(0, 3), st.just(8)), ranges)],
+    step(ops.getlock, fids, ranges),
+    *2 * [step(ops.readdir, fids, offsets, counts)],
+    *2 * [step(readdirplus, fids, offsets)],
+    step(ops.mkdir, fids, names, modes),
+    step(ops.mknod, fids, names, st.builds(int.__or__, kinds, modes)),
+    step(ops.symlink, fids, names, st.sampled_from([b"a", b"..", b"/", b"", b"\0", b"x" * 5000])),
+    *2 * [step(ops.link, fids, fids, names)],
+    *2 * [step(ops.rename, fids, fids, names)],
+    *2 * [step(ops.renameat, fids, names, fids, names, st.sampled_from([0, 0, 1, 2, 3, 4]))],
+    *2 * [step(ops.unlinkat, fids, names, st.sampled_from([0, 0, 0x200, 1]))],
+    *2 * [step(ops.xattrwalk, fids, handles, attributes)],
+    *2 * [step(ops.xattrcreate, fids, attributes, st.sampled_from([0, 3, 70000, -1]),
+               st.integers(0, 4))],
+    mostly(
+        step(ops.flush, st.integers(0, 99)),
+        step(ops.version, st.sampled_from([0, 4096]), st.just("9P2000.L")),
+    ),
+]  # fmt: skip
+CALLBACKS = [
+    *2 * [step(sequences.lookup, fids, names)],
+    step(sequences.mkdir, fids, names, modes, st.just(ME)),
+    step(sequences.mknod, fids, names, modes, st.just(0), st.just(ME)),
+    step(sequences.symlink, fids, names, st.just(b"a"), st.just(ME)),
+    step(sequences.link, fids, fids, names),
+    *2 * [step(sequences.create, fids, names, open_flags, modes, st.just(ME))],
+    *2 * [step(sequences.open_fid, fids, open_flags)],
+    step(sequences.setattr, fids, st.one_of(st.none(), fids), changes),
+    step(sequences.getxattr, fids, attributes),
+    step(sequences.setxattr, fids, attributes, data),
+    step(sequences.listxattr, fids),
+    step(sequences.removexattr, fids, attributes),
+    step(sequences.forget, st.lists(st.tuples(fids, st.integers(0, 3)), max_size=3)),
+]
+
+
+class Run:
+    """A client that makes any step and looks at what comes of it."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+
+    def make(self, operation: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        """A result or an OSError with a usual errno; afterwards nothing is in use."""
+        session = self.client.session
+        arguments = tuple(resolved(self.client, argument) for argument in arguments)
+        note(f"{operation.__name__}{arguments!r}")
+        try:
+            result = self.client.do(operation, *arguments)
+        except OSError as failure:
+            note(f"    {failure!r}")
+            assert failure.errno in errno.errorcode  # noqa: PT017
+            result = None
+        if operation is readdirplus and result:
+            fitted(session, arguments[0], result, len(result) // 2)
+        self.client.check_idle()
+        if ROOT not in session.fids._fids:
+            self.client.do(ops.attach, ROOT, str(self.client.source))
+
+
+@contextmanager
+def run(tmp_path_factory: pytest.TempPathFactory, **options: Any) -> Iterator[Run]:
+    """A run in a new directory, with a file, a directory and a symlink in it."""
+    source: Path = tmp_path_factory.mktemp("random")
+    (source / "a").mkdir()
+    (source / "a" / "a").write_bytes(b"data")
+    (source / "b").write_bytes(b"data")
+    (source / "c").symlink_to("a")
+    with no_leaks(), client_of(source, **options) as client:
+        mode = os.O_RDONLY if options.get("read_only") else os.O_RDWR
+        client.walk("c")
+        for path in (["b"], ["a", "a"]):
+            client.open(*path, flags=mode)
+            client.open(*path[:-1])
+            client.know(*path)
+            client.walk(*path)
+        yield Run(client)
+        # Whatever modes it has been given, the directory can be removed.
+        source.chmod(0o700)
+
+
+@settings(max_examples=400, derandomize=True, database=None, deadline=None)
+@given(steps=st.lists(st.one_of(MESSAGES), min_size=5, max_size=40))
+def test_any_messages(tmp_path_factory: pytest.TempPathFactory, steps: list[Step]) -> None:
+    """9P messages, in any order, also ones that no client would send."""
+    with run(tmp_path_factory) as it:
+        for operation, arguments in steps:
+            it.make(operation, arguments)
+
+
+@settings(max_examples=300, derandomize=True, database=None, deadline=None)
+@given(steps=st.lists(st.one_of(MESSAGES + CALLBACKS), min_size=5, max_size=40))
+def test_any_messages_and_callbacks_with_few_descriptors(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[Step]
+) -> None:
+    """Callbacks among them; descriptors are reclaimed all the time."""
+    with run(tmp_path_factory, most_descriptors=2, sync_directories=True) as it:
+        for operation, arguments in steps:
+            it.make(operation, arguments)
+
+
+@settings(max_examples=100, derandomize=True, database=None, deadline=None)
+@given(steps=st.lists(st.one_of(MESSAGES + CALLBACKS), min_size=5, max_size=40))
+def test_any_messages_on_a_read_only_session(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[Step]
+) -> None:
+    """Nothing changes in the source."""
+    with run(tmp_path_factory, read_only=True) as it:
+        source = it.client.source
+        before = {path: path.lstat() for path in (source, *sorted(source.rglob("*")))}
+        for operation, arguments in steps:
+            it.make(operation, arguments)
+        after = {path: path.lstat() for path in (source, *sorted(source.rglob("*")))}
+        unchanging = slice(0, 7)  # not the time of the last access
+        assert {path: found[unchanging] for path, found in before.items()} == {
+            path: found[unchanging] for path, found in after.items()
+        }
+        assert all(after[path].st_mtime_ns == found.st_mtime_ns for path, found in before.items())
+        assert all(after[path].st_ctime_ns == found.st_ctime_ns for path, found in before.items())

@@ -1,0 +1,548 @@
+"""The worker pool and its bound for each inode (ninefuse/workers.py)."""
+
+from __future__ import annotations
+
+import logging
+import random
+import signal
+import threading
+import time
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import pytest
+from helpers_executor import PATIENCE, bounded, eager_switches, passed
+
+from ninefuse.workers import WorkerPool
+
+STUCK = 7  # an inode whose calls hang
+OTHER = 8
+
+
+@contextmanager
+def workers(threads: int) -> Iterator[WorkerPool]:
+    """A pool that is closed at the end, unless the test fails: then its jobs may be stuck."""
+    pool = WorkerPool(threads)
+    yield pool
+    bounded(pool.close)
+
+
+def started(semaphore: threading.Semaphore, times: int) -> None:
+    """Wait until so many jobs have started."""
+    for _ in range(times):
+        if not semaphore.acquire(timeout=PATIENCE):
+            raise TimeoutError("a job did not start")
+
+
+def finish(pool: WorkerPool, on: int | None = None) -> None:
+    """Wait until a job that is submitted now has run."""
+    done = threading.Event()
+
+    def job() -> None:
+        pool.leave(on)
+        done.set()
+
+    pool.submit(job, on)
+    passed(done)
+
+
+def rest(pool: WorkerPool) -> None:
+    """Wait until every worker has ended what it was at."""
+    meeting = threading.Barrier(pool.statistics().threads + 1)
+
+    def meet() -> None:
+        meeting.wait(PATIENCE)
+
+    for _ in range(meeting.parties - 1):
+        pool.submit(meet)
+    meet()
+
+
+def assert_all_places_free(pool: WorkerPool, on: int) -> None:
+    """The inode has its whole half of the pool: no place was lost, and none gained."""
+    rest(pool)
+    late = threading.Event()
+
+    def refused() -> None:
+        late.set()
+        pool.leave(on)
+
+    for _ in range(pool.limit_per_inode):
+        assert pool.enter(pytest.fail, on)
+    assert not pool.enter(refused, on)
+    for _ in range(pool.limit_per_inode):
+        pool.leave(on)
+    passed(late)
+    rest(pool)
+    assert pool.statistics().held_back == 0
+    assert pool._admitted == {}, "something is remembered of inodes that nothing runs on"
+    assert pool._held_back == {}
+
+
+def test_a_pool_needs_a_thread() -> None:
+    """Less than one thread is refused."""
+    for threads in (0, -1):
+        with pytest.raises(ValueError, match="a pool needs a thread"):
+            WorkerPool(threads)
+
+
+def test_jobs_run_on_all_workers_at_once() -> None:
+    """As many jobs as there are threads run at the same time, on other threads than the caller."""
+    idents: set[int] = set()
+    meeting = threading.Barrier(5)
+
+    def job() -> None:
+        idents.add(threading.get_ident())
+        meeting.wait(PATIENCE)
+
+    with workers(4) as pool:
+        for _ in range(4):
+            pool.submit(job)
+        meeting.wait(PATIENCE)
+        assert pool.statistics().threads == 4
+    assert len(idents) == 4
+    assert threading.get_ident() not in idents
+
+
+# Half of the pool
+
+
+@pytest.mark.parametrize(("threads", "half"), [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (16, 8)])
+def test_one_inode_gets_at_most_half_of_the_pool(threads: int, half: int) -> None:
+    """Of many stuck jobs on one inode half as many run as there are threads; others are served."""
+    gate = threading.Event()
+    running = threading.Semaphore(0)
+    count = Counter[str]()
+
+    with workers(threads) as pool:
+
+        def stuck() -> None:
+            count["stuck"] += 1
+            running.release()
+            passed(gate)
+            pool.leave(STUCK)
+
+        assert pool.limit_per_inode == half
+        for _ in range(2 * threads + 1):
+            pool.submit(stuck, STUCK)
+        started(running, half)
+        if threads > 1:
+            for on in (OTHER, None) * 5:
+                finish(pool, on)
+            assert pool.statistics().queued == 0, "all others were served"
+        assert count["stuck"] == half
+        assert pool.statistics().held_back == 2 * threads + 1 - half
+        gate.set()
+        started(running, 2 * threads + 1 - half)
+        finish(pool, STUCK)
+        assert_all_places_free(pool, STUCK)
+    assert count["stuck"] == 2 * threads + 1
+
+
+def test_jobs_on_no_inode_may_take_the_whole_pool() -> None:
+    """The bound is for inodes; a job on None needs no place and has none to give back."""
+    meeting = threading.Barrier(5)
+
+    with workers(4) as pool:
+
+        def job() -> None:
+            meeting.wait(PATIENCE)
+            pool.leave(None)
+
+        for _ in range(4):
+            pool.submit(job, None)
+        meeting.wait(PATIENCE)
+
+
+def test_held_back_jobs_are_served_in_order() -> None:
+    """What waited in the inode's queue runs afterwards, first come, first served."""
+    gate = threading.Event()
+    order: list[int] = []
+
+    with workers(2) as pool:  # half is one: jobs on one inode run one after the other
+
+        def job(n: int) -> None:
+            passed(gate)
+            order.append(n)
+            pool.leave(STUCK)
+
+        for n in range(20):
+            pool.submit(partial(job, n), STUCK)
+        finish(pool, OTHER)
+        assert pool.statistics().held_back == 19
+        gate.set()
+        finish(pool, STUCK)
+    assert order == list(range(20))
+
+
+def test_inodes_are_counted_apart() -> None:
+    """Two inodes whose jobs hang get half of the pool each, and neither gets the other's."""
+    gate = threading.Event()
+    running = threading.Semaphore(0)
+    count = Counter[int]()
+
+    with workers(4) as pool:
+
+        def stuck(on: int) -> None:
+            count[on] += 1
+            running.release()
+            passed(gate)
+            pool.leave(on)
+
+        for on in (STUCK,) * 5 + (OTHER,) * 5:
+            pool.submit(partial(stuck, on), on)
+        started(running, 4)
+        assert count == {STUCK: 2, OTHER: 2}
+        assert pool.statistics().held_back == 6
+        gate.set()
+        started(running, 6)
+    assert count == {STUCK: 5, OTHER: 5}
+
+
+def test_the_bound_holds_under_load() -> None:
+    """Thousands of jobs on few inodes: all run, never more than half of the pool on one."""
+    jobs = 4000
+    choice = random.Random(1)
+    lock = threading.Lock()
+    now = Counter[int]()
+    most = Counter[int]()
+    done = threading.Semaphore(0)
+
+    with workers(4) as pool, eager_switches():
+
+        def job(on: int | None) -> None:
+            if on is not None:
+                with lock:
+                    now[on] += 1
+                    most[on] = max(most[on], now[on])
+                time.sleep(0)  # another thread's turn
+                with lock:
+                    now[on] -= 1
+            pool.leave(on)
+            done.release()
+
+        for _ in range(jobs):
+            on = choice.choice([None, 1, 2, 3])
+            pool.submit(partial(job, on), on)
+        started(done, jobs)
+        for on in (1, 2, 3):
+            assert_all_places_free(pool, on)
+    assert max(most.values()) == 2, "more than half; or never two at once, which tests nothing"
+
+
+# Places of jobs that are running already
+
+
+def test_a_running_job_enters_and_leaves() -> None:
+    """A job that finds no place ends and frees its worker; the job it left runs with the place."""
+    with workers(4) as pool:
+        gate = threading.Event()
+        entered = threading.Semaphore(0)
+        refused = threading.Semaphore(0)
+        trace: list[str] = []
+
+        def have_place(name: str) -> None:
+            trace.append(name)
+            entered.release()
+            passed(gate)
+            pool.leave(STUCK)
+
+        def ask(n: int) -> None:
+            if pool.enter(partial(have_place, f"{n} later"), STUCK):
+                have_place(f"{n} at once")
+            else:
+                refused.release()
+
+        for n in range(6):
+            pool.submit(partial(ask, n))
+            started(entered if n < 2 else refused, 1)
+        finish(pool)
+        assert trace == ["0 at once", "1 at once"]
+        assert pool.statistics().held_back == 4
+        gate.set()
+        started(entered, 4)
+        finish(pool, STUCK)
+        assert sorted(trace[2:]) == [f"{n} later" for n in range(2, 6)]
+        assert_all_places_free(pool, STUCK)
+
+
+def test_a_place_can_be_handed_on() -> None:
+    """The place belongs to whoever calls leave, on whatever thread: not to a worker."""
+    with workers(2) as pool:
+        there = threading.Event()
+        pool.submit(there.set, STUCK)  # it keeps its place
+        passed(there)
+        held_back = threading.Event()
+        pool.submit(held_back.set, STUCK)
+        finish(pool)
+        assert not held_back.is_set()
+        pool.leave(STUCK)  # for the first: the second has the place now
+        passed(held_back)
+        pool.leave(STUCK)
+        assert_all_places_free(pool, STUCK)
+
+
+# Resumed jobs
+
+
+def test_resumed_jobs_run_before_queued_ones() -> None:
+    """What is resumed runs first, in its order, before all that was submitted earlier."""
+    gate, busy = threading.Event(), threading.Event()
+    order: list[str] = []
+
+    def occupy() -> None:
+        busy.set()
+        passed(gate)
+
+    with workers(1) as pool:
+        pool.submit(occupy)
+        passed(busy)
+        for name in ("queued 1", "queued 2"):
+            pool.submit(partial(order.append, name))
+        for name in ("resumed 1", "resumed 2"):
+            pool.resume(partial(order.append, name))
+        pool.submit(partial(order.append, "queued 3"))
+        pool.resume(partial(order.append, "resumed 3"))
+        assert pool.statistics().queued == 6
+        gate.set()
+    assert order == ["resumed 1", "resumed 2", "resumed 3", "queued 1", "queued 2", "queued 3"]
+
+
+def test_a_resumed_job_wakes_an_idle_worker() -> None:
+    """No job needs to be submitted for a resumed one to run."""
+    with workers(2) as pool:
+        for _ in range(100):
+            done = threading.Event()
+            pool.resume(done.set)
+            passed(done)
+        assert pool.statistics().queued == 0
+
+
+def test_a_resumed_job_runs_beside_jobs_that_hang() -> None:
+    """A resumed job does not wait for a place, nor for the other workers."""
+    gate, busy, done = threading.Event(), threading.Event(), threading.Event()
+
+    with workers(2) as pool:
+
+        def stuck() -> None:
+            busy.set()
+            passed(gate)
+            pool.leave(STUCK)
+
+        for _ in range(4):
+            pool.submit(stuck, STUCK)
+        passed(busy)
+        pool.resume(done.set)
+        passed(done)
+        gate.set()
+
+
+def test_a_resumed_job_that_hangs_holds_up_no_queued_job() -> None:
+    """A worker that goes for a resumed job first leaves the queued ones to the others."""
+    gates = [threading.Event(), threading.Event()]
+    busy = threading.Semaphore(0)
+    gate, hanging, served = threading.Event(), threading.Event(), threading.Event()
+
+    def occupy(n: int) -> None:
+        busy.release()
+        passed(gates[n])
+
+    def hang() -> None:
+        hanging.set()
+        passed(gate)
+
+    with workers(2) as pool:
+        for n in range(2):
+            pool.submit(partial(occupy, n))
+        started(busy, 2)
+        pool.submit(served.set)
+        pool.resume(hang)
+        gates[0].set()
+        passed(hanging)
+        gates[1].set()  # the second worker is free now
+        was_served = served.wait(2)
+        gate.set()
+    assert was_served, "the job was in the hands of the worker that hangs"
+
+
+# Jobs that raise
+
+
+@pytest.mark.parametrize("error", [OSError, SystemExit, KeyboardInterrupt, GeneratorExit])
+def test_a_job_that_raises_costs_no_worker(
+    error: type[BaseException], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever a job raises is logged, and its worker goes on, queued or resumed."""
+    idents: list[int] = []
+
+    def fail() -> None:
+        idents.append(threading.get_ident())
+        raise error("on purpose")
+
+    with workers(1) as pool:
+        pool.submit(fail)
+        pool.resume(fail)
+        pool.submit(fail)
+        pool.submit(lambda: idents.append(threading.get_ident()))
+        finish(pool)
+    assert len(idents) == 4
+    assert len(set(idents)) == 1, "the one worker did them all"
+    failures = [r for r in caplog.records if r.levelno == logging.ERROR]
+    assert len(failures) == 3
+    assert all(r.exc_info is not None and r.exc_info[0] is error for r in failures)
+
+
+# The end
+
+
+def test_close_finishes_everything_submitted() -> None:
+    """close() returns when all has run, held-back jobs and resumed ones included."""
+    gate = threading.Event()
+    busy = threading.Semaphore(0)
+    ran = Counter[str]()
+    before = threading.active_count()
+    pool = WorkerPool(4)
+
+    def stuck() -> None:
+        busy.release()
+        passed(gate)
+        ran["stuck"] += 1
+        pool.leave(STUCK)
+
+    def another() -> None:
+        ran["another"] += 1
+        pool.resume(last)
+        pool.leave(OTHER)
+
+    def last() -> None:
+        ran["last"] += 1
+
+    for _ in range(20):
+        pool.submit(stuck, STUCK)
+    started(busy, 2)
+    for _ in range(20):
+        pool.submit(another, OTHER)
+    closer = threading.Thread(target=pool.close, daemon=True)
+    closer.start()
+    closer.join(0.05)
+    assert closer.is_alive(), "it does not wait for jobs that are under way"
+    gate.set()
+    closer.join(PATIENCE)
+    assert not closer.is_alive()
+    assert ran == {"stuck": 20, "another": 20, "last": 20}
+    assert pool.statistics()[1:] == (0, 0)
+    assert threading.active_count() == before, "a worker is left"
+
+
+def test_close_of_an_idle_pool_ends_its_threads() -> None:
+    """An unused pool can be closed, also twice."""
+    before = threading.active_count()
+    pool = WorkerPool(3)
+    bounded(pool.close)
+    bounded(pool.close)
+    assert threading.active_count() == before
+
+
+class LateQueue:
+    """The pool's queue, in which what workers put comes after all that close() puts."""
+
+    def __init__(self, pool: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._queue = pool._queue
+        self._ends = threading.Semaphore(0)
+        self._threads = pool.statistics().threads
+        self.handing_on = threading.Event()
+        monkeypatch.setattr(pool, "_queue", self)
+
+    def put(self, item: Any) -> None:
+        """Put, but on a worker only when close() has queued an end for each."""
+        if threading.current_thread().name.startswith("worker"):
+            self.handing_on.set()
+            for _ in range(self._threads):
+                self._ends.acquire(timeout=1)
+            self._queue.put(item)
+        else:
+            self._queue.put(item)
+            self._ends.release()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._queue, name)
+
+
+@pytest.mark.parametrize("how", ["leave", "resume"])
+def test_a_job_handed_on_while_the_pool_is_closed_still_runs(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """close() may come between a worker's decision to hand on a job and its doing so."""
+    begun, gate = threading.Event(), threading.Event()
+    ran: list[str] = []
+
+    def first() -> None:
+        begun.set()
+        passed(gate)
+        if how == "resume":
+            pool.resume(partial(ran.append, "resume"))
+        pool.leave(STUCK)
+
+    def held_back() -> None:
+        ran.append("leave")
+        pool.leave(STUCK)
+
+    with workers(2) as pool:
+        pool.submit(first, STUCK)
+        passed(begun)
+        if how == "leave":
+            pool.submit(held_back, STUCK)
+        late = LateQueue(pool, monkeypatch)
+        gate.set()
+        passed(late.handing_on)
+        bounded(pool.close)
+        assert ran == [how]
+
+
+def test_an_idle_worker_keeps_nothing_of_its_last_job() -> None:
+    """What a job refers to (a read's data) is freed when it has run, not at the next job."""
+
+    class Data:
+        pass
+
+    def use(data: Data) -> None:
+        assert data is not None
+
+    with workers(1) as pool:
+        for hand_over in (pool.submit, pool.resume):
+            data = Data()
+            alive = weakref.ref(data)
+            freed = threading.Event()
+            weakref.finalize(data, freed.set)
+            hand_over(partial(use, data))
+            del data
+            assert freed.wait(2), f"{hand_over.__name__}: {alive()} is still there"
+
+
+# Signals
+
+
+def test_signals_are_blocked_in_workers() -> None:
+    """No signal is delivered to a worker; the mask of the thread that made the pool stays."""
+    masks: list[set[int]] = []
+
+    def job() -> None:
+        masks.append({int(s) for s in signal.pthread_sigmask(signal.SIG_BLOCK, [])})
+
+    def scenario() -> None:  # on a thread of its own: the mask is the thread's
+        mine = {signal.SIGUSR1, signal.SIGWINCH}
+        signal.pthread_sigmask(signal.SIG_SETMASK, mine)
+        with workers(2) as pool:
+            pool.submit(job)
+            pool.resume(job)
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == mine
+
+    bounded(scenario)
+    wanted = {"SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGCHLD", "SIGIO"}
+    for mask in masks:
+        assert {int(getattr(signal, name)) for name in wanted} <= mask
+    assert len(masks) == 2

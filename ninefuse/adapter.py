@@ -57,7 +57,6 @@ class Adapter(pyfuse3.Operations):
     # handles that outlive the daemon.
     supports_dot_lookup = False
     enable_writeback_cache = False
-    enable_acl = False
 
     def __init__(
         self,
@@ -75,7 +74,11 @@ class Adapter(pyfuse3.Operations):
         self._negative_timeout = settings.negative_timeout
         self._keep_cache = settings.keep_cache
         self._direct_sync = settings.direct_sync
+        self._sync = settings.sync
         self._xattr = settings.xattr
+        # The group bits of a file with an ACL hold its mask: a kernel that looks at mode
+        # bits alone would let people in whom the source keeps out.
+        self.enable_acl = settings.allow_other and settings.xattr
         self.operations: Counter[str] = Counter()  # by callback
         self.errors: Counter[tuple[str, int]] = Counter()  # by callback and errno
 
@@ -242,6 +245,7 @@ class Adapter(pyfuse3.Operations):
                     shown = pyfuse3.EntryAttributes()
                     shown.st_ino = entry.ino
                     shown.st_mode = entry.type << 12
+                    shown.entry_timeout = shown.attr_timeout = 0  # looked up when it is used
                 elif entry.fid is None:
                     shown = self._attributes(entry.ino, entry.attributes)
                 else:
@@ -266,7 +270,11 @@ class Adapter(pyfuse3.Operations):
 
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
         self._need_xattr()
-        return await self._answer("listxattr", sequences.listxattr(self._session, inode))
+        names = await self._answer("listxattr", sequences.listxattr(self._session, inode))
+        if ctx.uid == 0:
+            return names
+        # A daemon of root sees these; the source shows them to root only (xattr(7)).
+        return [name for name in names if not name.startswith(b"trusted.")]
 
     async def setxattr(
         self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext
@@ -323,21 +331,30 @@ class Adapter(pyfuse3.Operations):
         entry.st_ctime_ns = a.ctime_ns
         return entry
 
-    def _kept(self, flags: int) -> int:
-        # The kernel sends an fsync after each write to a cached O_SYNC open: a descriptor
-        # that syncs as well would do it twice.
-        return flags if self._direct_sync else flags & ~_SYNC
-
-    def _opened(self, handle: int, flags: int) -> pyfuse3.FileInfo:
+    def _is_direct(self, flags: int) -> bool:
+        """Whether an open goes past the kernel's page cache."""
+        access = flags & os.O_ACCMODE
+        # Past the cache a synchronous write is one request, and our descriptor makes it
+        # durable; through it, it is three (an xattr, the write, an fsync).
+        syncs = self._direct_sync and flags & _SYNC and access != os.O_RDONLY
         # Mapped pages of a file open for reading and appending would be appended, not
         # written in place, when the kernel writes them back through such a descriptor:
         # a direct one cannot be mapped shared (ENODEV), which is the honest answer.
-        appends = flags & os.O_APPEND and flags & os.O_ACCMODE == os.O_RDWR
-        # Past the page cache a synchronous write is one request, and our descriptor makes
-        # it durable; through it, it is three (an xattr, the write, an fsync).
-        syncs = self._direct_sync and flags & _SYNC and flags & os.O_ACCMODE != os.O_RDONLY
+        appends = flags & os.O_APPEND and access == os.O_RDWR
+        return bool(syncs or appends)
+
+    def _kept(self, flags: int) -> int:
+        """The flags for our own descriptor of a file."""
+        if not self._is_direct(flags):
+            # The kernel sends an fsync after each write to a cached synchronous open: a
+            # descriptor that syncs as well would do it twice.
+            return flags & ~_SYNC
+        # It sends none for a direct one, nor for a mount with -o sync.
+        return flags | os.O_SYNC if self._sync else flags
+
+    def _opened(self, handle: int, flags: int) -> pyfuse3.FileInfo:
         return pyfuse3.FileInfo(
-            fh=_handle(handle), direct_io=bool(appends or syncs), keep_cache=self._keep_cache
+            fh=_handle(handle), direct_io=self._is_direct(flags), keep_cache=self._keep_cache
         )
 
 

@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_libc.setfsuid.restype = _libc.setfsgid.restype = ctypes.c_uint32
 
 _CAP_DAC_OVERRIDE = 1
 _CAP_DAC_READ_SEARCH = 2
@@ -113,6 +115,9 @@ def acting_as(caller: Caller | None) -> Iterator[None]:
         # The group first: without the user id 0 it may not be changed any more.
         _libc.setfsgid(caller.gid)
         _libc.setfsuid(caller.uid)
+        # They report nothing; asking with an impossible id tells what is in force.
+        if _libc.setfsuid(-1) != caller.uid or _libc.setfsgid(-1) != caller.gid:
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
         now = _get_capabilities()
         _set_capabilities(now._replace(effective=now.effective | before.effective & keep))
         yield

@@ -45,8 +45,9 @@ log = logging.getLogger(__name__)
 _TICK = 0.1  # seconds: how long a read may stand still, twice that at worst
 _IN_A_ROW = 16  # requests read without a round of trio's loop, for the others' sake
 
-# Requests in the background; the kernel's defaults are 12 and 9.
-_LIMITS = {"max_background": 4096, "congestion_threshold": 3072}
+# Requests in the background; the kernel's defaults are 12 and 9. Well below what mount.py
+# lets run at once, so that they alone never stop the device from being read.
+_LIMITS = {"max_background": 1000, "congestion_threshold": 750}
 
 
 class _NoLock:
@@ -87,8 +88,9 @@ class _Lowlevel:
     async def wait_readable(self, fd: int) -> None:
         """Wait until the device has something to read; see the module's docstring."""
         self._pollfd.fd = fd
-        while self._in_a_row == _IN_A_ROW or not self._poll(self._pollfd_address, 1, 0):
+        while self._in_a_row == _IN_A_ROW or self._poll(self._pollfd_address, 1, 0) <= 0:
             self._in_a_row = 0
+            # Asked here, after each wait: pyfuse3 asked before the first.
             if self._closed:
                 raise trio.ClosedResourceError
             if self._waiting:
@@ -109,13 +111,15 @@ class _Lowlevel:
         self._waiting = True
         try:
             await trio.lowlevel.wait_readable(fd)
-        except trio.ClosedResourceError:  # pyfuse3.terminate
-            self._closed = True
-            raise
         finally:
             self._waiting = False
-            self._wake(max(1, self._round) if not self._closed else len(self._parked))
+            self._wake(max(1, self._round))
             self._round = 0
+
+    def close(self) -> None:
+        """Let nobody wait any more."""
+        self._closed = True
+        self._wake(len(self._parked))
 
     def _wake(self, count: int) -> None:
         self._woken += len(self._parked.unpark(count=count))
@@ -148,6 +152,12 @@ def install() -> None:
     pyfuse3.trio = stand_in  # type: ignore[attr-defined]
 
 
+def terminate() -> None:
+    """End pyfuse3's tasks as they come back from what they are doing. On the dispatcher."""
+    pyfuse3.trio.lowlevel.close()  # type: ignore[attr-defined]
+    pyfuse3.terminate()
+
+
 def remove() -> None:
     """Undo `install`."""
     signal.setitimer(signal.ITIMER_REAL, 0)
@@ -162,7 +172,7 @@ def raise_limits(mountpoint: str) -> None:
     of 12, a dozen reads stuck in one file stop the buffered reads of all others. Only
     root may raise it (Linux Documentation/filesystems/fuse, fusectl).
     """
-    number = _connection(mountpoint)
+    number = connection(mountpoint)
     if number is None or os.geteuid() != 0:
         return
     try:
@@ -191,16 +201,22 @@ def _control_file_system() -> Iterator[int]:
         os.close(control)
 
 
-def _connection(mountpoint: str) -> int | None:
-    """The number of a mount's connection: its device's minor number.
+def connection(mountpoint: str) -> int | None:
+    """The number of a mount's connection, which is its device's minor number.
 
     Read from mountinfo, since a stat of the mount would wait for ourselves.
+
+    Args:
+        mountpoint: its real path.
+
+    Returns:
+        The number of what lies on top there, None if nothing is mounted.
     """
     wanted = mountpoint.encode("utf-8", "surrogateescape")
     found = None
     with open("/proc/self/mountinfo", "rb") as lines:
         for line in lines:
-            fields = line.split()
+            fields = line.split(b" ")
             if fields[4].decode("unicode_escape").encode("latin-1") == wanted:
                 found = int(fields[2].split(b":")[1])  # the last one lies on top
     return found

@@ -142,12 +142,12 @@ class Executor(ABC):
 
     model: ClassVar[str]
 
-    def __init__(self) -> None:
+    def __init__(self, most_cleaners: int = 1) -> None:
         self.requests: dict[int, Request] = {}  # tag -> request under way
         self._tags = itertools.count(1)
         self._registry = threading.Lock()
         self._cleanups: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
-        self._cleaning = threading.Lock()
+        self._cleaners = threading.Semaphore(most_cleaners)
         self._background: deque[Request] = deque()
         self._on_dispatcher = 0
         self._handed_over = 0
@@ -289,22 +289,28 @@ class Executor(ABC):
             return False
 
     def _clean_up(self) -> None:
-        """Make the deferred calls, on this thread, unless another one is at it.
+        """Make the deferred calls, on this thread, unless enough are at it.
 
-        One thread at a time: if closing hangs, it is not to take worker after worker.
+        A few threads at a time: if closing hangs, it is not to take worker after worker.
         """
-        while self._cleanups and self._cleaning.acquire(blocking=False):
+        while self._cleanups and self._cleaners.acquire(blocking=False):
             try:
-                while self._cleanups:
-                    function, args = self._cleanups.popleft()
-                    try:
-                        function(*args)
-                    except BaseException as error:
-                        # A close that fails has closed all the same; nobody waits for it.
-                        name = getattr(function, "__name__", function)
-                        log.warning("%s%r failed: %r", name, args, error)
+                self._make_deferred_calls()
             finally:
-                self._cleaning.release()
+                self._cleaners.release()
+
+    def _make_deferred_calls(self) -> None:
+        while self._cleanups:
+            try:
+                function, args = self._cleanups.popleft()
+            except IndexError:  # another thread was quicker
+                return
+            try:
+                function(*args)
+            except BaseException as error:
+                # A close that fails has closed all the same, and nobody waits for it.
+                name = getattr(function, "__name__", function)
+                log.warning("%s%r failed: %r", name, args, error)
 
 
 class NoThreading(Executor):
@@ -353,7 +359,7 @@ class _Pooled(Executor, trio.abc.Instrument):
     """
 
     def __init__(self, threads: int) -> None:
-        super().__init__()
+        super().__init__(most_cleaners=max(1, threads // 2))
         self.pool = WorkerPool(threads)
         self._token: trio.lowlevel.TrioToken | None = None
         self._completed: deque[Request] = deque()

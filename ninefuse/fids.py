@@ -234,6 +234,11 @@ class FidTable:
         assert self._paths is not None
         return self._paths.path(a)
 
+    def number_apart(self, device: tuple[int, int], inode: int) -> int:
+        """A number to show a file with of which nothing but its inode number is known."""
+        assert self._paths is not None
+        return self._paths.apart(device, inode)
+
     def qid_of(self, a: Attributes) -> Qid:
         """The qid of a file of the source."""
         return qid_of(self.path_of(a), a)
@@ -482,7 +487,7 @@ class FidTable:
         """
         cold: list[Node] = []
         with self.lock.reading, self._counts:
-            for _ in range(len(self._clock)):
+            for _ in range(2 * len(self._clock)):
                 if len(cold) >= most:
                     break
                 node = self._clock.popleft()

@@ -110,15 +110,15 @@ async def _serve(
     await driver.run("attach", ops.attach(session, ROOT_NODEID, source))
     started = trio.Event()
     adapter = Adapter(session, driver, settings, started.set)
-    ended = threading.Event()
-    stopper = _Stopper(settings.mountpoint, session, trio.lowlevel.current_trio_token(), ended)
+    stopper = _Stopper(settings.mountpoint, session, trio.lowlevel.current_trio_token())
+    _mount(adapter, settings)
+    stopper.number = device.connection(settings.mountpoint)
     signals.start(
         stop=stopper.stop,
         end_now=stopper.abandon,
         counters=lambda: _log_lines(report.counters(adapter, driver, session)),
         stacks=lambda: _log_lines(report.stacks(driver)),
     )
-    _mount(adapter, settings)
     device.install()
     try:
         async with trio.open_nursery() as nursery:
@@ -126,9 +126,9 @@ async def _serve(
             await pyfuse3.main(_MIN_TASKS, _MAX_TASKS)
             nursery.cancel_scope.cancel()
     finally:
-        ended.set()
+        stopper.ended.set()
         device.remove()
-        pyfuse3.close(unmount=True)  # of a mount that is gone already this is no unmount
+        pyfuse3.close(unmount=stopper.is_mounted())
 
 
 async def _announce(settings: Settings, started: trio.Event, ready: Callable[[], None]) -> None:
@@ -171,49 +171,59 @@ def _captured_stderr() -> Iterator[Callable[[], str]]:
 
 
 class _Stopper:
-    """Ends the mount from outside the dispatcher, which may be stuck."""
+    """Ends the mount from outside the dispatcher, which may be stuck.
 
-    def __init__(
-        self,
-        mountpoint: str,
-        session: Session,
-        token: trio.lowlevel.TrioToken,
-        ended: threading.Event,
-    ) -> None:
+    Attributes:
+        number: of the mount's FUSE connection, by which it is known from another mount at
+            the same place; None for a mount that was handed over open.
+        ended: set once the dispatcher serves no more.
+    """
+
+    def __init__(self, mountpoint: str, session: Session, token: trio.lowlevel.TrioToken) -> None:
+        self.number: int | None = None
+        self.ended = threading.Event()
         self._mountpoint = mountpoint
         self._session = session
         self._token = token
-        self._ended = ended
+        # Descriptors to end with, should there be no others left then.
+        self._spare = [os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC) for _ in range(8)]
+
+    def is_mounted(self) -> bool:
+        """Whether it is our mount that lies on top at the mount point."""
+        return self.number is not None and device.connection(self._mountpoint) == self.number
 
     def stop(self) -> None:
         """Unmount while the mount goes on being served; then see that the loop ends."""
-        program = os.path.join(os.path.dirname(os.path.abspath(__file__)), "unmount.py")
-        helper = subprocess.Popen(
-            [sys.executable, "-I", program, self._mountpoint],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,  # a second Ctrl-C is for us alone
-        )
-        assert helper.stdin is not None
+        self._give_up_spare()
         until = time.monotonic() + _BUSY_GRACE
+        helper = self._helper() if self.is_mounted() else None
         # A busy mount is detached, and kept alive by the helper until nobody has a file
         # open (or mapped) any more, or the time is up.
-        while helper.poll() is None and time.monotonic() < until:
-            self._ended.wait(0.05)
+        while not self.ended.wait(0.05) and time.monotonic() < until:
             if not self._session.fids.statistics().files:
+                if helper is None:
+                    break
+                assert helper.stdin is not None
                 helper.stdin.close()
-        helper.stdin.close()
-        if not self._ended.wait(max(_END_GRACE, until - time.monotonic())):
-            log.warning("%s: still in use; ending all the same", self._mountpoint)
+                if helper.poll() is not None:
+                    break
+        if helper is not None:
+            assert helper.stdin is not None
+            helper.stdin.close()
+        if not self.ended.wait(_END_GRACE if helper is not None else 0):
+            log.warning("%s: ending though it may be in use", self._mountpoint)
             with contextlib.suppress(trio.RunFinishedError):
-                self._token.run_sync_soon(pyfuse3.terminate)
-            if not self._ended.wait(_END_GRACE):
+                self._token.run_sync_soon(device.terminate)
+            if not self.ended.wait(_END_GRACE):
                 log.error("%s: the dispatcher does not end; ending without", self._mountpoint)
                 self.abandon()
                 os._exit(ExitCode.INTERNAL)
 
     def abandon(self) -> None:
         """Detach the mount without waiting for anything."""
+        self._give_up_spare()
+        if not self.is_mounted():
+            return
         with contextlib.suppress(OSError):
             subprocess.Popen(
                 ["fusermount3", "-u", "-z", "--", self._mountpoint],
@@ -222,6 +232,23 @@ class _Stopper:
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
             )
+
+    def _helper(self) -> subprocess.Popen[bytes] | None:
+        program = os.path.join(os.path.dirname(os.path.abspath(__file__)), "unmount.py")
+        try:
+            return subprocess.Popen(
+                [sys.executable, "-I", program, self._mountpoint],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,  # a second Ctrl-C is for us alone
+            )
+        except OSError as e:
+            log.error("%s: cannot start the helper that unmounts: %s", self._mountpoint, e)
+            return None
+
+    def _give_up_spare(self) -> None:
+        while self._spare:
+            os.close(self._spare.pop())
 
 
 def _log_lines(lines: list[str]) -> None:

@@ -3,8 +3,8 @@
 Also the one way to a node's descriptor: `using` pins it, and opens it again where it
 was reclaimed or never made.
 
-Locks touched: the rename lock, read, to open a node again by its name; written, to
-reclaim descriptors. The fid table's, through fids.py.
+Locks touched: the rename lock, read, to open a node again by its name. The fid table's,
+through fids.py.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ninefuse.syscalls import stat_descriptor, stat_name
 NAME_MAX = 255  # bytes
 PERMISSIONS = 0o7777  # mode bits besides the type: set-user-id and the like are among them
 _FEWEST_DESCRIPTORS = 64
+_MOST_DESCRIPTORS = 16384  # each keeps an inode of the source in memory
 
 
 class Background(Protocol):
@@ -43,7 +44,8 @@ class Session:
         sync_directories: make changes of a directory durable before they are
             acknowledged (mount(8)'s sync and dirsync).
         most_descriptors: O_PATH descriptors to keep for nodes; by default half of the
-            process's limit on open files, so that the other half is there to open files.
+            process's limit on open files, so that the other half is there to open files,
+            and 16,384 at most.
     """
 
     def __init__(
@@ -60,10 +62,11 @@ class Session:
         self.sync_directories = sync_directories
         if most_descriptors is None:
             limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-            most_descriptors = max(_FEWEST_DESCRIPTORS, limit // 2)
+            most_descriptors = max(_FEWEST_DESCRIPTORS, min(limit // 2, _MOST_DESCRIPTORS))
         self.most_descriptors = most_descriptors
         self.msize = 0  # bytes of a message, agreed by version
         self._driver = driver
+        self._reclaim_at = most_descriptors
         self._reclaiming = False
 
     def using(self, number: int, *, locked: bool = False) -> Use:
@@ -134,31 +137,20 @@ class Session:
         if fd >= 0:
             self.fids.give_descriptor(node, fd)
 
-    async def keep(self, directory: Node, name: bytes) -> None:
-        """Give the file behind a name its descriptor, before the name goes away.
+    def keeping(self, directory: Node, name: bytes) -> Keeping:
+        """``async with session.keeping(directory, name)``, around taking the name away.
 
-        A node that has none could not be opened again after the name is gone, but the
-        kernel may still use the file.
+        The file behind the name gets its descriptor, if the kernel knows the file, and
+        keeps it: without, it could not be opened again after the name is gone, but the
+        kernel may still use it.
 
         Locks: the rename lock is held by the caller.
         """
-        try:
-            a = await blocking(directory.path, stat_name, directory.fd, name)
-        except FileNotFoundError:
-            return
-        node = self.fids.known(a)
-        if node is None:
-            return
-        try:
-            if node.fd < 0:
-                await blocking(directory.path, self._open_named, directory, name, node)
-                self.note_descriptors()
-        finally:
-            self.fids.drop(node)
+        return Keeping(self, directory, name)
 
     def note_descriptors(self) -> None:
         """Have the coldest descriptors reclaimed when there are too many."""
-        if self.fids.descriptors > self.most_descriptors and not self._reclaiming:
+        if self.fids.descriptors > self._reclaim_at and not self._reclaiming:
             self._reclaiming = True
             self._driver.in_background("reclaim", self._reclaim())
 
@@ -167,7 +159,8 @@ class Session:
         if self.sync_directories:
             await blocking(directory.path, _sync_directory, directory.fd)
 
-    def _open_named(self, directory: Node, name: bytes, node: Node) -> None:
+    def open_named(self, directory: Node, name: bytes, node: Node) -> None:
+        """Give a node its descriptor by a name that it was just seen at. Blocks."""
         fd = open_step(directory.fd, name)
         try:
             same = node.shows(stat_descriptor(fd))
@@ -182,14 +175,17 @@ class Session:
     async def _reclaim(self) -> None:
         """Close descriptors that can be opened again, down to seven eighths of the most.
 
-        Locks: the rename lock, written: no name may change between the check that it
-        leads to the node and the close.
+        Takes no lock: a lookup stuck in a slow source must not keep it waiting, and all
+        names behind it. Whoever takes a name away pins its node first (`keeping`), and a
+        pinned node keeps its descriptor; a node that has lost it by then gets it back.
         """
         try:
-            async with self.rename_lock.writing:
-                surplus = self.fids.descriptors - self.most_descriptors * 7 // 8
-                await blocking(None, self._close_coldest, surplus)
+            surplus = self.fids.descriptors - self.most_descriptors * 7 // 8
+            await blocking(None, self._close_coldest, surplus)
         finally:
+            # Where little could be closed, not to look again at every lookup.
+            next_time = self.fids.descriptors + self.most_descriptors // 8
+            self._reclaim_at = max(self.most_descriptors, next_time)
             self._reclaiming = False
 
     def _close_coldest(self, surplus: int) -> None:
@@ -226,6 +222,42 @@ class Session:
         self.fids.unpin(node)
         if fd >= 0:
             os.close(fd)
+
+
+class Keeping:
+    """The file behind a name, pinned while the name goes away; `Session.keeping`."""
+
+    __slots__ = ("_directory", "_name", "_node", "_session")
+
+    def __init__(self, session: Session, directory: Node, name: bytes) -> None:
+        self._session = session
+        self._directory = directory
+        self._name = name
+        self._node: Node | None = None
+
+    async def __aenter__(self) -> None:
+        session, directory, fids = self._session, self._directory, self._session.fids
+        try:
+            a = await blocking(directory.path, stat_name, directory.fd, self._name)
+        except FileNotFoundError:
+            return
+        node = fids.known(a)
+        if node is None:
+            return
+        has_descriptor = fids.pin(node)
+        fids.drop(node)  # the pin's reference is enough
+        self._node = node
+        if not has_descriptor:
+            try:
+                await blocking(directory.path, session.open_named, directory, self._name, node)
+            except BaseException:
+                fids.unpin(node)
+                raise
+            session.note_descriptors()
+
+    async def __aexit__(self, *exc: object) -> None:
+        if self._node is not None:
+            self._session.fids.unpin(self._node)
 
 
 class UseNode:

@@ -791,8 +791,8 @@ def test_opening_again_waits_for_a_rename(source: Path) -> None:
         assert client.place(fid.number)[1] == b"0001"
 
 
-def test_reclaiming_waits_for_whoever_uses_names(source: Path) -> None:
-    """It holds the rename lock alone, and comes once only."""
+def test_reclaiming_waits_for_nobody_who_uses_names(source: Path) -> None:
+    """A walk that is stuck in a slow directory must not hold it up, and all names behind it."""
     make_files(source, 40)
     with few_descriptors(source, 1000) as client:
         fids = look_up_all(client)
@@ -801,12 +801,45 @@ def test_reclaiming_waits_for_whoever_uses_names(source: Path) -> None:
         for fid in fids:
             fid.node.recent = False
         client.session.most_descriptors = 16
-        reclaiming = Stepper(client.session._reclaim())
-        reclaiming.to_lock()
-        assert client.session.fids.descriptors == 41
-        walking.finish()
-        reclaiming.finish()
+        Stepper(client.session._reclaim()).finish()
         assert client.session.fids.descriptors == 14
+        walking.finish()
+
+
+def test_a_name_that_is_going_away_keeps_its_nodes_descriptor(source: Path) -> None:
+    """Between the look at the name and its removal nobody may reclaim it."""
+    make_files(source, 40)
+    with few_descriptors(source, 1000) as client:
+        fids = look_up_all(client)
+        removing = Stepper(ops.unlinkat(client.session, ROOT, b"0003"))
+        removing.before("_remove")
+        for fid in fids:
+            fid.node.recent = False
+        client.session.most_descriptors = 8
+        Stepper(client.session._reclaim()).finish()
+        removing.finish()
+        (gone,) = [fid for fid in fids if fid.node.place and fid.node.place[1] == b"0003"]
+        assert gone.node.fd >= 0
+        assert client.do(ops.getattr, gone.number).nlink == 0
+
+
+def test_what_cannot_be_reclaimed_is_not_looked_at_for_every_lookup(source: Path) -> None:
+    """All are open: the next look comes when an eighth more have been found."""
+    make_files(source, 64)
+    with few_descriptors(source, 32) as client:
+        for name in sorted(os.listdir(source))[:40]:
+            client.open(name)
+        looks: list[int] = []
+        real = client.session.fids.coldest
+
+        def counting(most: int) -> list[Node]:
+            looks.append(most)
+            return real(most)
+
+        client.session.fids.coldest = counting  # type: ignore[method-assign]
+        for name in sorted(os.listdir(source))[40:]:
+            client.open(name)
+        assert len(looks) <= 24 // (32 // 8) + 1
 
 
 def test_directories_below_each_other_are_stale_rather_than_endless(source: Path) -> None:

@@ -305,7 +305,7 @@ def test_changes_come_in_the_order_of_their_effects(kinds: Client) -> None:
     ):
         changing = Stepper(ops.setattr(kinds.session, fid, changes))
         changing.finish()
-        assert changing.calls == ["_chmod", "chown", truncate, "set_times"]
+        assert changing.calls == ["_chmod", "chown", truncate, "_set_times"]
         after = (kinds.source / "file").stat()
         assert (after.st_size, after.st_atime_ns, after.st_mtime_ns) == (3, 111, 222)
 

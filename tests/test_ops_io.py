@@ -701,16 +701,32 @@ def test_errors_that_a_close_reports_are_fetched(
         real(fd)
         raise OSError(errno.EDQUOT, "over quota")
 
-    fid = client.open("file")
+    fid = client.open("file", flags=os.O_RDWR)
+    reader = client.open("file")
     client.do(report_close, fid)
     with monkeypatch.context() as patch:
         patch.setattr(os, "close", full)
         with fails(errno.EDQUOT):
             client.do(report_close, fid)
+        client.do(report_close, reader)  # nothing was written there
+    assert len(closed) == 1
     assert closed != [client.descriptor(fid)]
     assert client.do(ops.read, fid, 0, 1) == b"0"
     with fails(errno.EINVAL):
         client.do(report_close, client.walk("file"))
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE])
+def test_a_close_does_not_fail_for_want_of_a_descriptor(
+    client: Client, file: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def none_left(fd: int) -> int:
+        raise OSError(code, "too many open files")
+
+    fid = client.open("file", flags=os.O_RDWR)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "dup", none_left)
+        client.do(report_close, fid)
 
 
 # lock and getlock

@@ -227,8 +227,9 @@ def test_a_taken_newfid_is_refused(tree: Client) -> None:
 def test_an_open_fid_cannot_walk_to_itself(tree: Client) -> None:
     """It would be neither here nor there: EINVAL, and it stays open."""
     directory, file = tree.open("a"), tree.open("top")
-    with fails(errno.EINVAL):
-        tree.do(ops.walk, directory, directory, [b"b"])
+    for name in (b"b", b"none"):
+        with fails(errno.EINVAL):
+            tree.do(ops.walk, directory, directory, [name])
     for fid in (directory, file):
         with fails(errno.EINVAL):
             tree.do(ops.walk, fid, fid)
@@ -268,6 +269,21 @@ def test_dot_dot_of_the_root_is_the_root(tree: Client) -> None:
         assert tree.do(ops.getattr, tree.walk(*names)).ino == root.ino
     assert tree.do(ops.getattr, tree.walk("..", "top")).size == 3
     assert tree.do(ops.getattr, tree.walk("a", "b", "..", "..", "top")).size == 3
+
+
+def test_dot_is_where_one_is(tree: Client) -> None:
+    """In any directory, at any place in the walk; its qid is the directory's."""
+    fid = tree.new()
+    qids, _ = tree.do(ops.walk, ROOT, fid, [b".", b"a", b".", b"b", b"."])
+    assert [qid.path for qid in qids] == [
+        qids[0].path,
+        qids[1].path,
+        qids[1].path,
+        qids[3].path,
+        qids[3].path,
+    ]
+    assert tree.do(ops.getattr, fid).ino == (tree.source / "a" / "b").stat().st_ino
+    assert tree.know("a", ".") is tree.know("a")
 
 
 def test_dot_dot_is_never_asked_of_the_source(

@@ -26,8 +26,8 @@ class EntryPlus(NamedTuple):
     offset: int  # cookie of the entry after this one
     ino: int  # as the directory gives it
     type: int  # DT_*
-    attributes: Attributes | None  # None for ``..``
-    fid: Fid | None  # the kernel's, a lookup counted; None for ``.`` and ``..``
+    attributes: Attributes | None  # None for ``..``, and where there are none to be had
+    fid: Fid | None  # the kernel's, a lookup counted; None for ``.``, ``..`` and such a one
 
 
 async def readdir(session: Session, fid: int, offset: int, count: int) -> list[DirectoryEntry]:
@@ -139,6 +139,12 @@ async def _entry_plus(
         attributes = await blocking(on, stat_name, directory.fd, name)
     except FileNotFoundError:
         return None  # removed since it was read
+    except OSError:
+        # A dead mount, say, or one that is somebody else's: it has a name all the same.
+        # Nothing is known of it by the number it is shown with, so a forget of that is
+        # passed over.
+        device = use.node.device
+        return EntryPlus(name, offset, session.fids.number_apart(device, ino), kind, None, None)
     node = session.fids.new_node(attributes, -1, (use.node, name))
     try:
         found = session.fids.intern(node)

@@ -229,7 +229,8 @@ async def report_close(session: Session, fid: int) -> None:
     use = session.fids.get(fid)
     try:
         file = _open_file_of(use)
-        await blocking(use.node.path, _close_duplicate, file.fd)
+        if file.writable:
+            await blocking(use.node.path, _close_duplicate, file.fd)
     finally:
         session.fids.put(use)
 
@@ -324,7 +325,8 @@ def _open_file_of(fid: Fid) -> OpenFile:
 
 
 def _open_directory(fd: int) -> int:
-    return os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)
+    # Not "." in it, for which the daemon would need the right to search it as well.
+    return os.open(path_of(fd), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
 def _open_file(fd: int, flags: int) -> int:
@@ -387,7 +389,13 @@ def _write_fully(fd: int, data: bytes, offset: int) -> int:
 
 
 def _close_duplicate(fd: int) -> None:
-    os.close(os.dup(fd))
+    try:
+        duplicate = os.dup(fd)
+    except OSError as e:
+        if e.errno in (errno.EMFILE, errno.ENFILE):
+            return  # that is no failure of the file's, and its data is safe
+        raise
+    os.close(duplicate)
 
 
 def _write_attribute(new: AttributeWrite, offset: int, data: bytes) -> int:

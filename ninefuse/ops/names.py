@@ -243,8 +243,8 @@ async def unlinkat(session: Session, dirfid: int, name: bytes, flags: int = 0) -
     async with session.rename_lock.reading, session.using(dirfid, locked=True) as use:
         directory = use.node
         check_directory(directory)
-        await session.keep(directory, name)
-        await blocking(directory.path, _remove, directory.fd, name, bool(flags))
+        async with session.keeping(directory, name):
+            await blocking(directory.path, _remove, directory.fd, name, bool(flags))
         await session.settle(directory)
 
 
@@ -284,8 +284,8 @@ async def _move_name(
 ) -> None:
     check_directory(old)
     check_directory(new)
-    await session.keep(new, newname)
-    await blocking(old.path, rename_names, old.fd, oldname, new.fd, newname, flags)
+    async with session.keeping(new, newname):
+        await blocking(old.path, rename_names, old.fd, oldname, new.fd, newname, flags)
     await _note_place(session, new, newname)
     if flags == RENAME_EXCHANGE:
         await _note_place(session, old, oldname)

@@ -190,8 +190,8 @@ async def remove(session: Session, fid: int) -> None:
                 session.using_node(above, locked=True) as parent,
             ):
                 # Another node of the file may be the one that the kernel knows it by.
-                await session.keep(parent, name)
-                await blocking(parent.path, _remove_if_same, parent.fd, name, node)
+                async with session.keeping(parent, name):
+                    await blocking(parent.path, _remove_if_same, parent.fd, name, node)
                 await session.settle(parent)
     finally:
         session.fids.put(gone)

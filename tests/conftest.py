@@ -1,0 +1,140 @@
+"""The fixtures of real mounts."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from mounting import (
+    MODELS,
+    NINEFUSE,
+    TEST_LIMIT,
+    Mount,
+    Place,
+    Watchdog,
+    control_file_system,
+    detach,
+)
+
+_numbers = itertools.count(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "limit(seconds): how long the watchdog gives a test")
+
+
+@pytest.fixture(scope="session")
+def watchdog() -> Iterator[Watchdog]:
+    """The process that ends mounts which hang."""
+    assert os.access("/dev/fuse", os.R_OK | os.W_OK), "these tests need /dev/fuse"
+    control = control_file_system()
+    dog = Watchdog(control)
+    yield dog
+    dog.close()
+    if control is not None:
+        os.close(control)
+
+
+@pytest.fixture
+def guard(watchdog: Watchdog, request: pytest.FixtureRequest) -> Iterator[Watchdog]:
+    """The watchdog, awake for one test."""
+    marker = request.node.get_closest_marker("limit")
+    seconds = TEST_LIMIT if marker is None else marker.args[0]
+    watchdog.arm(seconds)
+    yield watchdog
+    assert watchdog.disarm(), f"not over within {seconds:g} s: its mounts were aborted"
+
+
+@pytest.fixture(scope="session")
+def shared_mounts(
+    watchdog: Watchdog, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str], Mount]]:
+    """Return the mount of a threading model that the tests share, each in its own directory."""
+    mounts: dict[str, Mount] = {}
+
+    def shared(model: str) -> Mount:
+        mount = mounts.get(model)
+        if mount is not None and mount.process.poll() is not None:
+            mount.end()  # a test's fault, which that test was told
+            mount = None
+        if mount is None:
+            base = tmp_path_factory.mktemp(model)
+            mount = mounts[model] = start(watchdog, base, "--model", model)
+        return mount
+
+    with contextlib.ExitStack() as ends:
+        yield shared
+        for mount in mounts.values():
+            ends.callback(mount.log.check)
+            ends.callback(mount.end)
+
+
+@pytest.fixture(params=MODELS)
+def place(
+    request: pytest.FixtureRequest, shared_mounts: Callable[[str], Mount], guard: Watchdog
+) -> Iterator[Place]:
+    """A fresh directory on a mount, under each of the threading models."""
+    mount = shared_mounts(request.param)
+    name = f"test{next(_numbers)}"
+    (mount.source / name).mkdir()
+    yield Place(mount, mount.path / name, mount.source / name)
+    assert mount.process.poll() is None, f"the daemon is gone:\n{mount.log.text()[-6000:]}"
+    mount.log.check()
+    shutil.rmtree(mount.source / name)
+
+
+@pytest.fixture
+def new_mount(guard: Watchdog, tmp_path: Path) -> Iterator[Callable[..., Mount]]:
+    """Mount with options of one's own: new_mount(*options, source=None, before=())."""
+    mounts: list[Mount] = []
+
+    def make(
+        *options: str, source: Path | None = None, command: tuple[str, ...] = NINEFUSE
+    ) -> Mount:
+        base = tmp_path / f"mount{len(mounts)}"
+        base.mkdir()
+        mount = start(guard, base, *options, source=source, command=command)
+        mounts.append(mount)
+        return mount
+
+    yield make
+    with contextlib.ExitStack() as ends:
+        for mount in mounts:
+            ends.callback(mount.log.check)
+            ends.callback(mount.end)
+
+
+def start(
+    watchdog: Watchdog,
+    base: Path,
+    *options: str,
+    source: Path | None = None,
+    command: tuple[str, ...] = NINEFUSE,
+) -> Mount:
+    """Start a daemon in the foreground on directories below base, and wait for its mount."""
+    source = source or base / "source"
+    path = base / "mount"
+    source.mkdir(exist_ok=True)
+    path.mkdir()
+    return Mount(
+        watchdog,
+        source,
+        path,
+        base / "log",
+        [*command, "-f", *options, str(source), str(path)],
+        r"mounted on .*\n",
+    )
+
+
+@pytest.fixture
+def mountpoint(guard: Watchdog, tmp_path: Path) -> Iterator[Path]:
+    """A directory to mount on, with nothing on it afterwards."""
+    path = tmp_path / "mnt"
+    path.mkdir()
+    yield path
+    detach(path)

@@ -1,0 +1,341 @@
+"""Many files, many clients, and clients that are killed: what a daemon keeps and how it stalls."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import random
+import resource
+import shutil
+import signal
+import struct
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from mounting import MODELS, Child, Mount, wait_until
+
+STALL = 0.3  # seconds
+IDLE_MEMORY = 60 * 1024  # KiB
+FEW_DESCRIPTORS = 256
+
+
+def figures(mount: Mount) -> tuple[int, int, int, int]:
+    now = mount.counters()
+    return now.fids, now.opened, now.descriptors, now.node_descriptors
+
+
+def at_rest(mount: Mount) -> tuple[int, int, int, int]:
+    """Fids and descriptors once the kernel has sent all that it sends later: releases, forgets."""
+    os.listdir(mount.path)  # libfuse opens a pipe of its own for the first longer answer
+    seen = [figures(mount)]
+
+    def unchanged() -> bool:
+        time.sleep(0.05)
+        seen.append(figures(mount))
+        return len(seen) > 3 and len(set(seen[-4:])) == 1
+
+    wait_until(unchanged, "a daemon at rest", 10.0)
+    return seen[-1]
+
+
+# Leaks
+
+
+def _use_files(top: Path, count: int) -> None:
+    """Make, copy, look at, rename and remove files in many ways."""
+    top.mkdir()
+    for n in range(count):
+        path = top / f"file{n}"
+        path.write_bytes(b"x" * n)
+        shutil.copy(path, top / f"copy{n}")
+        os.link(path, top / f"link{n}")
+        (top / f"symlink{n}").symlink_to("nowhere")
+        path.rename(top / f"moved{n}")
+        with open(top / f"moved{n}", "r+b") as file:
+            if n % 3:
+                (top / f"moved{n}").unlink()
+            file.truncate(0)
+        (top / f"missing{n}").exists()
+        if n % 20 == 0:
+            os.listdir(top)
+    shutil.rmtree(top)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_fids_and_descriptors_are_given_back(new_mount: Callable[..., Mount], model: str) -> None:
+    mount = new_mount("--model", model)
+    before = at_rest(mount)
+    children = [Child(_use_files, mount.path / str(who), 60) for who in range(3)]
+    for child in children:
+        with child:
+            child.result()
+    assert at_rest(mount) == before
+
+
+def _copy_and_delete(source: Path, target: Path) -> int:
+    """Copy a tree in as few requests as that takes, and delete it; how many files it had."""
+    count = 0
+    target.mkdir()
+    for below in sorted(os.listdir(source)):
+        (target / below).mkdir()
+        names = os.listdir(source / below)
+        for name in names:
+            data = (source / below / name).read_bytes()
+            fd = os.open(target / below / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+            if data:
+                os.write(fd, data)
+            os.close(fd)
+        count += len(names)
+    for below in os.listdir(target):
+        names = os.listdir(target / below)
+        for name in names:
+            (target / below / name).unlink()
+        (target / below).rmdir()
+    target.rmdir()
+    return count
+
+
+@pytest.mark.limit(200)
+def test_twenty_thousand_files_leave_nothing_and_little_memory(
+    new_mount: Callable[..., Mount], tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    for below in range(20):
+        (tmp_path / f"from/{below}").mkdir(parents=True)
+        for n in range(500):
+            (tmp_path / f"from/{below}/{n}").write_bytes(b"data" * (n if n % 4 == 0 else 0))
+    mount = new_mount("--model", "second")
+    before = at_rest(mount)
+    started = time.monotonic()
+    children = [
+        Child(_copy_and_delete, tmp_path / "from", mount.path / str(who)) for who in range(2)
+    ]
+    for child in children:
+        with child:
+            assert child.result(180.0) == 10_000
+    taken = time.monotonic() - started
+    assert at_rest(mount) == before
+    memory = mount.status("VmRSS")
+    record_property("seconds", round(taken, 1))
+    record_property("VmRSS in KiB", memory)
+    print(f"20,000 files: {taken:.1f} s, VmRSS {memory} KiB")
+    assert memory <= IDLE_MEMORY
+    assert os.listdir(mount.source) == []
+
+
+def test_a_fresh_daemon_is_small(new_mount: Callable[..., Mount]) -> None:
+    assert new_mount().status("VmRSS") <= IDLE_MEMORY
+
+
+# A daemon with few descriptors
+
+LIMITED = (
+    sys.executable,
+    "-c",
+    "import resource, sys; from ninefuse import cli;"
+    f" resource.setrlimit(resource.RLIMIT_NOFILE, ({FEW_DESCRIPTORS}, {FEW_DESCRIPTORS}));"
+    " sys.exit(cli.main())",
+)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_tree_far_larger_than_the_limit_on_open_files(
+    new_mount: Callable[..., Mount], model: str
+) -> None:
+    count = 3000 if model == "second" else 500
+    # With long timeouts the kernel goes on knowing every file that it has seen.
+    mount = new_mount("--model", model, "-o", "cache=loose", command=LIMITED)
+    assert resource.prlimit(mount.pid, resource.RLIMIT_NOFILE)[1] == FEW_DESCRIPTORS
+    files = [Path(f"{n % 7}/{n % 5}/file{n}") for n in range(count)]
+    for n, file in enumerate(files):
+        (mount.source / file).parent.mkdir(parents=True, exist_ok=True)
+        (mount.source / file).write_bytes(b"%d" % n)
+
+    for file in files:
+        assert (mount.path / file).stat().st_ino == (mount.source / file).stat().st_ino
+    for n, file in enumerate(files):
+        assert (mount.path / file).read_bytes() == b"%d" % n
+    counters = mount.counters()
+    assert counters.fids > count
+    assert counters.descriptors < FEW_DESCRIPTORS
+    # Through directories that have been moved, and whose descriptors are long gone.
+    for top in range(7):
+        (mount.path / str(top)).rename(mount.path / f"moved{top}")
+    with ExitStack() as stack:
+        opened = [
+            stack.enter_context(open(mount.path / f"moved{files[n]}", "rb")) for n in range(60)
+        ]
+        for n, file in enumerate(files):
+            old, new = mount.path / f"moved{file}", mount.path / f"moved{file}.new"
+            old.rename(new)
+            if n % 3 == 0:
+                assert new.read_bytes() == b"%d" % n
+        for n, file in enumerate(files):
+            (mount.path / f"moved{file}.new").unlink()
+        assert [file.read() for file in opened] == [b"%d" % n for n in range(60)]
+    assert mount.counters().descriptors < FEW_DESCRIPTORS
+    shutil.rmtree(mount.path / "moved0")
+    assert sorted(os.listdir(mount.source)) == [f"moved{n}" for n in range(1, 7)]
+
+
+# Clients that are killed
+
+
+def _ask(path: Path, seed: int, sent: mmap.mmap) -> None:
+    """Ask for names that are not there: a killed asker has nothing open that would be closed."""
+    for n in range(1_000_000):
+        sent[0] = 1
+        (path / f"missing{seed}-{n}").exists()
+
+
+def _hammer(path: Path, seed: int, sent: mmap.mmap) -> None:
+    """Send requests of many kinds."""
+    dice = random.Random(seed)
+    fd = os.open(path / "busy", os.O_RDWR)
+    for n in range(1_000_000):
+        sent[0] = 1
+        what = dice.randrange(5)
+        if what == 0:
+            os.pwrite(fd, b"x" * 4096, 4096 * dice.randrange(64))
+        elif what == 1:
+            os.close(os.open(path / "busy", os.O_RDONLY))
+        elif what == 2:
+            os.listdir(path)
+        elif what == 3:
+            os.pread(fd, 1 << 16, 4096 * dice.randrange(64))
+        else:
+            (path / f"missing{seed}-{n}").exists()
+
+
+def _work_steadily(path: Path, beside: Path, done: mmap.mmap) -> None:
+    """Write and sync a small block, again and again, until told to stop.
+
+    In turn with the same beside the mount, which shows when the machine itself stands still.
+    done: the number of rounds, the longest stall of the one and of the other, whether to stop.
+    """
+    stalls = [0.0, 0.0]
+    fds = [os.open(path, os.O_RDWR), os.open(beside, os.O_RDWR)]
+    rounds = 0
+    while not done[24]:
+        for which, fd in enumerate(fds):
+            started = time.monotonic()
+            os.pwrite(fd, b"y" * 4096, 0)
+            os.fsync(fd)
+            stalls[which] = max(stalls[which], time.monotonic() - started)
+        rounds += 1
+        done[:24] = struct.pack("qdd", rounds, *stalls)
+
+
+def _kill_clients(
+    mount: Mount, beside: Path, client: Callable[..., None], kills: int, at_once: int
+) -> tuple[float, float]:
+    """Kill clients, some at once; return how long the steady one and the machine stood still.
+
+    After each kill there is quiet until the steady client has gone on: a request of somebody
+    else's would end the stall of a daemon that stands still reading the device.
+    """
+    dice = random.Random(kills)
+    with (
+        mmap.mmap(-1, 64) as done,
+        mmap.mmap(-1, 64) as sent,
+        Child(_work_steadily, mount.path / "steady", beside, done) as steady,
+    ):
+
+        def rounds() -> int:
+            number: int = struct.unpack_from("q", done)[0]
+            return number
+
+        for kill in range(0, kills, at_once):
+            with ExitStack() as stack:
+                sent[0] = 0
+                clients = [
+                    stack.enter_context(Child(client, mount.path, kill + n, sent))
+                    for n in range(at_once)
+                ]
+                wait_until(lambda: sent[0], "a client's first request")
+                time.sleep(dice.uniform(0.0, 0.004))
+                for victim in clients:
+                    os.kill(victim.pid, signal.SIGKILL)
+            before = rounds()
+            wait_until(lambda before=before: rounds() >= before + 2, "the steady client")
+        done[24] = 1
+        steady.result()
+        _, stall, machine = struct.unpack_from("qdd", done)
+        return stall, machine
+
+
+# The command, with a pause between seeing that there is a request and reading it, as there is
+# on a busy machine: time in which a request can be withdrawn.
+PAUSING = (
+    sys.executable,
+    "-c",
+    """
+import sys, time
+from ninefuse import cli, device
+wait = device._Lowlevel.wait_readable
+
+async def wait_and_pause(self, fd):
+    await wait(self, fd)
+    time.sleep(0.002)
+
+device._Lowlevel.wait_readable = wait_and_pause
+sys.exit(cli.main())
+""",
+)
+
+
+def _check_stalls(mount: Mount, base: Path, client: Callable[..., None], *numbers: int) -> None:
+    (mount.source / "busy").write_bytes(bytes(64 * 4096))
+    (mount.source / "steady").write_bytes(bytes(4096))
+    (base / "beside").write_bytes(bytes(4096))
+    for name in ("busy", "steady"):
+        (mount.path / name).read_bytes()
+    before = at_rest(mount)
+    for _ in range(4):
+        stall, machine = _kill_clients(mount, base / "beside", client, *numbers)
+        print(f"longest stall {stall:.3f} s, the machine's own {machine:.3f} s")
+        # Where the machine itself stands still, nothing can be said of the mount.
+        if stall <= STALL or machine < STALL / 3:
+            break
+    assert stall <= STALL
+    assert at_rest(mount) == before
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_clients_killed_by_the_hundred_stall_nobody(
+    new_mount: Callable[..., Mount], tmp_path: Path, model: str
+) -> None:
+    _check_stalls(new_mount("--model", model), tmp_path, _hammer, 300, 5)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_requests_withdrawn_before_they_are_read_stall_nobody(
+    new_mount: Callable[..., Mount], tmp_path: Path, model: str
+) -> None:
+    _check_stalls(new_mount("--model", model, command=PAUSING), tmp_path, _ask, 80, 1)
+
+
+def _wakeups(mount: Mount) -> int:
+    """How often the daemon's threads have been given a processor."""
+    total = 0
+    for status in Path(f"/proc/{mount.pid}/task").glob("*/status"):
+        for line in status.read_text().splitlines():
+            if "ctxt_switches" in line:
+                total += int(line.split()[1])
+    return total
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_an_idle_daemon_sleeps(new_mount: Callable[..., Mount], model: str) -> None:
+    mount = new_mount("--model", model)
+    (mount.path / "file").write_bytes(b"x" * 100_000)
+    assert (mount.path / "file").read_bytes() == b"x" * 100_000
+    (mount.path / "file").unlink()
+    time.sleep(0.6)  # the timer that guards reads of the device ends with the load
+    wakeups, ticks = _wakeups(mount), mount.cpu_ticks()
+    time.sleep(1.0)
+    assert _wakeups(mount) == wakeups
+    assert mount.cpu_ticks() == ticks

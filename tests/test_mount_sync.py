@@ -1,0 +1,125 @@
+"""Synchronous writes (O_SYNC, O_DSYNC): one request each, durable by our own descriptor."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from mounting import Mount, Place, errno_of
+
+SYNC_FLAGS = [os.O_SYNC, os.O_DSYNC]
+
+
+def flags_of_descriptors(pid: int, file: Path) -> list[int]:
+    """The open(2) flags of each descriptor that a process has of a file, O_PATH ones not."""
+    found = []
+    for number in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            if os.stat(f"/proc/{pid}/fd/{number}").st_ino != file.stat().st_ino:
+                continue
+            info = Path(f"/proc/{pid}/fdinfo/{number}").read_text()
+        except OSError:
+            continue  # closed meanwhile
+        flags = int(info.split("flags:")[1].split()[0], 8)
+        if not flags & os.O_PATH:
+            found.append(flags)
+    return found
+
+
+def done(mount: Mount, callback: str) -> int:
+    """How often a callback has been answered, as the daemon counts it."""
+    match = re.search(rf"operations:.*\b{callback} (\d+)", mount.counters().text)
+    return int(match[1]) if match else 0
+
+
+@pytest.mark.parametrize("sync", SYNC_FLAGS)
+def test_a_synchronous_open_writes_through_a_descriptor_with_the_same_flags(
+    place: Place, sync: int
+) -> None:
+    fd = os.open(place.path / "file", os.O_CREAT | os.O_WRONLY | sync, 0o600)
+    try:
+        assert [f & sync for f in flags_of_descriptors(place.mount.pid, place.source / "file")] == [
+            sync
+        ]
+        os.write(fd, b"x" * 5000)
+        assert (place.source / "file").read_bytes() == b"x" * 5000
+    finally:
+        os.close(fd)
+    again = os.open(place.path / "file", os.O_RDWR | sync)
+    try:
+        assert [f & sync for f in flags_of_descriptors(place.mount.pid, place.source / "file")] == [
+            sync
+        ]
+    finally:
+        os.close(again)
+
+
+def test_an_ordinary_open_is_cached_and_not_synchronous(place: Place) -> None:
+    with open(place.path / "file", "w+b") as file:
+        file.write(b"12345678")
+        file.flush()
+        flags = flags_of_descriptors(place.mount.pid, place.source / "file")
+        assert [f & os.O_SYNC for f in flags] == [0]
+        mmap.mmap(file.fileno(), 8).close()
+
+
+def test_a_synchronous_write_is_one_request(new_mount: Callable[..., Mount]) -> None:
+    mount = new_mount()
+    fd = os.open(mount.path / "file", os.O_CREAT | os.O_WRONLY | os.O_SYNC, 0o600)
+    try:
+        before = [done(mount, name) for name in ("write", "fsync", "getxattr")]
+        for _ in range(10):
+            os.write(fd, b"x" * 4096)
+        after = [done(mount, name) for name in ("write", "fsync", "getxattr")]
+    finally:
+        os.close(fd)
+    assert [b - a for a, b in zip(before, after, strict=True)] == [10, 0, 0]
+
+
+@pytest.mark.parametrize("option", ["osync=cached", "cache=none"])
+def test_a_cached_synchronous_write_is_followed_by_an_fsync(
+    new_mount: Callable[..., Mount], option: str
+) -> None:
+    mount = new_mount("-o", option)
+    fd = os.open(mount.path / "file", os.O_CREAT | os.O_RDWR | os.O_SYNC, 0o600)
+    try:
+        before = done(mount, "fsync")
+        os.write(fd, b"x" * 4096)
+        assert done(mount, "fsync") == before + 1
+        flags = flags_of_descriptors(mount.pid, mount.source / "file")
+        assert [f & os.O_SYNC for f in flags] == [0]  # the fsync is enough
+        with mmap.mmap(fd, 4096) as mapping:
+            mapping[:3] = b"abc"
+    finally:
+        os.close(fd)
+    assert (mount.source / "file").read_bytes()[:4] == b"abcx"
+
+
+def test_a_direct_synchronous_open_cannot_be_mapped_shared(place: Place) -> None:
+    (place.source / "file").write_bytes(b"x" * 4096)
+    fd = os.open(place.path / "file", os.O_RDWR | os.O_SYNC)
+    try:
+        assert errno_of(mmap.mmap, fd, 4096) == errno.ENODEV
+        mmap.mmap(fd, 4096, flags=mmap.MAP_PRIVATE).close()
+    finally:
+        os.close(fd)
+
+
+def test_synchronous_and_ordinary_opens_of_one_file_see_each_other(place: Place) -> None:
+    path = place.path / "file"
+    path.write_bytes(b"a" * 8192)
+    fd = os.open(path, os.O_RDWR | os.O_SYNC)
+    try:
+        with open(path, "r+b", buffering=0) as cached:
+            assert cached.read(8192) == b"a" * 8192  # in the page cache now
+            os.pwrite(fd, b"b" * 4096, 4096)
+            assert os.pread(cached.fileno(), 8192, 0) == b"a" * 4096 + b"b" * 4096
+            os.pwrite(cached.fileno(), b"c" * 100, 0)
+            assert os.pread(fd, 200, 0) == b"c" * 100 + b"a" * 100
+    finally:
+        os.close(fd)

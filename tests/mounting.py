@@ -99,7 +99,7 @@ class Child(Generic[T]):
         """Whether the function has ended, waiting for it that long."""
         if self._answer is None:
             deadline = time.monotonic() + seconds
-            parts = []
+            parts: list[bytes] = []
             while True:
                 left = max(0.0, deadline - time.monotonic())
                 if not select.select([self._pipe], [], [], left)[0]:
@@ -417,9 +417,8 @@ class Mount:
         requests = re.search(r"(\d+) under way, \d+ queued, (\d+) held back", text)
         assert requests is not None, text
         fids, opened, descriptors, node_descriptors = map(int, last.groups())
-        return Counters(
-            fids, opened, descriptors, node_descriptors, *map(int, requests.groups()), text
-        )
+        under_way, held_back = map(int, requests.groups())
+        return Counters(fids, opened, descriptors, node_descriptors, under_way, held_back, text)
 
     def status(self, name: str) -> int:
         """A figure from /proc/PID/status, in its own unit."""

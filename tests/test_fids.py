@@ -585,6 +585,17 @@ def test_files_that_a_listing_found_take_few_descriptors_too(source: Path) -> No
         assert client.session.fids.descriptors <= 17
 
 
+def test_files_that_were_made_take_few_descriptors_too(source: Path) -> None:
+    """Making a file is one of the moments at which the coldest lose theirs."""
+    with few_descriptors(source, 16) as client:
+        for number in range(100):
+            handle = client.create(b"%d" % number)
+            client.know(start=handle)
+            client.do(ops.clunk, handle)
+            assert client.session.fids.descriptors <= 18
+        assert len(client.session.fids) == 101
+
+
 def test_a_deep_tree_takes_few_descriptors(source: Path) -> None:
     """Directories below each other: none is needed to let go of another."""
     depth = 150

@@ -7,7 +7,7 @@ import os
 import stat
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,9 +86,9 @@ def plant(top: Path) -> None:
     (top / "sticky").chmod(0o1777)
     (top / "script").write_bytes(b"#!/bin/sh\nexit 7\n")
     (top / "script").chmod(0o4755)
-    with open(top / "holes", "wb") as file:
-        file.seek(1 << 20)
-        file.write(b"end")
+    with open(top / "holes", "wb") as holes:
+        holes.seek(1 << 20)
+        holes.write(b"end")
     os.mkfifo(top / "fifo", 0o640)
     os.utime(top / "fifo", ns=(5, 6))
     os.utime(top / "directory 0/deeper/ünïcode/link", ns=(7, 8), follow_symlinks=False)
@@ -292,12 +292,12 @@ def test_chown_gives_files_and_links_away(place: Place) -> None:
 
 
 @pytest.fixture
-def attributed(place: Place) -> Iterator[Path]:
+def attributed(place: Place) -> Path:
     """A file on the mount, of a source that has user attributes."""
     if not has_user_attributes(place.source):
         pytest.skip("the source file system has no user attributes")
     (place.path / "file").touch()
-    yield place.path / "file"
+    return place.path / "file"
 
 
 def test_attributes_are_set_listed_read_and_removed(place: Place, attributed: Path) -> None:
@@ -524,8 +524,8 @@ def _try_rights(base: Path) -> list[tuple[str, object]]:
     ):
         for flags in (os.O_RDONLY, os.O_WRONLY, os.O_RDWR, os.O_WRONLY | os.O_TRUNC):
             attempt(os.open, name, flags)
-        for mode in (os.R_OK, os.W_OK, os.X_OK):
-            results.append((f"access {name} {mode}", os.access(name, mode)))
+        modes = (os.R_OK, os.W_OK, os.X_OK)
+        results.extend((f"access {name} {mode}", os.access(name, mode)) for mode in modes)
         attempt(os.truncate, name, 3)
         attempt(os.utime, name)
         attempt(os.utime, name, ns=(1, 2))

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -446,6 +447,10 @@ def test_a_mapped_page_written_after_the_mount_was_detached_is_not_lost(
     assert data[PAGE : PAGE + 7] == b"second."
 
 
+def has_grown(path: Path) -> bool:
+    return path.stat().st_size > 10_000
+
+
 def _append(fd: int, stop: Path) -> int:
     """Write numbered lines until told to stop; how many were acknowledged."""
     for n in range(1_000_000):
@@ -484,8 +489,7 @@ def test_sigterm_under_load_loses_nothing(
             os.close(fd)
         mapper = stack.enter_context(Child(_map, mount.path / "mapped", stop))
         for who in range(3):
-            path = mount.source / f"file{who}"
-            wait_until(lambda path=path: path.stat().st_size > 10_000, "some writes")
+            wait_until(partial(has_grown, mount.source / f"file{who}"), "some writes")
         time.sleep(0.2)
         mount.signal(signal.SIGTERM)
         wait_until(lambda: not is_mounted(mount.path), "the mount point given back")
@@ -520,8 +524,7 @@ def test_a_killed_daemon_loses_nothing_that_was_acknowledged(
             stack.enter_context(Child(_append_until_it_fails, fd, report))
             os.close(fd)
         for who in range(3):
-            path = mount.source / f"file{who}"
-            wait_until(lambda path=path: path.stat().st_size > 10_000, "some writes")
+            wait_until(partial(has_grown, mount.source / f"file{who}"), "some writes")
         mount.signal(signal.SIGKILL)
         assert mount.wait() == -signal.SIGKILL
     for who in range(3):

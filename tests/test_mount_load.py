@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -173,7 +174,7 @@ def test_a_tree_far_larger_than_the_limit_on_open_files(
             old.rename(new)
             if n % 3 == 0:
                 assert new.read_bytes() == b"%d" % n
-        for n, file in enumerate(files):
+        for file in files:
             (mount.path / f"moved{file}.new").unlink()
         assert [file.read() for file in opened] == [b"%d" % n for n in range(60)]
     assert mount.counters().descriptors < FEW_DESCRIPTORS
@@ -248,6 +249,9 @@ def _kill_clients(
             number: int = struct.unpack_from("q", done)[0]
             return number
 
+        def has_reached(number: int) -> bool:
+            return rounds() >= number
+
         for kill in range(0, kills, at_once):
             with ExitStack() as stack:
                 sent[0] = 0
@@ -259,8 +263,8 @@ def _kill_clients(
                 time.sleep(dice.uniform(0.0, 0.004))
                 for victim in clients:
                     os.kill(victim.pid, signal.SIGKILL)
-            before = rounds()
-            wait_until(lambda before=before: rounds() >= before + 2, "the steady client")
+            goal = rounds() + 2
+            wait_until(partial(has_reached, goal), "the steady client")
         done[24] = 1
         steady.result()
         _, stall, machine = struct.unpack_from("qdd", done)

@@ -6,6 +6,7 @@ and the compiler, so that nothing is downloaded and nothing of the machine is to
 
 import configparser
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 import ninefuse
+from ninefuse.exitcodes import ExitCode
 
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST = "3.10"
@@ -507,3 +509,10 @@ def test_make_check_ends_at_the_first_failure(commands: Path) -> None:
 @pytest.mark.parametrize("name", ["bin/ninefuse", "tools/setup", ".ci/run"])
 def test_scripts_are_executable(name: str) -> None:
     assert os.access(ROOT / name, os.X_OK)
+
+
+def test_every_exit_code_is_documented_under_its_number() -> None:
+    documented = dict(
+        re.findall(r"^\| (\d+) \| (\w+) \|", (ROOT / "docs/exit-codes.md").read_text(), re.M)
+    )
+    assert documented == {str(int(c)): c.name for c in ExitCode if c}

@@ -79,6 +79,7 @@ class Adapter(pyfuse3.Operations):
         # The group bits of a file with an ACL hold its mask: a kernel that looks at mode
         # bits alone would let people in whom the source keeps out.
         self.enable_acl = settings.allow_other and settings.xattr
+        self._debug = log.isEnabledFor(logging.DEBUG)  # asked once, not for each request
         self.operations: Counter[str] = Counter()  # by callback
         self.errors: Counter[tuple[str, int]] = Counter()  # by callback and errno
 
@@ -292,13 +293,18 @@ class Adapter(pyfuse3.Operations):
         """Run a body; raise nothing but FUSEError."""
         self.operations[callback] += 1
         try:
-            return await self._executor.run(callback, body)
+            result = await self._executor.run(callback, body)
+            if self._debug:
+                log.debug("%s: %s", callback, _shortened(result))
+            return result
         except OSError as e:
             code = _errno_for_kernel(e)
         except Exception:
             log.exception("%s failed", callback)
             code = errno.EIO
         self.errors[callback, code] += 1
+        if self._debug:
+            log.debug("%s: %s", callback, errno.errorcode.get(code, code))
         raise pyfuse3.FUSEError(code)
 
     def _need_xattr(self) -> None:
@@ -356,6 +362,15 @@ class Adapter(pyfuse3.Operations):
         return pyfuse3.FileInfo(
             fh=_handle(handle), direct_io=self._is_direct(flags), keep_cache=self._keep_cache
         )
+
+
+def _shortened(result: object) -> str:
+    """A result for the debug log: data by its size."""
+    if isinstance(result, bytes):
+        return f"{len(result)} bytes"
+    if isinstance(result, list):
+        return f"{len(result)} entries"
+    return "done" if result is None else str(result)
 
 
 def _fid(handle: int) -> int:

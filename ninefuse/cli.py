@@ -101,7 +101,12 @@ class _Parser(argparse.ArgumentParser):
 class _VersionAction(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
         """Print the versions and end, before argparse misses the paths."""
-        print(versions())
+        try:
+            print(versions(), flush=True)
+        except OSError as error:
+            # A full disk, or a reader that has gone: no case for a traceback.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more at its end
+            raise Failure(ExitCode.INTERNAL, f"cannot print: {error.strerror}") from None
         parser.exit()
 
 

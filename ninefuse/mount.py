@@ -253,4 +253,9 @@ class _Stopper:
 
 def _log_lines(lines: list[str]) -> None:
     for line in lines:
-        log.warning("%s", line, extra=logs.ASKED_FOR)
+        # Somebody has asked for it, so it is said whatever the level is.
+        log.handle(
+            log.makeRecord(
+                log.name, logging.WARNING, __file__, 0, "%s", (line,), None, extra=logs.ASKED_FOR
+            )
+        )

@@ -256,6 +256,7 @@ def test_new_files_get_the_mode_asked_for_less_the_umask(place: Place, mask: int
         expected = asked & ~(mask & 0o777)
         assert stat.S_IMODE((place.source / name).stat().st_mode) == expected, name
         assert stat.S_IMODE((place.path / name).stat().st_mode) == expected, name
+        (place.path / name).chmod(0o700)
 
 
 def test_chmod_sets_all_twelve_bits(place: Place) -> None:

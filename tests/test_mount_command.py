@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from mounting import (
     ENVIRONMENT,
+    HASTY_NINEFUSE,
     MODELS,
     NINEFUSE,
     PATIENCE,
@@ -427,6 +428,19 @@ def test_a_busy_mount_is_detached_by_a_signal_and_served_until_it_is_no_more(
         assert os.listdir(mount.path) == []
     assert mount.wait(5.0) == 0
     assert (mount.source / "file").read_bytes() == b"before and after"
+
+
+def test_a_mount_that_stays_busy_is_ended_all_the_same(new_mount: Callable[..., Mount]) -> None:
+    mount = new_mount(command=HASTY_NINEFUSE)
+    with open(mount.path / "file", "wb", buffering=0) as file:
+        file.write(b"acknowledged")
+        mount.signal(signal.SIGTERM)
+        assert mount.wait(10.0) == 0
+        assert "may be in use" in mount.log.text()
+        assert errno_of(file.write, b"x") in (errno.ENOTCONN, errno.ECONNABORTED)
+        with suppress(OSError):
+            file.close()
+    assert (mount.source / "file").read_bytes() == b"acknowledged"
 
 
 def test_a_mapped_page_written_after_the_mount_was_detached_is_not_lost(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from mounting import (
+    HASTY_NINEFUSE,
     NINEFUSE,
     Child,
     Mount,
@@ -26,14 +27,6 @@ from slowfs import slow_bytes
 
 THREADS = 4
 STEP = 8 << 20  # so far apart that the kernel reads ahead for none of them
-
-# The command, with less patience when it ends: what it does then is the same.
-HASTY = (
-    sys.executable,
-    "-c",
-    "import sys; from ninefuse import cli, mount;"
-    " mount._BUSY_GRACE, mount._END_GRACE = 1.0, 0.5; sys.exit(cli.main())",
-)
 
 
 class SlowSource:
@@ -303,7 +296,7 @@ def test_sigterm_ends_a_daemon_whose_dispatcher_is_stuck(
     new_mount: Callable[..., Mount],
     start_readers: Callable[[Mount, int], list[Child[bool]]],
 ) -> None:
-    mount = new_mount("--model", "none", source=slow.path, command=HASTY)
+    mount = new_mount("--model", "none", source=slow.path, command=HASTY_NINEFUSE)
     (reader,) = start_readers(mount, 1)
     wait_until(slow.withheld, "a read at the slow source")
     mount.log.expect("the dispatcher does not end")

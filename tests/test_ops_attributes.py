@@ -18,6 +18,7 @@ from ops_helpers import (
     Stepper,
     client_of,
     fails,
+    module_of,
     need_devices,
     needs_root,
 )
@@ -249,6 +250,39 @@ def test_one_time_is_set_and_the_other_left(kinds: Client) -> None:
     assert before - SECOND <= path.stat().st_mtime_ns <= time.time_ns() + SECOND
     kinds.do(ops.setattr, fid, Changes(atime=SetTime.NOW, mtime=SetTime.OMIT))
     assert before - SECOND <= path.stat().st_atime_ns <= time.time_ns() + SECOND
+
+
+def test_who_is_not_the_owner_sets_both_times_to_now_only(
+    kinds: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FUSE says the present as a moment; the kernel wants to hear that it is now."""
+    module = module_of(ops.setattr)
+    real = module.set_times
+    path, fid = kinds.source / "file", kinds.walk("file")
+
+    def not_the_owner(fd: int, atime: int | SetTime, mtime: int | SetTime) -> None:
+        if (atime, mtime) != (SetTime.NOW, SetTime.NOW):
+            raise PermissionError(errno.EPERM, "not the owner")
+        real(fd, atime, mtime)
+
+    monkeypatch.setattr(module, "set_times", not_the_owner)
+    os.utime(path, ns=(11, 22))
+    now = time.time_ns()
+    hour = 3600 * SECOND
+    for atime, mtime in (
+        (now, now - hour),
+        (now + hour, now),
+        (now, None),
+        (SetTime.OMIT, now),
+        (SetTime.NOW, now),
+    ):
+        with fails(errno.EPERM):
+            kinds.do(ops.setattr, fid, Changes(atime=atime, mtime=mtime))
+    assert (path.stat().st_atime_ns, path.stat().st_mtime_ns) == (11, 22)
+    now = time.time_ns()
+    kinds.do(ops.setattr, fid, Changes(atime=now, mtime=now))
+    for found in (path.stat().st_atime_ns, path.stat().st_mtime_ns):
+        assert abs(found - now) < 60 * SECOND
 
 
 def test_times_further_than_64_bits_of_seconds(kinds: Client) -> None:

@@ -157,7 +157,9 @@ class Processes:
             self.kill(tuple(self._running))
         signal.set_wakeup_fd(self._old_waker)
         for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+            # After one that was heard the program is ending with its code: an impatient second
+            # one must not change that.
+            signal.signal(number, handler if self._signal is None else signal.SIG_IGN)
         os.close(self._woken)
         os.close(self._waker)
 

@@ -98,7 +98,9 @@ class Session:
             raise error(errno.EROFS)
 
     def reopen(self, node: Node) -> None:
-        """Open a node again by its parent and name. Blocks; the rename lock is held.
+        """Open a node again by its parent and name. Blocks.
+
+        The rename lock is held, unless it does no harm to fail where a name is just moving.
 
         Climbs to the nearest ancestor that has a descriptor and comes down from it, one
         name at a time, comparing each file with what its node knows of it.

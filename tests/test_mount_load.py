@@ -157,8 +157,8 @@ def test_a_tree_far_larger_than_the_limit_on_open_files(
     new_mount: Callable[..., Mount], model: str
 ) -> None:
     count = 3000 if model == "second" else 500
-    # With long timeouts the kernel goes on knowing every file that it has seen.
-    mount = new_mount("--model", model, "-o", "cache=loose", command=LIMITED)
+    # With a long timeout the kernel goes on knowing every file that it has seen.
+    mount = new_mount("--model", model, "-o", "entry_timeout=1000", command=LIMITED)
     assert resource.prlimit(mount.pid, resource.RLIMIT_NOFILE)[1] == FEW_DESCRIPTORS
     files = [Path(f"{n % 7}/{n % 5}/file{n}") for n in range(count)]
     for n, file in enumerate(files):
@@ -178,6 +178,10 @@ def test_a_tree_far_larger_than_the_limit_on_open_files(
         opened = [
             stack.enter_context(open(mount.path / f"moved{files[n]}", "rb")) for n in range(60)
         ]
+        # Known to the kernel and to nobody else: the daemon has not opened these.
+        seen = [os.open(mount.path / f"moved{files[n]}", os.O_PATH) for n in range(60, 120)]
+        for fd in seen:
+            stack.callback(os.close, fd)
         for n, file in enumerate(files):
             old, new = mount.path / f"moved{file}", mount.path / f"moved{file}.new"
             old.rename(new)
@@ -186,6 +190,8 @@ def test_a_tree_far_larger_than_the_limit_on_open_files(
         for file in files:
             (mount.path / f"moved{file}.new").unlink()
         assert [file.read() for file in opened] == [b"%d" % n for n in range(60)]
+        assert {os.fstat(file.fileno()).st_nlink for file in opened} == {0}
+        assert [os.fstat(fd).st_nlink for fd in seen] == [0] * 60
     assert mount.counters().descriptors < FEW_DESCRIPTORS
     shutil.rmtree(mount.path / "moved0")
     assert sorted(os.listdir(mount.source)) == [f"moved{n}" for n in range(1, 7)]

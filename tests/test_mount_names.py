@@ -158,7 +158,7 @@ def test_rename_noreplace_replaces_nothing(place: Place) -> None:
     assert (place.source / "two").read_bytes() == b"2"
     assert (place.source / "three").read_bytes() == b"1"
     assert sorted(os.listdir(place.path)) == ["three", "two"]
-    # A name that the client's kernel believes to be free is the daemon's to refuse.
+    # Nor what has come to the source since the name was last looked up.
     assert not (place.path / "late").exists()
     (place.source / "late").write_bytes(b"late")
     assert errno_of(renameat2, place.path / "three", place.path / "late", NOREPLACE)

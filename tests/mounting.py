@@ -234,9 +234,10 @@ def exit_code_of_orphan(pid: int, seconds: float = PATIENCE) -> int:
 
 def mount_ids(path: Path) -> list[str]:
     """The devices (major:minor) of what is mounted on a path, the topmost last."""
-    wanted = str(path).replace("\\", "\\134").replace(" ", "\\040")
+    # As the kernel writes it: blanks and backslashes in octal.
+    wanted = re.sub(r"[ \t\n\\]", lambda match: f"\\{ord(match[0]):03o}", str(path))
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
-        return [fields[2] for fields in map(str.split, lines) if fields[4] == wanted]
+        return [fields[2] for line in lines if (fields := line.split(" "))[4] == wanted]
 
 
 def is_mounted(path: Path) -> bool:

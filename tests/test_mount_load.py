@@ -71,7 +71,7 @@ def _use_files(top: Path, count: int) -> None:
 def test_fids_and_descriptors_are_given_back(new_mount: Callable[..., Mount], model: str) -> None:
     mount = new_mount("--model", model)
     before = at_rest(mount)
-    children = [Child(_use_files, mount.path / str(who), 60) for who in range(3)]
+    children = [Child(_use_files, mount.path / str(who), 40) for who in range(3)]
     for child in children:
         with child:
             child.result()

@@ -393,6 +393,21 @@ def test_moves_and_removals_are_made_durable_where_the_mount_asks(
         assert synced == [d, d]
 
 
+def test_nothing_is_synced_where_the_mount_does_not_ask(
+    tree: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would cost every change of a directory a wait for the disk."""
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    for maker in MAKERS.values():
+        maker(tree, ROOT, b"new")
+        tree.do(ops.renameat, ROOT, b"new", ROOT, b"newer")
+        tree.do(ops.remove, tree.walk("newer"))
+    tree.do(ops.lcreate, tree.walk(), b"new", os.O_RDWR, 0o600)
+    tree.do(ops.unlinkat, ROOT, b"new")
+    assert synced == []
+
+
 # renameat
 
 
@@ -667,6 +682,21 @@ def test_a_node_without_descriptor_gets_one_before_its_name_goes(
     tree.do(ops.unlinkat, tree.walk(*path[:-1]), os.fsencode(path[-1]), flags)
     assert known.node.fd >= 0
     assert tree.do(ops.getattr, known.number).nlink == 0
+
+
+def test_a_node_gets_no_descriptor_of_another_file(tree: Client) -> None:
+    """Its name leads to another one by the time it is opened."""
+    known = without_descriptor(tree, "one")
+    unlinking = Stepper(ops.unlinkat(tree.session, ROOT, b"one"))
+    unlinking.before("open_named")
+    (tree.source / "one").rename(tree.source / "moved")
+    (tree.source / "one").write_bytes(b"another")
+    unlinking.finish()
+    assert known.node.fd == -1
+    with fails(errno.ESTALE):
+        tree.do(ops.getattr, known.number)
+    assert tree.know("moved") is known
+    assert tree.do(ops.getattr, known.number).size == 1
 
 
 def test_an_unlink_that_fails_needs_no_name_afterwards(tree: Client) -> None:

@@ -43,8 +43,16 @@ _SYNC = os.O_SYNC | os.O_DSYNC
 _MAX_ERRNO = 4095  # the kernel takes nothing above for an error
 
 
+# An extended attribute of the root that the source knows nothing of: counters, as JSON.
+STATISTICS = b"user.ninefuse.stats"
+
+
 class Adapter(pyfuse3.Operations):
     """The callbacks of one mount.
+
+    Attributes:
+        errors: how many there were, by callback and errno.
+        statistics: what says the value of the attribute `STATISTICS`.
 
     Args:
         session: with the root attached as fid 1.
@@ -80,8 +88,8 @@ class Adapter(pyfuse3.Operations):
         # bits alone would let people in whom the source keeps out.
         self.enable_acl = settings.allow_other and settings.xattr
         self._debug = log.isEnabledFor(logging.DEBUG)  # asked once, not for each request
-        self.operations: Counter[str] = Counter()  # by callback
-        self.errors: Counter[tuple[str, int]] = Counter()  # by callback and errno
+        self.errors: Counter[tuple[str, int]] = Counter()
+        self.statistics: Callable[[], bytes] = bytes
 
     def init(self) -> None:
         self._started()
@@ -267,11 +275,16 @@ class Adapter(pyfuse3.Operations):
 
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
         self._need_xattr()
+        if inode == ROOT_NODEID and name == STATISTICS:
+            return self.statistics()
         return await self._answer("getxattr", sequences.getxattr(self._session, inode, name))
 
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
         self._need_xattr()
         names = await self._answer("listxattr", sequences.listxattr(self._session, inode))
+        if inode == ROOT_NODEID:
+            # Where the source has an attribute of that name it cannot be reached.
+            names = [name for name in names if name != STATISTICS]
         if ctx.uid == 0:
             return names
         # A daemon of root sees these; the source shows them to root only (xattr(7)).
@@ -281,17 +294,18 @@ class Adapter(pyfuse3.Operations):
         self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext
     ) -> None:
         self._need_xattr()
+        _refuse_statistics(inode, name)
         await self._answer("setxattr", sequences.setxattr(self._session, inode, name, value))
 
     async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
         self._need_xattr()
+        _refuse_statistics(inode, name)
         await self._answer("removexattr", sequences.removexattr(self._session, inode, name))
 
     # What all callbacks share
 
     async def _answer(self, callback: str, body: Body[T]) -> T:
         """Run a body; raise nothing but FUSEError."""
-        self.operations[callback] += 1
         try:
             result = await self._executor.run(callback, body)
             if self._debug:
@@ -362,6 +376,11 @@ class Adapter(pyfuse3.Operations):
         return pyfuse3.FileInfo(
             fh=_handle(handle), direct_io=self._is_direct(flags), keep_cache=self._keep_cache
         )
+
+
+def _refuse_statistics(inode: int, name: bytes) -> None:
+    if inode == ROOT_NODEID and name == STATISTICS:
+        raise pyfuse3.FUSEError(errno.EPERM)
 
 
 def _shortened(result: object) -> str:

@@ -68,6 +68,7 @@ def parse(argv: Sequence[str]) -> Settings:
         debug=given.debug,
         log_file=given.log,
         log_level=given.log_level,
+        trace_file=given.trace,
     )
 
 
@@ -143,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="LEVEL",
         help=f"one of {', '.join(options.LOG_LEVELS)} ({options.DEFAULT_LOG_LEVEL})",
     )
+    add("--trace", metavar="FILE", help="write the way of every request to FILE, for Perfetto")
     add("-V", "--version", action=_VersionAction, nargs=0, help="print versions")
     return parser
 

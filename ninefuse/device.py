@@ -31,7 +31,7 @@ import logging
 import os
 import select
 import signal
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -41,6 +41,8 @@ import trio
 from ninefuse import syscalls
 
 log = logging.getLogger(__name__)
+
+WaitReadable = Callable[[int], Awaitable[None]]
 
 _TICK = 0.1  # seconds: how long a read may stand still, twice that at worst
 _IN_A_ROW = 16  # requests read without a round of trio's loop, for the others' sake
@@ -65,9 +67,16 @@ class _PollFd(ctypes.Structure):
 
 
 class _Lowlevel:
-    """Stands in for trio.lowlevel."""
+    """Stands in for trio.lowlevel.
 
-    def __init__(self) -> None:
+    Attributes:
+        wait_readable: waits until the device has something to read; see the module's
+            docstring.
+    """
+
+    def __init__(self, around: Callable[[WaitReadable], WaitReadable] | None) -> None:
+        wait = self._wait_for_request
+        self.wait_readable: WaitReadable = wait if around is None else around(wait)
         self._pollfd = _PollFd(-1, select.POLLIN, 0)
         self._pollfd_address = ctypes.byref(self._pollfd)
         # PyDLL: unlike select.poll, the call keeps the interpreter's lock.
@@ -85,8 +94,7 @@ class _Lowlevel:
     def __getattr__(self, name: str) -> Any:
         return getattr(trio.lowlevel, name)
 
-    async def wait_readable(self, fd: int) -> None:
-        """Wait until the device has something to read; see the module's docstring."""
+    async def _wait_for_request(self, fd: int) -> None:
         self._pollfd.fd = fd
         while self._in_a_row == _IN_A_ROW or self._poll(self._pollfd_address, 1, 0) <= 0:
             self._in_a_row = 0
@@ -137,16 +145,20 @@ class _Trio:
 
     Lock = _NoLock
 
-    def __init__(self) -> None:
-        self.lowlevel = _Lowlevel()
+    def __init__(self, around: Callable[[WaitReadable], WaitReadable] | None) -> None:
+        self.lowlevel = _Lowlevel(around)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(trio, name)
 
 
-def install() -> None:
-    """Have pyfuse3 wait for the device by the rules above. On the dispatcher, once."""
-    stand_in = _Trio()
+def install(around: Callable[[WaitReadable], WaitReadable] | None = None) -> None:
+    """Have pyfuse3 wait for the device by the rules above. On the dispatcher, once.
+
+    Args:
+        around: makes of the wait for the device one that does more (tracing.py).
+    """
+    stand_in = _Trio(around)
     signal.signal(signal.SIGALRM, stand_in.lowlevel.tick)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
     pyfuse3.trio = stand_in  # type: ignore[attr-defined]

@@ -31,11 +31,13 @@ from collections import deque
 from collections.abc import Callable
 from enum import Enum
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from threading import get_ident
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import trio
 
 from ninefuse.commands import Acquire, Body, Call, Ended, Release
+from ninefuse.counters import Answered
 from ninefuse.locks import table_lock_held
 from ninefuse.workers import PoolStatistics, WorkerPool
 
@@ -61,9 +63,10 @@ class Request:
         "_error",
         "_joiners",
         "_value",
+        "at",
         "body",
         "call",
-        "handed_over",
+        "crossings",
         "holds",
         "name",
         "started",
@@ -77,9 +80,10 @@ class Request:
         self.tag = tag
         self.name = name
         self.body = body
-        self.started = time.monotonic()
+        self.started = time.monotonic_ns()
         self.call: Call | None = None  # the call to be made next
-        self.handed_over = False
+        self.at = get_ident()  # the thread that it was seen on last
+        self.crossings = 0  # how often that changed
         self.holds: tuple[Acquire, ...] = ()
         self.waits: Acquire | Ended | None = None
         self.task: trio.lowlevel.Task | None = None
@@ -103,8 +107,15 @@ class Request:
         if self._error is not None:
             log.error("%s failed", self.name, exc_info=self._error)
 
+    def cross(self) -> None:
+        """Note that the request is on another thread now."""
+        self.at = get_ident()
+        self.crossings += 1
+
     def perform(self) -> None:
         """Make the call that the body asked for, on this thread; keep its outcome."""
+        if self.at != get_ident():
+            self.cross()
         call = self.call
         assert call is not None
         self.call = None
@@ -115,7 +126,8 @@ class Request:
 
     def describe(self) -> str:
         """One line for reports: age, what it does, holds and waits for."""
-        parts = [f"{self.name} (request {self.tag}), {time.monotonic() - self.started:.1f} s"]
+        age = (time.monotonic_ns() - self.started) / 1e9
+        parts = [f"{self.name} (request {self.tag}), {age:.1f} s"]
         if self.thread:
             parts.append(f"on {self.thread}")
         if (call := self.call) is not None:
@@ -132,9 +144,19 @@ class ExecutorStatistics(NamedTuple):
 
     model: str
     on_dispatcher: int  # requests that never left the dispatcher
-    handed_over: int  # requests that made at least one call on a worker
+    handed_over: int  # requests that were on another thread
     running: int
     pool: PoolStatistics
+
+
+class Observer(Protocol):
+    """What sees all that a driver does, by putting itself around bodies; see tracing.py."""
+
+    def watch(self, tag: int, name: str, body: Body[T], *, awaited: bool) -> Body[T]: ...
+
+    def watch_call(self, function: Callable[..., Any]) -> Callable[..., Any]: ...
+
+    def answered(self, body: Body[Any]) -> None: ...
 
 
 class Executor(ABC):
@@ -149,8 +171,8 @@ class Executor(ABC):
         self._cleanups: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
         self._cleaners = threading.Semaphore(most_cleaners)
         self._background: deque[Request] = deque()
-        self._on_dispatcher = 0
-        self._handed_over = 0
+        self.answered: dict[str, Answered] = {}  # by the name that `run` was given
+        self.observer: Observer | None = None
 
     async def run(self, name: str, body: Body[T]) -> T:
         """Drive a body to its end and return its result.
@@ -166,12 +188,16 @@ class Executor(ABC):
             Exception: what the body raised. Anything that is not an `Exception`
                 (a worker's SystemExit, say) becomes OSError(EIO).
         """
-        request = self._admit(name, body)
+        request = self._admit(name, body, awaited=True)
         await self._drive(request)
-        if request.handed_over:
-            self._handed_over += 1
-        else:
-            self._on_dispatcher += 1
+        if request.at != get_ident():
+            request.cross()
+        counted = self.answered.get(name)
+        if counted is None:
+            counted = self.answered[name] = Answered()
+        counted.add(request.crossings, time.monotonic_ns() - request.started)
+        if self.observer is not None:
+            self.observer.answered(request.body)
         result: T = request.result()
         return result
 
@@ -184,17 +210,22 @@ class Executor(ABC):
 
         It is made after the running body, or with another one that ends before.
         """
+        if self.observer is not None:
+            function = self.observer.watch_call(function)
         self._cleanups.append((function, args))
 
     def statistics(self) -> ExecutorStatistics:
         """Counters and queue lengths now."""
+        answered = list(self.answered.values())
+        count = sum(one.count for one in answered)
+        stayed = sum(one.on_dispatcher for one in answered)
         return ExecutorStatistics(
-            self.model, self._on_dispatcher, self._handed_over, len(self.requests), self._pool()
+            self.model, stayed, count - stayed, len(self.requests), self._pool()
         )
 
     def slow_requests(self, older_than: float) -> list[str]:
         """A line for each request under way for more than ``older_than`` seconds."""
-        before = time.monotonic() - older_than
+        before = time.monotonic_ns() - older_than * 1e9
         with self._registry:
             return [r.describe() for r in self.requests.values() if r.started <= before]
 
@@ -208,8 +239,10 @@ class Executor(ABC):
     def _pool(self) -> PoolStatistics:
         return PoolStatistics(0, 0, 0)
 
-    def _admit(self, name: str, body: Body[Any]) -> Request:
+    def _admit(self, name: str, body: Body[Any], *, awaited: bool = False) -> Request:
         request = Request(next(self._tags), name, body)
+        if self.observer is not None:
+            request.body = self.observer.watch(request.tag, name, body, awaited=awaited)
         with self._registry:
             self.requests[request.tag] = request
         return request
@@ -220,6 +253,8 @@ class Executor(ABC):
         Once this has answered PARKED the request may be running on another thread:
         the caller must not touch it again.
         """
+        if request.at != get_ident():
+            request.cross()
         if request.waits is not None:  # it was parked, and has been granted its lock
             if isinstance(request.waits, Acquire):
                 request.holds += (request.waits,)
@@ -437,7 +472,6 @@ class _Pooled(Executor, trio.abc.Instrument):
                 if not self.pool.enter(partial(self._rest, request), on):
                     return
                 place = on
-            request.handed_over = True
             request.perform()
             step = self._advance(request, resume)
         if step is Step.DONE:
@@ -469,7 +503,6 @@ class FirstModel(_Pooled):
         granted = partial(self._complete, request)
         while (step := self._advance(request, granted)) is not Step.DONE:
             if step is Step.CALL:
-                request.handed_over = True
                 assert request.call is not None
                 self.pool.submit(partial(self._one_call, request), request.call.on)
             await trio.lowlevel.wait_task_rescheduled(_refuse)

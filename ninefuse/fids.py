@@ -442,11 +442,14 @@ class FidTable:
             raise error(errno.EBADF if number >= FIRST_HANDLE else errno.ESTALE)
         return fid
 
-    def forget(self, forgets: Iterable[tuple[int, int]]) -> None:
+    def forget(self, forgets: Iterable[tuple[int, int]]) -> int:
         """Take lookups back; a nodeid that has none left leaves the table (FUSE_FORGET).
 
         Args:
             forgets: (nodeid, how many); unknown nodeids are passed over.
+
+        Returns:
+            How many nodeids left the table.
         """
         gone = []
         with self.lock.writing:
@@ -460,6 +463,7 @@ class FidTable:
                     gone.append(fid)
         for fid in gone:
             self.put(fid)
+        return len(gone)
 
     def clear(self) -> None:
         """Take every fid out of the table (version, and the end of the session)."""

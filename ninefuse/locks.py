@@ -45,6 +45,7 @@ class LockStatistics(NamedTuple):
     writing: bool
     waiting: int
     waits: int
+    waited: float  # seconds, all waits together
     longest_wait: float  # seconds
 
 
@@ -62,6 +63,7 @@ class RWLock:
         self._writing = False
         self._waiting: deque[tuple[str, Callable[[], None], float]] = deque()
         self._waits = 0
+        self._waited = 0.0
         self._longest = 0.0
 
     def __repr__(self) -> str:
@@ -118,7 +120,12 @@ class RWLock:
         """A consistent snapshot of the lock's state and counters."""
         with self._mutex:
             return LockStatistics(
-                self._readers, self._writing, len(self._waiting), self._waits, self._longest
+                self._readers,
+                self._writing,
+                len(self._waiting),
+                self._waits,
+                self._waited,
+                self._longest,
             )
 
     def _take(self, mode: str) -> bool:
@@ -143,6 +150,7 @@ class RWLock:
             else:
                 self._readers += 1
             self._waiting.popleft()
+            self._waited += now - since
             self._longest = max(self._longest, now - since)
             granted.append(resume)
 
@@ -152,16 +160,19 @@ class _BlockingSection:
 
     __slots__ = ("_lock", "_mode")
 
-    def __init__(self, lock: RWLock, mode: str) -> None:
+    def __init__(self, lock: TableLock, mode: str) -> None:
         self._lock = lock
         self._mode = mode
 
     def __enter__(self) -> None:
         if not self._lock.try_acquire(self._mode):
+            since = time.perf_counter_ns()
             turn = threading.Lock()
             turn.acquire()
             if not self._lock.acquire(self._mode, turn.release):
                 turn.acquire()
+            if self._lock.on_wait is not None:
+                self._lock.on_wait(self._mode, since, time.perf_counter_ns())
         _table_holders.append(threading.get_ident())
 
     def __exit__(self, *exc: object) -> None:
@@ -174,10 +185,15 @@ class TableLock(RWLock):
 
     Waiting blocks the thread, so a section holds table work only: no system call, no
     await (the drivers check), and no second section of the same lock.
+
+    Attributes:
+        on_wait: called after each wait, on the thread that waited and now holds the lock,
+            with the mode and the wait's begin and end (`time.perf_counter_ns`); None.
     """
 
     def __init__(self, name: str = "fid table") -> None:
         super().__init__(name)
+        self.on_wait: Callable[[str, int, int], None] | None = None
         self.reading = _BlockingSection(self, READ)
         self.writing = _BlockingSection(self, WRITE)
 

@@ -24,12 +24,13 @@ from collections.abc import Callable, Iterator
 import pyfuse3
 import trio
 
-from ninefuse import credentials, device, executor, logs, ops, preflight, report, signals
+from ninefuse import credentials, device, executor, logs, ops, preflight, report, signals, tracing
 from ninefuse.adapter import Adapter
 from ninefuse.exitcodes import ExitCode, Failure
 from ninefuse.options import Settings
 from ninefuse.qids import ROOT_NODEID
 from ninefuse.session import Session
+from ninefuse.trace_file import TraceFile
 
 log = logging.getLogger(__name__)
 
@@ -78,14 +79,33 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
         read_only=settings.read_only,
         sync_directories=settings.sync or settings.dirsync,
     )
-    try:
-        trio.run(_serve, settings, driver, session, source, ready)
-    finally:
-        session.fids.clear()
-        driver.close()
-        os.close(source)
+    with contextlib.ExitStack() as trace:
+        tracer = None
+        if settings.trace_file is not None:
+            tracer = trace.enter_context(_traced(settings, settings.trace_file, driver, session))
+        try:
+            trio.run(_serve, settings, driver, session, source, ready, tracer)
+        finally:
+            session.fids.clear()
+            driver.close()
+            os.close(source)
     log.info("%s: unmounted", settings.mountpoint)
     return ExitCode.OK
+
+
+@contextlib.contextmanager
+def _traced(
+    settings: Settings, path: str, driver: executor.Executor, session: Session
+) -> Iterator[tracing.Tracer]:
+    """Have all that is done inside written to the trace file at that path."""
+    title = f"ninefuse {settings.source} on {settings.mountpoint}, model {settings.model}"
+    with tracing.Tracer(TraceFile(path, title)) as tracer:
+        driver.observer = tracer
+        session.fids.lock.on_wait = tracer.waited_for_table
+        try:
+            yield tracer
+        finally:
+            tracer.close()
 
 
 def _share_one_cpu() -> None:
@@ -105,21 +125,25 @@ async def _serve(
     session: Session,
     source: int,
     ready: Callable[[], None],
+    tracer: tracing.Tracer | None,
 ) -> None:
     await driver.run("version", ops.version(session, ops.MAX_MSIZE, ops.VERSION))
     await driver.run("attach", ops.attach(session, ROOT_NODEID, source))
+    driver.answered.clear()  # what is counted are callbacks
     started = trio.Event()
     adapter = Adapter(session, driver, settings, started.set)
     stopper = _Stopper(settings.mountpoint, session, trio.lowlevel.current_trio_token())
+    counters = report.Counters(settings, adapter, driver, session)
+    adapter.statistics = counters.published
     _mount(adapter, settings)
     stopper.number = device.connection(settings.mountpoint)
     signals.start(
         stop=stopper.stop,
         end_now=stopper.abandon,
-        counters=lambda: _log_lines(report.counters(adapter, driver, session)),
+        counters=lambda: _log_lines(counters.lines()),
         stacks=lambda: _log_lines(report.stacks(driver)),
     )
-    device.install()
+    device.install(None if tracer is None else tracer.around_wait)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_announce, settings, started, ready)

@@ -94,7 +94,7 @@ class Settings:
     """All that one mount needs to know.
 
     source, mountpoint: absolute paths. model: the threading model, one of MODELS. threads: how
-    many workers. log_file: absolute path, or None. attr_timeout, entry_timeout,
+    many workers. log_file, trace_file: absolute paths, or None. attr_timeout, entry_timeout,
     negative_timeout: seconds for which the kernel may keep attributes, names and the absence
     of names. keep_cache: whether cached file data outlives an open. direct_sync: whether writes
     through O_SYNC and O_DSYNC opens go past the kernel's page cache. one_cpu: whether the
@@ -111,6 +111,7 @@ class Settings:
     debug: bool = False
     log_file: str | None = None
     log_level: str = DEFAULT_LOG_LEVEL
+    trace_file: str | None = None
     read_only: bool = False
     dirsync: bool = False
     sync: bool = False
@@ -257,16 +258,22 @@ def make_settings(
     debug: bool = False,
     log_file: str | None = None,
     log_level: str = DEFAULT_LOG_LEVEL,
+    trace_file: str | None = None,
 ) -> Settings:
     """Put the command line and the -o options together.
 
-    Arguments: source, mountpoint, log_file: paths, relative to the current directory or
-    absolute; options, from parse_options; the rest as flags on the command line gave it (None:
+    Arguments: source, mountpoint, log_file, trace_file: paths, relative to the current directory
+    or absolute; options, from parse_options; the rest as flags on the command line gave it (None:
     not given), which wins over options. debug on either side means foreground too, as it does
     for all FUSE commands (mount.fuse3(8)).
     Raises Failure(USAGE) when a path is empty.
     """
-    for name, path in (("SRC", source), ("MNT", mountpoint), ("--log FILE", log_file)):
+    for name, path in (
+        ("SRC", source),
+        ("MNT", mountpoint),
+        ("--log FILE", log_file),
+        ("--trace FILE", trace_file),
+    ):
         # abspath would make the current directory of it: after a typo in a script's variable
         # name that is never what was meant.
         if path == "":
@@ -282,6 +289,7 @@ def make_settings(
         debug=debug,
         log_file=None if log_file is None else os.path.abspath(log_file),
         log_level=log_level,
+        trace_file=None if trace_file is None else os.path.abspath(trace_file),
         read_only="ro" in options.flags,
         dirsync="dirsync" in options.flags,
         sync="sync" in options.flags,

@@ -33,9 +33,9 @@ async def lookup(session: Session, parent: int, name: bytes) -> tuple[Fid, Attri
     return fid, await _attributes(session, fid)
 
 
-async def forget(session: Session, forgets: Sequence[tuple[int, int]]) -> None:
-    """clunk each fid whose lookups have all been taken back."""
-    session.fids.forget(forgets)
+async def forget(session: Session, forgets: Sequence[tuple[int, int]]) -> int:
+    """clunk each fid whose lookups have all been taken back; how many these were."""
+    return session.fids.forget(forgets)
 
 
 async def setattr(

@@ -265,7 +265,7 @@ def test_an_await_inside_the_tables_lock_is_an_error(model: str, awaits: str, ca
         assert await executor.run("body", body()) == "after"
         assert trace == ["body awaits inside the table's lock"]
         assert table.try_acquire(WRITE)
-        assert lock.statistics() == (0, False, 0, 0, 0.0)
+        assert lock.statistics() == (0, False, 0, 0, 0.0, 0.0)
 
     drive(model, 1, scenario)
 
@@ -1269,8 +1269,8 @@ def test_slow_requests_say_what_they_hold_and_wait_for(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A line for each old request: its age, the locks it holds and what it waits for."""
-    now = [1000.0]
-    monkeypatch.setattr(executor_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    now = [1000]
+    monkeypatch.setattr(executor_module, "time", SimpleNamespace(monotonic_ns=lambda: now[0] * 10**9))
     gate, busy = threading.Event(), threading.Event()
     lock = RenameLock()
 

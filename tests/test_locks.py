@@ -300,27 +300,27 @@ def test_a_releaser_does_not_run_other_threads_into_each_other() -> None:
 # Statistics
 
 
-def test_statistics_count_waits_and_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_statistics_count_waits_their_sum_and_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only requests that had to queue count as waits; the longest wait is kept."""
     now = [100.0]
     monkeypatch.setattr(locks, "time", SimpleNamespace(monotonic=lambda: now[0]))
     queue = Queue()
     queue.ask("r1")
-    assert queue.lock.statistics() == (1, False, 0, 0, 0.0)
+    assert queue.lock.statistics() == (1, False, 0, 0, 0.0, 0.0)
     queue.ask("w1")
     now[0] += 1
     queue.ask("r2")
-    assert queue.lock.statistics() == (1, False, 2, 2, 0.0)
+    assert queue.lock.statistics() == (1, False, 2, 2, 0.0, 0.0)
     now[0] += 2
     queue.end("r1")
-    assert queue.lock.statistics() == (0, True, 1, 2, 3.0)
+    assert queue.lock.statistics() == (0, True, 1, 2, 3.0, 3.0)
     now[0] += 2
     queue.end("w1")
-    assert queue.lock.statistics() == (1, False, 0, 2, 4.0)
+    assert queue.lock.statistics() == (1, False, 0, 2, 7.0, 4.0)
     queue.ask("w2")
     now[0] += 1
     queue.end("r2")
-    assert queue.lock.statistics() == (0, True, 0, 3, 4.0), "a shorter wait changes nothing"
+    assert queue.lock.statistics() == (0, True, 0, 3, 8.0, 4.0), "a shorter wait changes nothing"
 
 
 def test_a_lock_says_who_holds_it() -> None:
@@ -460,7 +460,7 @@ def test_the_rename_lock_is_taken_and_given_back_by_the_driver(mode: str) -> Non
     assert isinstance(acquire, Acquire)
     assert (acquire.lock, acquire.mode) == (lock, mode)
     assert str(acquire) == f"rename lock ({mode})"
-    assert lock.statistics() == (0, False, 0, 0, 0.0)
+    assert lock.statistics() == (0, False, 0, 0, 0.0, 0.0)
     release = body.send(None)
     assert isinstance(release, Release)
     assert release.taken is acquire

@@ -128,13 +128,25 @@ async def _entries_plus(
 async def _entry_plus(
     session: Session, use: Fid, directory: OpenDirectory, entry: DirectoryEntry
 ) -> EntryPlus | None:
+    if entry.name == b"..":
+        return EntryPlus(entry.name, entry.offset, entry.ino, entry.type, None, None)
+    if entry.name == b".":
+        return await _stat_itself(use, directory, entry)
+    return await _walk_entry(session, use, directory, entry)
+
+
+async def _stat_itself(use: Fid, directory: OpenDirectory, entry: DirectoryEntry) -> EntryPlus:
+    """getattr of the directory, for its own entry."""
+    attributes = await blocking(use.node.path, stat_descriptor, directory.fd)
+    return EntryPlus(entry.name, entry.offset, entry.ino, entry.type, attributes, None)
+
+
+async def _walk_entry(
+    session: Session, use: Fid, directory: OpenDirectory, entry: DirectoryEntry
+) -> EntryPlus | None:
+    """walk to an entry and getattr of it, which take a single call; None if it has gone."""
     on = use.node.path
     ino, offset, kind, name = entry
-    if name == b"..":
-        return EntryPlus(name, offset, ino, kind, None, None)
-    if name == b".":
-        attributes = await blocking(on, stat_descriptor, directory.fd)
-        return EntryPlus(name, offset, ino, kind, attributes, None)
     try:
         attributes = await blocking(on, stat_name, directory.fd, name)
     except FileNotFoundError:

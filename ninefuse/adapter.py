@@ -33,6 +33,7 @@ from ninefuse.ops.names import AT_REMOVEDIR
 from ninefuse.options import Settings
 from ninefuse.qids import ROOT_NODEID
 from ninefuse.session import Session
+from ninefuse.stats import ATTRIBUTE
 from ninefuse.syscalls import Attributes
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ _MAX_ERRNO = 4095  # the kernel takes nothing above for an error
 
 
 # An extended attribute of the root that the source knows nothing of: counters, as JSON.
-STATISTICS = b"user.ninefuse.stats"
+STATISTICS = os.fsencode(ATTRIBUTE)
 
 
 class Adapter(pyfuse3.Operations):

@@ -294,13 +294,13 @@ PAUSING = (
     """
 import sys, time
 from ninefuse import cli, device
-wait = device._Lowlevel.wait_readable
+wait = device._Lowlevel._wait_for_request
 
 async def wait_and_pause(self, fd):
     await wait(self, fd)
     time.sleep(0.002)
 
-device._Lowlevel.wait_readable = wait_and_pause
+device._Lowlevel._wait_for_request = wait_and_pause
 sys.exit(cli.main())
 """,
 )

@@ -2,14 +2,17 @@
 #
 # Programs replace the shell (exec): make hands signals on to them and waits for their clean-up.
 
-.PHONY: help demo test check clean
+.PHONY: help demo bench test check clean
 .DEFAULT_GOAL := help
 
-# By way of the environment: the directory's name reaches the program whatever is in it.
-export SRC
+# By way of the environment: the directories' names reach the program whatever is in it.
+export SRC OUT
 
 help:
 	@echo 'make demo    mount a directory, copy and compare a tree, time parallel dd under each model'
+	@echo '             SRC=/some/dir: on the file system of that directory'
+	@echo 'make bench   measure each model beside the source and other file servers, about 7 minutes'
+	@echo '             FULL=1: more and longer runs, most of an hour; OUT=/some/dir: for results;'
 	@echo '             SRC=/some/dir: on the file system of that directory'
 	@echo 'make test    the whole test suite, real mounts included'
 	@echo '             ARGS="-x -k rename": further arguments for pytest'
@@ -19,6 +22,11 @@ help:
 demo:
 	@tools/setup
 	@exec .venv/bin/python -m ninefuse.bench.demo $(if $(SRC),--source "$$SRC")
+
+bench:
+	@tools/setup bench
+	@exec .venv/bin/python -m ninefuse.bench.command $(if $(filter-out 0,$(FULL)),--full) \
+	  $(if $(SRC),--source "$$SRC") $(if $(OUT),--out "$$OUT")
 
 test:
 	@if ! [ -c /dev/fuse ] || ! ( : <>/dev/fuse ) 2>/dev/null; then \

@@ -5,6 +5,7 @@ and the compiler, so that nothing is downloaded and nothing of the machine is to
 """
 
 import configparser
+import importlib
 import os
 import re
 import shutil
@@ -26,6 +27,7 @@ from ninefuse.exitcodes import ExitCode
 
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST = "3.10"
+PYTHONS = (OLDEST, "3.11", "3.12", "3.13", "3.14")
 
 
 def run(
@@ -145,8 +147,15 @@ def pins() -> list[Requirement]:
     return [Requirement(line) for line in lines if line.strip() and not line.startswith("#")]
 
 
-def pinned_versions() -> dict[str, str]:
-    return {canonicalize_name(pin.name): next(iter(pin.specifier)).version for pin in pins()}
+def pinned_versions(python: str) -> dict[str, str]:
+    """Return the version of each package for that Python, such as "3.10"."""
+    environment = {"python_version": python, "python_full_version": f"{python}.0", "extra": ""}
+    active = [pin for pin in pins() if pin.marker is None or pin.marker.evaluate(environment)]
+    versions: dict[str, str] = {}
+    for pin in active:
+        versions[canonicalize_name(pin.name)] = next(iter(pin.specifier)).version
+    assert len(versions) == len(active), f"a package is pinned twice for {python}"
+    return versions
 
 
 def setup_cfg() -> configparser.ConfigParser:
@@ -164,39 +173,48 @@ def ranges() -> list[Requirement]:
 def test_every_pin_is_exact_and_stated_once() -> None:
     for pin in pins():
         assert [clause.operator for clause in pin.specifier] == ["=="], pin
-    assert len(pinned_versions()) == len(pins())
+    assert len({str(pin) for pin in pins()}) == len(pins())
 
 
-def test_pins_are_within_the_ranges_of_setup_cfg() -> None:
-    versions = pinned_versions()
+@pytest.mark.parametrize("python", PYTHONS)
+def test_pins_are_within_the_ranges_of_setup_cfg(python: str) -> None:
+    versions = pinned_versions(python)
     for wanted in ranges():
         assert wanted.specifier.contains(versions[canonicalize_name(wanted.name)]), wanted
 
 
-@pytest.mark.parametrize("python", [OLDEST, "3.11", "3.12", "3.13", "3.14"])
+@pytest.mark.parametrize("python", PYTHONS)
 def test_pins_are_complete_for_every_python(python: str) -> None:
     """What a pinned package needs under that Python is pinned too, in a version that it takes."""
     environment = {"python_version": python, "python_full_version": f"{python}.0", "extra": ""}
-    versions = pinned_versions()
-    active = {
-        canonicalize_name(pin.name)
-        for pin in pins()
-        if pin.marker is None or pin.marker.evaluate(environment)
-    }
-    for name in versions:
+    versions = pinned_versions(python)
+    for name, pinned in versions.items():
         try:
             distribution = metadata.distribution(name)
         except metadata.PackageNotFoundError:
             continue  # one for other Pythons than this
+        if distribution.version != pinned:
+            continue  # this Python has another release
         supported = "".join(distribution.metadata.get_all("Requires-Python") or [])
         assert SpecifierSet(supported).contains(f"{python}.0"), name
         for line in distribution.requires or []:
             needed = Requirement(line)
-            if name not in active or (needed.marker and not needed.marker.evaluate(environment)):
+            if needed.marker and not needed.marker.evaluate(environment):
                 continue
-            assert canonicalize_name(needed.name) in active, f"{name} needs {line}"
+            assert canonicalize_name(needed.name) in versions, f"{name} needs {line}"
             version = versions[canonicalize_name(needed.name)]
             assert needed.specifier.contains(version), f"{name} needs {line}"
+
+
+def test_what_is_installed_is_what_is_pinned() -> None:
+    """Without this the tests above could pass over a package."""
+    versions = pinned_versions(".".join(map(str, sys.version_info[:2])))
+    installed = {
+        name: metadata.version(name)
+        for name in versions
+        if name not in ("setuptools-scm", "vcs-versioning", "cython")  # for building only
+    }
+    assert installed == {name: versions[name] for name in installed}
 
 
 def test_the_oldest_python_is_the_same_everywhere() -> None:
@@ -243,10 +261,16 @@ def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
     info = f"ninefuse-{ninefuse.__version__}.dist-info"
     entry_points = configparser.ConfigParser()
     entry_points.read_string(wheel.read(f"{info}/entry_points.txt").decode())
-    assert dict(entry_points["console_scripts"]) == {"ninefuse": "ninefuse.cli:main"}
+    scripts = dict(entry_points["console_scripts"])
+    assert scripts["ninefuse"] == "ninefuse.cli:main"
+    assert scripts["ninefuse-bench"] == "ninefuse.bench.command:main"
+    for target in scripts.values():
+        module, _, function = target.partition(":")
+        assert callable(getattr(importlib.import_module(module), function))
     text = wheel.read(f"{info}/METADATA").decode()
     assert f"\nRequires-Python: >={OLDEST}\n" in text
     assert "\nRequires-Dist: pyfuse3==3.5.*\n" in text
+    assert '\nProvides-Extra: bench\nRequires-Dist: matplotlib>=3.8; extra == "bench"\n' in text
     assert (ROOT / "README.md").read_text().strip() in text
     assert any(name.endswith("/LICENSE") for name in wheel.namelist())
 
@@ -276,6 +300,10 @@ esac
 APT_STAND_IN = """
 echo "apt-get $*" >>"$LOG"
 case "$*" in *install*fuse3*) ln -s gcc "$BIN/fusermount3" ;; esac
+if [ -n "${NO_BINDFS:-}" ]; then case "$*" in *install*bindfs*) exit 100 ;; esac; fi
+for name in bindfs fio; do
+    case "$*" in *install*"$name"*) ln -s gcc "$BIN/$name" ;; esac
+done
 """
 
 BASICS = "sh cat cksum cp cut dirname env flock grep id ln mkdir mktemp mv rm sed sleep"
@@ -312,8 +340,8 @@ class Checkout:
             "STAND_IN": str(python),
         }
 
-    def setup(self, **env: str) -> subprocess.CompletedProcess[str]:
-        return run(self.root / "tools" / "setup", cwd=self.bin, env={**self.env, **env})
+    def setup(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+        return run(self.root / "tools" / "setup", *words, cwd=self.bin, env={**self.env, **env})
 
     def logged(self) -> list[str]:
         """Return what was called since the last time, of Python's venv, pip, and apt-get."""
@@ -458,6 +486,43 @@ def test_setup_takes_the_first_python_that_is_new_enough(checkout: Checkout) -> 
     assert checkout.logged() == MADE
 
 
+def allow_apt(checkout: Checkout) -> None:
+    (checkout.bin / "id").unlink()
+    script(checkout.bin / "id", "echo 0\n")
+    script(checkout.bin / "apt-get", APT_STAND_IN)
+
+
+def test_setup_for_the_benchmark_installs_what_it_compares_with(ready: Checkout) -> None:
+    allow_apt(ready)
+    assert ready.setup().stdout == "", "nothing of it is missing for the others"
+    done = ready.setup("bench")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "setup: apt-get install bindfs fio\n"
+    assert ready.logged() == ["apt-get -qq"]
+    assert (ready.setup("bench").stdout, ready.logged()) == ("", [])
+
+
+def test_setup_for_the_benchmark_goes_on_without(ready: Checkout) -> None:
+    assert ready.setup("bench").returncode == 0, "with no apt-get at all"
+    allow_apt(ready)
+    done = ready.setup("bench", NO_BINDFS="yes")
+    assert done.returncode == 0
+    assert done.stdout.endswith("setup: no bindfs: apt-get could not install it\n")
+    assert (ready.bin / "fio").exists()
+
+
+def test_setup_for_the_benchmark_makes_all_the_rest_too(checkout: Checkout) -> None:
+    assert checkout.setup("bench").returncode == 0
+    assert checkout.logged() == MADE
+
+
+def test_setup_says_what_it_takes(checkout: Checkout) -> None:
+    for words in (["Bench"], ["bench", "more"]):
+        done = checkout.setup(*words)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == "tools/setup: usage: tools/setup [bench]\n"
+
+
 # ---- Makefile and .ci/run -----------------------------------------------------------------------
 
 
@@ -465,7 +530,7 @@ def test_setup_takes_the_first_python_that_is_new_enough(checkout: Checkout) -> 
 def commands(tmp_path: Path) -> Path:
     """Return a directory with the Makefile, where set-up and Python only say their arguments."""
     shutil.copy2(ROOT / "Makefile", tmp_path)
-    script(tmp_path / "tools" / "setup", "echo setup\n")
+    script(tmp_path / "tools" / "setup", "echo setup $*\n")
     for name in ("python", "ruff", "mypy"):
         script(tmp_path / ".venv" / "bin" / name, 'for word; do echo "<$word>"; done\n')
     return tmp_path
@@ -473,7 +538,7 @@ def commands(tmp_path: Path) -> Path:
 
 def make(directory: Path, *words: str) -> subprocess.CompletedProcess[str]:
     # Not as part of the make that may run these tests.
-    passed_on = ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "MAKELEVEL", "SRC", "ARGS")
+    passed_on = ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "MAKELEVEL", "SRC", "ARGS", "OUT", "FULL")
     env = {name: value for name, value in os.environ.items() if name not in passed_on}
     return run("make", *words, cwd=directory, env=env)
 
@@ -481,7 +546,7 @@ def make(directory: Path, *words: str) -> subprocess.CompletedProcess[str]:
 def test_make_alone_lists_the_commands(commands: Path) -> None:
     done = make(commands)
     assert done.returncode == 0
-    for target in ("demo", "test", "check", "clean"):
+    for target in ("demo", "bench", "test", "check", "clean"):
         assert f"\nmake {target} " in "\n" + done.stdout
 
 
@@ -491,6 +556,14 @@ def test_make_demo_hands_the_directory_on_as_it_is(commands: Path) -> None:
     name = '/a b/it\'s "one"; exit 1'
     with_source = make(commands, "demo", f"SRC={name}").stdout.splitlines()
     assert with_source == [*words, "<--source>", f"<{name}>"]
+
+
+def test_make_bench_hands_directories_on_as_they_are(commands: Path) -> None:
+    words = ["setup bench", "<-m>", "<ninefuse.bench.command>"]
+    assert make(commands, "bench").stdout.splitlines() == words
+    assert make(commands, "bench", "FULL=0").stdout.splitlines() == words
+    full = make(commands, "bench", "FULL=1", "SRC=/a b/'s", 'OUT=/"c').stdout.splitlines()
+    assert full == [*words, "<--full>", "<--source>", "</a b/'s>", "<--out>", '</"c>']
 
 
 def test_make_test_runs_pytest_with_further_arguments(commands: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import time
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ninefuse.bench import BenchError, Processes
+from ninefuse.bench import BenchError, Process, Processes
 
 BLOCK = 4096  # bytes: dd's bs=4k
 
@@ -30,12 +31,14 @@ class Place:
     """Where to write.
 
     name: for messages. directory: what dd writes to, perhaps on a mount. backing: the same
-    directory as the source file system has it, where sizes are looked up.
+    directory as the source file system has it, where sizes are looked up; None if nowhere.
+    server: whose CPU time is measured, if there is one.
     """
 
     name: str
     directory: Path
-    backing: Path
+    backing: Path | None
+    server: Process | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +47,7 @@ class Result:
 
     clients: how many dd at a time. count: blocks that each wrote. seconds: from the start of
     the first until the end of the last. user_seconds, system_seconds: CPU time of all dd
-    together, without the daemon's.
+    together, without the daemon's. server: the daemon's, user and system.
     """
 
     clients: int
@@ -52,6 +55,7 @@ class Result:
     seconds: float
     user_seconds: float = 0.0
     system_seconds: float = 0.0
+    server: tuple[float, float] = (0.0, 0.0)
 
     @property
     def rate(self) -> float:
@@ -70,6 +74,7 @@ def run(processes: Processes, place: Place, clients: int, count: int) -> Result:
     limit = _SECONDS_MORE + _SECONDS_A_BLOCK * clients * count
     environment = {**os.environ, "LC_ALL": "C"}
     running = []
+    before = server_seconds(place)
     begin = time.perf_counter()
     try:
         for name in names:
@@ -88,8 +93,10 @@ def run(processes: Processes, place: Place, clients: int, count: int) -> Result:
     for one in ended:
         if one.returncode != 0:
             raise BenchError(f"{where}: one failed: {one.complaint}")
+    after = server_seconds(place)
     for name in names:
-        size = (place.backing / name).stat().st_size
+        # Not asked of the mount: it might believe what it was told.
+        size = (place.backing / name).stat().st_size if place.backing else count * BLOCK
         if size != count * BLOCK:
             raise BenchError(f"{where}: {name} has {size} bytes instead of {count * BLOCK}")
     # Removed where they were written, or the daemon would hold on to them and to their space.
@@ -100,7 +107,21 @@ def run(processes: Processes, place: Place, clients: int, count: int) -> Result:
         seconds,
         sum(one.user_seconds for one in ended),
         sum(one.system_seconds for one in ended),
+        (after[0] - before[0], after[1] - before[1]),
     )
+
+
+def server_seconds(place: Place) -> tuple[float, float]:
+    """Return the CPU time so far of the place's server: user and system, in seconds.
+
+    Raises BenchError when it has ended.
+    """
+    if place.server is None:
+        return 0.0, 0.0
+    try:
+        return place.server.cpu_seconds()
+    except OSError as error:
+        raise BenchError(f"{place.name}: the server has ended") from error
 
 
 def choose_count(
@@ -116,8 +137,11 @@ def choose_count(
     while (first := run(processes, places[0], clients, count)).seconds < _LOOK_SECONDS:
         count *= 2
     spent = first.seconds
-    spent += sum(run(processes, place, clients, count).seconds for place in places[1:])
-    space = os.statvfs(places[0].backing)
+    for place in places[1:]:
+        # One that cannot do it says so when it is measured.
+        with contextlib.suppress(BenchError):
+            spent += run(processes, place, clients, count).seconds
+    space = os.statvfs(places[0].directory)
     most = space.f_bavail * space.f_frsize // 4 // (clients * BLOCK)
     return max(1, min(_two_digits(count * seconds / spent), most))
 

@@ -10,26 +10,25 @@ import argparse
 import contextlib
 import logging
 import os
-import platform
 import random
-import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import ninefuse
 from ninefuse.bench import BenchError, Interrupted, Processes, dd
-from ninefuse.bench.mounted import (
-    Mounted,
-    file_system,
-    mounts_below,
-    ninefuse_command,
-    unmounter,
+from ninefuse.bench.common import (
+    Progress,
+    complain,
+    describe_machine,
+    parse_number,
+    parse_numbers,
+    say,
+    scratch_directory,
 )
+from ninefuse.bench.mounted import Mounted, ninefuse_command, unmounter
 from ninefuse.exitcodes import one_line
 from ninefuse.options import MODELS
 
@@ -44,8 +43,6 @@ _MOST_SECONDS = 8.0
 # A later turn is left out when it would not end by then, in seconds from the start.
 _LATEST_SECONDS = 100.0
 _COPY_SECONDS = 60.0  # how long a copy or a comparison may take
-
-_IN_MEMORY = ("tmpfs", "ramfs")
 
 # The best run of each cell, by X and by the name of the place.
 Best = Mapping[int, Mapping[str, dd.Result]]
@@ -67,21 +64,6 @@ class Options:
     files: int
 
 
-class Progress:
-    """One line on stderr that says what is going on, if that is a terminal."""
-
-    def __init__(self) -> None:
-        self._shown = sys.stderr.isatty()
-
-    def __call__(self, text: str) -> None:
-        if self._shown:
-            with contextlib.suppress(OSError):  # a terminal that has gone away
-                print(f"\r\033[K{text[:78]}", end="", file=sys.stderr, flush=True)
-
-    def clear(self) -> None:
-        self("")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo and return its exit code: 0, 1 if a step failed, 128 + the signal."""
     options = _parse(argv)
@@ -93,27 +75,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             _demo(processes, options, progress)
             processes.check()
         except Interrupted as signal:
-            _complain(progress, f"interrupted by {signal}")
+            complain(progress, "demo", f"interrupted by {signal}")
             code = 128 + signal.number
         except BrokenPipeError:
             # Nobody reads on (`| head`). What is still buffered must not fail once more.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             code = 1
         except (BenchError, OSError) as error:
-            _complain(progress, str(error))
+            complain(progress, "demo", str(error))
             code = 1
     return code
-
-
-def _complain(progress: Progress, text: str) -> None:
-    progress.clear()
-    with contextlib.suppress(OSError):
-        print(f"demo: {one_line(text)}", file=sys.stderr, flush=True)
-
-
-def _say(progress: Progress, text: str) -> None:
-    progress.clear()
-    print(text, flush=True)
 
 
 def _parse(argv: Sequence[str] | None) -> Options:
@@ -126,33 +97,24 @@ def _parse(argv: Sequence[str] | None) -> Options:
     add("--source", type=Path, metavar="DIR", help="use the file system that DIR is on")
     add(
         "--clients",
-        type=_numbers,
+        type=parse_numbers,
         default=CLIENTS,
         metavar="X,...",
         help=f"how many dd at a time ({','.join(map(str, CLIENTS))})",
     )
-    add("--count", type=_number, metavar="N", help="blocks for each dd (chosen to fit the time)")
-    add("--rounds", type=_number, default=2, metavar="N", help="runs of each cell (2)")
-    add("--files", type=_number, default=60, metavar="N", help="files of each kind to copy (60)")
+    number = parse_number
+    add("--count", type=number, metavar="N", help="blocks for each dd (chosen to fit the time)")
+    add("--rounds", type=number, default=2, metavar="N", help="runs of each cell (2)")
+    add("--files", type=number, default=60, metavar="N", help="files of each kind to copy (60)")
     return Options(**vars(parser.parse_args(argv)))
-
-
-def _number(text: str) -> int:
-    if text.isascii() and text.isdigit() and len(text) <= 9 and int(text) > 0:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(sorted({_number(word) for word in text.split(",")}))
 
 
 def _demo(processes: Processes, options: Options, progress: Progress) -> None:
     begin = time.monotonic()
     with contextlib.ExitStack() as stack:
-        scratch = stack.enter_context(scratch_directory(options.source))
+        scratch = stack.enter_context(scratch_directory(options.source, "demo"))
         for line in describe_machine(scratch):
-            _say(progress, line)
+            say(progress, line)
         source = scratch / SOURCE
         source.mkdir()
         progress("making files")
@@ -168,82 +130,25 @@ def _demo(processes: Processes, options: Options, progress: Progress) -> None:
             stack.enter_context(Mounted(processes, name, command, mountpoint))
             places.append(dd.Place(model, mountpoint, source))
 
-        _say(
+        say(
             progress,
             "\ncp -a from and to the mount; every byte, mode, owner, time and link compared",
         )
         for place in places[1:]:
             progress(f"copying a tree through the mount under {place.name}")
-            _say(progress, copy_tree(processes, place))
+            say(progress, copy_tree(processes, place))
 
         results = measure(processes, options, places, progress, begin)
-        _say(progress, "")
+        say(progress, "")
         for line in (*table(results), "", *summary(results)):
-            _say(progress, line)
+            say(progress, line)
         progress("unmounting")
     # Said by whoever has looked: the context managers raise an error where something is left.
-    _say(
+    say(
         progress,
         f"\nUnmounted with {unmounter()} -u, {one_line(str(scratch))} removed; "
         f"{time.monotonic() - begin:.0f} s in all.",
     )
-
-
-# The scratch directory.
-
-
-@contextlib.contextmanager
-def scratch_directory(parent: Path | None) -> Iterator[Path]:
-    """Make a directory in parent, or where there is a real file system, and remove it at the end.
-
-    Raises BenchError when it cannot be made, or, unless something else has failed, removed.
-    """
-    parent = parent or _choose_parent()
-    try:
-        made = tempfile.mkdtemp(prefix="ninefuse-demo-", dir=parent)
-    except OSError as error:
-        raise BenchError(f"cannot make a directory in {parent}: {error.strerror}") from error
-    path = Path(made).resolve()
-    try:
-        yield path
-    except BaseException:
-        problem = _remove(path)
-        if problem:
-            logging.warning("%s", one_line(problem))
-        raise
-    problem = _remove(path)
-    if problem:
-        raise BenchError(problem)
-
-
-def _choose_parent() -> Path:
-    """Return a directory on a disk: in memory, oflag=sync would have nothing to wait for."""
-    usual = Path(tempfile.gettempdir())
-    for path in (usual, Path("/var/tmp"), Path.cwd()):
-        if os.access(path, os.W_OK | os.X_OK) and file_system(path.resolve()) not in _IN_MEMORY:
-            return path
-    return usual
-
-
-def _remove(path: Path) -> str:
-    """Remove the directory with all that is in it. Return what went wrong, or ""."""
-    if mounts_below(path):
-        # What stands in a mount is not ours to remove, and it may hang.
-        return f"left {path} behind: something is still mounted there"
-    shutil.rmtree(path, ignore_errors=True)
-    return f"cannot remove {path}" if path.exists() else ""
-
-
-def describe_machine(scratch: Path) -> list[str]:
-    """Return what the figures depend on, a line each: CPUs, kernel, file system, versions."""
-    kind = file_system(scratch)
-    remark = " (in memory: sync has nothing to wait for)" if kind in _IN_MEMORY else ""
-    return [
-        f"CPUs         {len(os.sched_getaffinity(0))} ({platform.machine()})",
-        f"kernel       {platform.system()} {platform.release()}",
-        f"file system  {kind}, in {one_line(str(scratch.parent))}{remark}",
-        f"ninefuse     {ninefuse.__version__}, Python {platform.python_version()}",
-    ]
 
 
 # The tree, its copy, and the comparison.
@@ -317,15 +222,17 @@ def copy_tree(processes: Processes, place: dd.Place) -> str:
     Returns a line that says how it went. Raises BenchError when something differs.
     """
     tree, copy = "tree", f"copy-{place.name}"
+    source = place.backing
+    assert source is not None, "of a model's mount"
     begin = time.perf_counter()
     processes.run(
         ["cp", "-a", "--", str(place.directory / tree), str(place.directory / copy)], _COPY_SECONDS
     )
     seconds = time.perf_counter() - begin
-    original = list_tree(processes, place.backing / tree)
+    original = list_tree(processes, source / tree)
     # As the mount shows it, and as it stands in the source.
-    for top in (place.directory, place.backing):
-        compare(processes, place.backing / tree, original, top / copy)
+    for top in (place.directory, source):
+        compare(processes, source / tree, original, top / copy)
     processes.run(["rm", "-r", "--", str(place.directory / copy)], _COPY_SECONDS)
     sizes = [entry.size for entry in original.values() if entry.kind == "f"]
     return (

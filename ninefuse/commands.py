@@ -6,7 +6,8 @@ drivers, one for each threading model), and goes on with the command's result:
 
 * ``await blocking(on, function, *args)``: make this call. ``on`` names the inode
   that the call may get stuck on (a qid path, or None), so that calls stuck on one
-  file cannot take every worker.
+  file cannot take every worker. ``blocking_unless(on, quick, function, *args)``: the
+  same, where a form of the call never blocks.
 * ``async with lock.reading`` / ``async with lock.writing`` (locks.py): take a lock,
   give it back.
 * ``await ended(tag)``: wait until another request has ended.
@@ -17,7 +18,7 @@ Locks touched: none.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Hashable
 from functools import partial
 from typing import Any, ParamSpec, Protocol, TypeVar
 
@@ -39,14 +40,29 @@ class Queueing(Protocol):
 
 
 class Call:
-    """Make the call ``function(*args)``, which may block, on the inode ``on``."""
+    """Make the call ``function(*args)``, which may block, on the inode ``on``.
 
-    __slots__ = ("args", "function", "on")
+    Attributes:
+        kind: calls of one kind take similar times.
+        quick: does the same with the same arguments, but never blocks: where it would, it
+            raises BlockingIOError and has done nothing. None: there is no such form.
+    """
 
-    def __init__(self, on: int | None, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    __slots__ = ("args", "function", "kind", "on", "quick")
+
+    def __init__(
+        self,
+        on: int | None,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        quick: Callable[..., Any] | None = None,
+        kind: Hashable = None,
+    ) -> None:
         self.on = on
         self.function = function
         self.args = args
+        self.quick = quick
+        self.kind = kind or function
 
 
 class Acquire:
@@ -107,7 +123,24 @@ async def blocking(
         Exception: whatever ``function`` raised.
     """
     call: Callable[..., T] = partial(function, **kwargs) if kwargs else function
-    result: T = await _ask(Call(on, call, args))
+    result: T = await _ask(Call(on, call, args, kind=function))
+    return result
+
+
+async def blocking_unless(
+    on: int | None,
+    quick: Callable[P, T],
+    function: Callable[P, T],
+    /,
+    *args: P.args,
+    **kwargs: P.kwargs,
+) -> T:
+    """As `blocking`, for a call that has a form which never blocks (`Call.quick`).
+
+    It takes no keyword arguments.
+    """
+    assert not kwargs
+    result: T = await _ask(Call(on, function, args, quick))
     return result
 
 

@@ -124,6 +124,10 @@ class _Lowlevel:
             self._wake(max(1, self._round))
             self._round = 0
 
+    def has_request(self) -> bool:
+        """Whether the device has something to read."""
+        return bool(self._poll(self._pollfd_address, 1, 0) > 0)
+
     def close(self) -> None:
         """Let nobody wait any more."""
         self._closed = True
@@ -162,6 +166,11 @@ def install(around: Callable[[WaitReadable], WaitReadable] | None = None) -> Non
     signal.signal(signal.SIGALRM, stand_in.lowlevel.tick)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
     pyfuse3.trio = stand_in  # type: ignore[attr-defined]
+
+
+def has_request() -> bool:
+    """Whether a request lies in the device. On the dispatcher, after `install`."""
+    return bool(pyfuse3.trio.lowlevel.has_request())  # type: ignore[attr-defined]
 
 
 def terminate() -> None:

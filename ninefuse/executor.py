@@ -39,6 +39,7 @@ import trio
 from ninefuse.commands import Acquire, Body, Call, Ended, Release
 from ninefuse.counters import Answered
 from ninefuse.locks import table_lock_held
+from ninefuse.pace import Pace
 from ninefuse.workers import PoolStatistics, WorkerPool
 
 log = logging.getLogger(__name__)
@@ -123,6 +124,20 @@ class Request:
             self._value = call.function(*call.args)
         except BaseException as error:
             self._error = error
+
+    def perform_quickly(self) -> bool:
+        """Make the call on this thread if it does not block, and say whether it was made."""
+        call = self.call
+        assert call is not None
+        assert call.quick is not None
+        try:
+            self._value = call.quick(*call.args)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EOPNOTSUPP):
+                return False
+            self._error = error
+        self.call = None
+        return True
 
     def describe(self) -> str:
         """One line for reports: age, what it does, holds and waits for."""
@@ -399,6 +414,8 @@ class _Pooled(Executor, trio.abc.Instrument):
         self._token: trio.lowlevel.TrioToken | None = None
         self._completed: deque[Request] = deque()
         self._asleep = False
+        self.pace: Pace | None = None  # None: every call goes to a worker
+        self.has_waiting: Callable[[], bool] = bool  # whether the device has a request
 
     async def run(self, name: str, body: Body[T]) -> T:
         if self._token is None:
@@ -472,7 +489,12 @@ class _Pooled(Executor, trio.abc.Instrument):
                 if not self.pool.enter(partial(self._rest, request), on):
                     return
                 place = on
-            request.perform()
+            if self.pace is None:
+                request.perform()
+            else:
+                call, begin = request.call, time.monotonic_ns()
+                request.perform()
+                self.pace.took_there(call, time.monotonic_ns() - begin)
             step = self._advance(request, resume)
         if step is Step.DONE:
             if request.task is not None:
@@ -518,13 +540,19 @@ class FirstModel(_Pooled):
 
 
 class SecondModel(_Pooled):
-    """The dispatcher runs to the first call; a worker runs the rest: two crossings."""
+    """The dispatcher runs to the first call; a worker runs the rest: two crossings.
+
+    With a pace it runs to the first call that would block, or has proved to take long.
+    """
 
     model = "second"
 
     async def _drive(self, request: Request) -> None:
         request.task = trio.lowlevel.current_task()
-        step = self._advance(request, partial(self._resume, request))
+        resume = partial(self._resume, request)
+        step = self._advance(request, resume)
+        if self.pace is not None and step is Step.CALL:
+            step = self._run_on(request, resume, self.pace)
         if step is Step.DONE:
             self._after()
             return
@@ -532,6 +560,28 @@ class SecondModel(_Pooled):
             assert request.call is not None
             self.pool.submit(partial(self._rest, request), request.call.on)
         await trio.lowlevel.wait_task_rescheduled(_refuse)
+
+    def _run_on(self, request: Request, resume: Callable[[], None], pace: Pace) -> Step:
+        """Make calls here as long as they are quick; where the body stopped then."""
+        if len(self.requests) > 1:
+            pace.crowded()
+        else:
+            pace.came_alone()
+        step = Step.CALL
+        while step is Step.CALL:
+            call = request.call
+            assert call is not None
+            if call.quick is not None and request.perform_quickly():
+                pass
+            elif pace.is_here(call):
+                begin = time.monotonic_ns()
+                request.perform()
+                if pace.took_here(call, time.monotonic_ns() - begin) and self.has_waiting():
+                    pace.crowded()
+            else:
+                break
+            step = self._advance(request, resume)
+        return step
 
 
 def create(model: str, threads: int) -> Executor:

@@ -28,8 +28,10 @@ from ninefuse import credentials, device, executor, logs, ops, preflight, report
 from ninefuse.adapter import Adapter
 from ninefuse.exitcodes import ExitCode, Failure
 from ninefuse.options import Settings
+from ninefuse.pace import Pace
 from ninefuse.qids import ROOT_NODEID
 from ninefuse.session import Session
+from ninefuse.syscalls import is_local
 from ninefuse.trace_file import TraceFile
 
 log = logging.getLogger(__name__)
@@ -74,6 +76,9 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
     if settings.one_cpu and settings.model != "none":
         _share_one_cpu()
     driver = executor.create(settings.model, settings.threads)
+    if settings.inline and isinstance(driver, executor.SecondModel) and is_local(source):
+        driver.pace = Pace()
+        driver.has_waiting = device.has_request
     session = Session(
         driver,
         read_only=settings.read_only,

@@ -56,6 +56,9 @@ _CACHE_NAMES = {
 # osync=: one durable write for each write(2) of an O_SYNC open, or a cached one and an fsync.
 _SYNC_WAYS = ("direct", "cached")
 
+# inline=: whether the dispatcher makes calls itself that do not block, or are soon over.
+_INLINE = ("auto", "off")
+
 # cpus=: whether the daemon's threads share one processor.
 _CPUS = ("one", "all")
 
@@ -98,7 +101,8 @@ class Settings:
     negative_timeout: seconds for which the kernel may keep attributes, names and the absence
     of names. keep_cache: whether cached file data outlives an open. direct_sync: whether writes
     through O_SYNC and O_DSYNC opens go past the kernel's page cache. one_cpu: whether the
-    dispatcher and the workers share one processor. xattr: whether extended
+    dispatcher and the workers share one processor. inline: whether the second model's dispatcher
+    makes quick calls itself. xattr: whether extended
     attributes are served. mount_options: the words for libfuse, each for an -o of its own and
     already escaped.
     """
@@ -123,6 +127,7 @@ class Settings:
     keep_cache: bool = False
     direct_sync: bool = True
     one_cpu: bool = True
+    inline: bool = True
     mount_options: tuple[str, ...] = ()
 
 
@@ -148,6 +153,7 @@ class MountOptions:
     keep_cache: bool = False
     direct_sync: bool = True
     one_cpu: bool = True
+    inline: bool = True
 
 
 def split_words(text: str) -> list[str]:
@@ -201,6 +207,8 @@ def parse_options(words: Iterable[str]) -> MountOptions:
             values[name] = _choice(word, value, MODELS)
         elif name == "osync":
             values[name] = _choice(word, value, _SYNC_WAYS)
+        elif name == "inline":
+            values[name] = _choice(word, value, _INLINE)
         elif name == "cpus":
             values[name] = _choice(word, value, _CPUS)
         elif name == "cache":
@@ -232,6 +240,7 @@ def parse_options(words: Iterable[str]) -> MountOptions:
         # cache=none is for those who want the kernel's ordinary way with everything.
         direct_sync=values.get("osync", "cached" if cache == "none" else "direct") == "direct",
         one_cpu=values.get("cpus", "one") == "one",
+        inline=values.get("inline", "auto") == "auto",
     )
 
 
@@ -301,6 +310,7 @@ def make_settings(
         keep_cache=options.keep_cache,
         direct_sync=options.direct_sync,
         one_cpu=options.one_cpu,
+        inline=options.inline,
         mount_options=_words_for_libfuse(source, options),
     )
 

@@ -29,7 +29,22 @@ RENAME_EXCHANGE = 2
 _UTIME_NOW = 0x3FFFFFFF
 _UTIME_OMIT = 0x3FFFFFFE
 
-_OVERLAYFS = 0x794C7630  # OVERLAYFS_SUPER_MAGIC
+# The types of file systems in statfs(2).
+_OVERLAYFS = 0x794C7630
+_LOCAL = frozenset(
+    (
+        0xEF53,  # ext2, ext3, ext4
+        0x58465342,  # xfs
+        0x9123683E,  # btrfs
+        0xF2F52010,  # f2fs
+        0x3434,  # nilfs
+        0x2FC12FC1,  # zfs
+        0xCA451A4E,  # bcachefs
+        0x01021994,  # tmpfs
+        0x858458F6,  # ramfs
+        _OVERLAYFS,
+    )
+)
 
 _BILLION = 1_000_000_000
 
@@ -151,9 +166,21 @@ def births_change(fd: int) -> bool:
     On overlayfs it does: the first change of a file of a lower layer copies the file up,
     and from then on the copy's birth is what statx says. The inode number stays.
     """
+    return _file_system_type(fd) == _OVERLAYFS
+
+
+def is_local(fd: int) -> bool:
+    """Whether an open file lies on a file system that needs no server to answer.
+
+    One that is not known is taken for one that does.
+    """
+    return _file_system_type(fd) in _LOCAL
+
+
+def _file_system_type(fd: int) -> int:
     buffer = (ctypes.c_long * 32)()  # struct statfs is smaller; the type comes first
     _fstatfs(fd, buffer)
-    return buffer[0] == _OVERLAYFS
+    return int(buffer[0]) & 0xFFFFFFFF
 
 
 def rename(old_dir: int, old_name: bytes, new_dir: int, new_name: bytes, flags: int) -> None:

@@ -256,7 +256,8 @@ class _TracedBody(Coroutine[Any, Any, T]):
         """What the driver is to get for a body's command."""
         if type(command) is Call:
             function = _TracedCall(self, command.function)
-            return Call(command.on, function, command.args)
+            quick = None if command.quick is None else _TracedCall(self, command.quick)
+            return Call(command.on, function, command.args, quick, command.kind)
         if type(command) is Acquire:
             lock = _TracedLock(self, command)
             acquire = self._taken[command] = Acquire(lock, command.mode)

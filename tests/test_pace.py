@@ -1,0 +1,349 @@
+"""Which calls the second model's dispatcher makes itself."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import trio
+from helpers_executor import begin, drive, passed
+
+from ninefuse import pace
+from ninefuse.commands import Call, blocking, blocking_unless
+from ninefuse.executor import Executor, SecondModel
+from ninefuse.ops import io
+from ninefuse.pace import Pace
+from ninefuse.syscalls import is_local
+
+MS = 1_000_000  # nanoseconds
+US = 1_000
+INODE = 7
+FOREIGN = 0xFFFE << 48 | INODE
+
+
+def call(function: Callable[..., object] = os.pwrite, on: int | None = INODE) -> Call:
+    return Call(on, function, ())
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The monotonic time, in seconds, to be changed at will."""
+    now = [1000.0]
+    monkeypatch.setattr(pace, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    return now
+
+
+def learn(tested: Pace, one: Call, nanoseconds: int, times: int = 8) -> None:
+    for _ in range(times):
+        assert not tested.is_here(one)
+        tested.took_there(one, nanoseconds)
+
+
+def test_a_kind_is_tried_here_once_workers_have_shown_that_it_is_short(
+    clock: list[float],
+) -> None:
+    tested, one = Pace(), call()
+    learn(tested, one, 20 * US)
+    assert tested.is_here(one)
+    assert not tested.is_here(call(os.fsync)), "of which nothing is known"
+
+
+def test_the_interpreters_lock_does_not_hide_a_short_call(clock: list[float]) -> None:
+    """One of eight that had not to wait for it is enough."""
+    tested, one = Pace(), call()
+    tested.crowded()
+    learn(tested, one, 2 * MS, 7)
+    learn(tested, one, 20 * US, 1)
+    assert tested.is_here(one)
+
+
+@pytest.mark.parametrize(
+    ("nanoseconds", "alone", "crowded"),
+    [(30 * US, True, True), (300 * US, True, False), (2 * MS, False, False)],
+)
+def test_what_takes_longer_is_made_here_for_a_lone_client_only(
+    clock: list[float], nanoseconds: int, alone: bool, crowded: bool
+) -> None:
+    tested, one = Pace(), call()
+    learn(tested, one, nanoseconds)
+    assert tested.is_here(one) == alone
+    tested = Pace()
+    tested.crowded()
+    learn(tested, one, nanoseconds)
+    assert tested.is_here(one) == crowded
+
+
+def test_a_client_is_alone_when_nothing_else_came_for_a_while(clock: list[float]) -> None:
+    tested, one = Pace(), call()
+    learn(tested, one, 300 * US)
+    assert tested.is_here(one)
+    tested.crowded()
+    for _ in range(15):
+        tested.came_alone()
+        assert not tested.is_here(one)
+    tested.came_alone()
+    assert tested.is_here(one)
+
+
+def test_calls_on_other_devices_and_on_unknown_inodes_are_never_made_here(
+    clock: list[float],
+) -> None:
+    tested = Pace()
+    learn(tested, call(), 1 * US)
+    assert tested.is_here(call())
+    assert not tested.is_here(call(on=FOREIGN))
+    assert not tested.is_here(call(on=None))
+
+
+def test_one_stall_sends_a_kind_to_the_workers(clock: list[float]) -> None:
+    """For a second, then for twice as long; other kinds stay."""
+    tested, one, other = Pace(), call(), call(os.fsync)
+    learn(tested, one, 20 * US)
+    learn(tested, other, 20 * US)
+    for number, seconds in enumerate((1, 2, 4), 1):
+        assert tested.is_here(one)
+        assert tested.took_here(one, 30 * MS)
+        assert tested.demotions == number
+        assert not tested.is_here(one)
+        assert tested.is_here(other)
+        learn(tested, one, 20 * US)
+        clock[0] += seconds - 0.01
+        assert not tested.is_here(one)
+        clock[0] += 0.02
+    assert tested.longest_stall == 0.03
+    clock[0] += 1000
+    assert tested.is_here(one)
+    tested.took_here(one, 30 * MS)
+    clock[0] += 1.01
+    learn(tested, one, 20 * US)
+    assert tested.is_here(one), "after a good time it is a first offence again"
+
+
+def test_a_kind_that_gets_slower_leaves_the_dispatcher(clock: list[float]) -> None:
+    tested, one = Pace(), call()
+    learn(tested, one, 20 * US)
+    count = 0
+    while tested.is_here(one):
+        assert tested.took_here(one, 5 * MS)
+        count += 1
+    assert count < 8
+    assert tested.demotions == 0
+    for _ in range(200):
+        tested.took_there(one, 20 * US)
+    assert tested.is_here(one), "and comes back when it is fast again"
+
+
+def test_a_method_is_one_kind_whatever_it_is_bound_to(clock: list[float]) -> None:
+    class Listing:
+        def read(self) -> None:
+            pass
+
+    tested = Pace()
+    for _ in range(100):
+        tested.took_there(call(Listing().read), 10 * US)
+    assert len(tested._kinds) == 1
+    assert tested.is_here(call(Listing().read))
+
+
+# In the driver
+
+
+def second(scenario: Callable[[SecondModel], object], waiting: bool = False) -> None:
+    """Run a scenario under the second model with a pace."""
+
+    async def run(executor: Executor) -> None:
+        assert isinstance(executor, SecondModel)
+        executor.pace = Pace()
+        executor.has_waiting = lambda: waiting
+        await scenario(executor)  # type: ignore[misc]
+
+    drive("second", 4, run)
+
+
+async def threads_of(executor: Executor, function: Callable[[], object], on: int) -> list[int]:
+    """The threads on which a body found itself after each of two calls."""
+    seen: list[int] = []
+
+    async def body() -> None:
+        for _ in range(2):
+            await blocking(on, function)
+            seen.append(threading.get_ident())
+
+    await executor.run("body", body())
+    return seen
+
+
+def test_the_dispatcher_makes_what_is_short_and_hands_over_at_the_first_that_is_not() -> None:
+    def short() -> None:
+        pass
+
+    def slow() -> None:
+        time.sleep(0.02)
+
+    async def scenario(executor: SecondModel) -> None:
+        here = threading.get_ident()
+        for _ in range(5):
+            await threads_of(executor, short, INODE)
+            await threads_of(executor, slow, INODE)
+        assert await threads_of(executor, short, INODE) == [here, here]
+        assert here not in await threads_of(executor, short, FOREIGN)
+        assert here not in await threads_of(executor, slow, INODE)
+
+        async def both() -> list[int]:
+            seen = []
+            for function in (short, slow, short):
+                await blocking(INODE, function)
+                seen.append(threading.get_ident())
+            return seen
+
+        first, then, last = await executor.run("both", both())
+        assert first == here
+        assert then == last != here, "the rest of a request stays with its worker"
+        assert executor.answered["both"].crossings == 2
+
+    second(scenario)
+
+
+@pytest.mark.parametrize("waiting", [False, True])
+def test_a_waiting_request_tells_that_a_client_is_not_alone(waiting: bool) -> None:
+    """Which is asked after a call that took long enough to matter."""
+
+    def medium() -> None:
+        time.sleep(0.0002)
+
+    async def scenario(executor: SecondModel) -> None:
+        here = threading.get_ident()
+        stayed = 0
+        for _ in range(60):
+            stayed += (await threads_of(executor, medium, INODE)).count(here)
+        if waiting:
+            assert 1 <= stayed < 12, "one in a while"
+        else:
+            assert stayed > 80
+
+    second(scenario, waiting)
+
+
+def test_what_is_under_way_tells_it_too() -> None:
+    gate = threading.Event()
+
+    def medium() -> None:
+        time.sleep(0.0002)
+
+    async def stuck() -> None:
+        await blocking(None, passed, gate)
+
+    async def scenario(executor: SecondModel) -> None:
+        async with trio.open_nursery() as nursery:
+            await begin(nursery, executor, "stuck", stuck())
+            for _ in range(30):
+                await threads_of(executor, medium, INODE)
+            gate.set()
+        assert executor.answered["body"].on_dispatcher == 0
+
+    second(scenario)
+
+
+def test_the_form_that_never_blocks_is_tried_first() -> None:
+    """Where it would block, a worker makes the call; another error is the answer."""
+    calls: list[tuple[str, bool]] = []
+
+    def would(code: int) -> int:
+        calls.append(("quick", threading.get_ident() == here[0]))
+        if code:
+            raise OSError(code, os.strerror(code))
+        return 1
+
+    def does(code: int) -> int:
+        calls.append(("blocking", threading.get_ident() == here[0]))
+        return 2
+
+    here: list[int] = []
+
+    async def body(code: int) -> int:
+        return await blocking_unless(FOREIGN, would, does, code)
+
+    async def scenario(executor: SecondModel) -> None:
+        here.append(threading.get_ident())
+        assert await executor.run("body", body(0)) == 1
+        assert calls == [("quick", True)]
+        for code in (errno.EAGAIN, errno.EOPNOTSUPP):
+            calls.clear()
+            assert await executor.run("body", body(code)) == 2
+            assert calls == [("quick", True), ("blocking", False)]
+        with pytest.raises(OSError, match="Input/output error"):
+            await executor.run("body", body(errno.EIO))
+
+    second(scenario)
+
+
+# Reads that do not block
+
+
+def drop_from_cache(fd: int, offset: int, length: int) -> None:
+    os.fsync(fd)
+    os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
+
+
+@pytest.mark.parametrize(
+    ("offset", "count", "expected"),
+    [(0, 100, 100), (8000, 4096, 192), (8192, 10, 0), (1 << 40, 10, 0), (0, 1 << 20, 8192)],
+)
+def test_a_read_of_what_is_cached_never_blocks(
+    tmp_path: Path, offset: int, count: int, expected: int
+) -> None:
+    """To the end of the file, and beyond it."""
+    content = os.urandom(8192)
+    (tmp_path / "file").write_bytes(content)
+    with open(tmp_path / "file", "rb") as file:
+        assert file.read() == content
+        try:
+            data = io._read_now(file.fileno(), count, offset)
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP:
+                pytest.skip("the file system of the tests has no non-blocking reads")
+            raise
+    assert data == content[offset : offset + count]
+    assert len(data) == expected
+
+
+def test_a_read_of_what_is_cached_in_part_is_no_short_read(tmp_path: Path) -> None:
+    """The kernel would take it for the end of the file."""
+    size = 4 << 20
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * size)
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+        drop_from_cache(fd, size // 2, size // 2)
+        try:
+            os.preadv(fd, [bytearray(10)], size - 10, os.RWF_NOWAIT)
+        except OSError as error:
+            if error.errno != errno.EAGAIN:
+                pytest.skip(f"the file system of the tests answers {error.strerror}")
+        else:
+            pytest.skip("the file system of the tests keeps all in memory")
+        with pytest.raises(BlockingIOError):
+            io._read_now(fd, size, 0)
+        assert io._read_fully(fd, size, 0) == b"x" * size
+    finally:
+        os.close(fd)
+
+
+def test_a_fuse_file_system_is_not_local_and_the_tests_own_is(tmp_path: Path) -> None:
+    fd = os.open(tmp_path, os.O_PATH)
+    try:
+        assert is_local(fd)
+    finally:
+        os.close(fd)
+    fd = os.open("/proc", os.O_PATH)
+    try:
+        assert not is_local(fd)
+    finally:
+        os.close(fd)

@@ -23,7 +23,7 @@ def statistics(mount: Mount) -> dict[str, Any]:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_requests_are_counted_by_callback(new_mount: Callable[..., Mount], model: str) -> None:
-    mount = new_mount("--model", model, "--threads", "3")
+    mount = new_mount("--model", model, "--threads", "3", "-o", "inline=off")
     with open(mount.path / "file", "wb", buffering=0) as file:
         for _ in range(10):
             file.write(b"x")

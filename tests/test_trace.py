@@ -84,7 +84,9 @@ def trace(
     model = request.param
     if model not in traces:
         file = tmp_path / "trace"
-        mount = start(guard, tmp_path, "--model", model, "--trace", str(file))
+        # So that the model alone decides which calls are made where.
+        options = ("--model", model, "--trace", str(file), "-o", "inline=off")
+        mount = start(guard, tmp_path, *options)
         try:
             do_everything(mount.path, mount.source)
         finally:

@@ -51,6 +51,7 @@ class Node:
     """A file of the source, as far as fids know it."""
 
     __slots__ = (
+        "bare",
         "birth",
         "device",
         "fd",
@@ -77,6 +78,9 @@ class Node:
         self.refs = 1  # fids on it, and operations that use it: now its maker
         self.pins = 0  # operations that use its descriptor
         self.recent = True  # used since the reclaimer last came by
+        # Monotonic seconds until which it is known to have no security.capability; while
+        # that is asked, minus the time of asking.
+        self.bare = 0.0
 
     def __repr__(self) -> str:
         name = self.place[1] if self.place else b"/"

@@ -83,6 +83,7 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
         driver,
         read_only=settings.read_only,
         sync_directories=settings.sync or settings.dirsync,
+        attr_timeout=settings.attr_timeout,
     )
     with contextlib.ExitStack() as trace:
         tracer = None

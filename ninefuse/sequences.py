@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Awaitable, Sequence
 from typing import TypeVar
 
@@ -24,6 +25,8 @@ from ninefuse.session import Session
 from ninefuse.syscalls import Attributes
 
 T = TypeVar("T")
+
+_CAPABILITY = b"security.capability"
 
 
 async def lookup(session: Session, parent: int, name: bytes) -> tuple[Fid, Attributes]:
@@ -110,7 +113,32 @@ async def statfs(session: Session) -> os.statvfs_result:
 
 async def getxattr(session: Session, nodeid: int, name: bytes) -> bytes:
     """xattrwalk to a fid of its own, read, clunk."""
+    if name == _CAPABILITY and session.attr_timeout:
+        return await _read_capability(session, nodeid)
     return await _read_attribute(session, nodeid, name)
+
+
+async def _read_capability(session: Session, nodeid: int) -> bytes:
+    """As getxattr, but that there is none is believed for as long as other attributes.
+
+    The kernel asks before each cached write, in case there is one to take away.
+    """
+    fid = session.fids.get(nodeid)
+    try:
+        node = fid.node
+        now = time.monotonic()
+        if node.bare > now:
+            raise error(errno.ENODATA)
+        node.bare = -now
+        try:
+            return await _read_attribute(session, nodeid, _CAPABILITY)
+        except OSError as e:
+            # Unless somebody has set one meanwhile, or asks as well.
+            if e.errno == errno.ENODATA and node.bare == -now:
+                node.bare = now + session.attr_timeout
+            raise
+    finally:
+        session.fids.put(fid)
 
 
 async def listxattr(session: Session, nodeid: int) -> list[bytes]:

@@ -55,7 +55,9 @@ class Session:
         read_only: bool = False,
         sync_directories: bool = False,
         most_descriptors: int | None = None,
+        attr_timeout: float = 0.0,
     ) -> None:
+        self.attr_timeout = attr_timeout  # seconds for which attributes may be believed
         self.fids = FidTable(driver.defer)
         self.rename_lock = RenameLock()
         self.read_only = read_only

@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ops_helpers import (
     ROOT,
     UNKNOWN_NODEID,
     Client,
+    Stepper,
     client_of,
     fails,
     module_of,
@@ -249,6 +251,74 @@ def test_extended_attributes_through_fids_of_their_own(tree: Client) -> None:
         tree.do(sequences.removexattr, file.number, name)
     assert tree.do(sequences.listxattr, file.number) == []
     assert fids(tree) == before
+
+
+CAPABILITY = b"security.capability"
+A_CAPABILITY = bytes.fromhex("0000000200040000000000000000000000000000")
+
+
+def need_capabilities(path: Path) -> None:
+    try:
+        os.setxattr(path, CAPABILITY, A_CAPABILITY)
+    except PermissionError:
+        pytest.skip("only root may set security.capability")
+    os.removexattr(path, CAPABILITY)
+
+
+def test_that_a_file_has_no_capability_is_believed_for_a_time(source: Path) -> None:
+    """As long as attributes are; of what is set through the mount it is known at once."""
+    need_attributes(source)
+    (source / "file").write_bytes(b"")
+    need_capabilities(source / "file")
+    with client_of(source, attr_timeout=3600.0) as tree:
+        file, _ = tree.do(sequences.lookup, ROOT, b"file")
+
+        def asked() -> bytes:
+            return tree.do(sequences.getxattr, file.number, CAPABILITY)
+
+        for _ in range(2):
+            with fails(errno.ENODATA):
+                asked()
+        os.setxattr(source / "file", CAPABILITY, A_CAPABILITY)
+        with fails(errno.ENODATA):
+            asked()
+        tree.do(sequences.setxattr, file.number, CAPABILITY, A_CAPABILITY)
+        assert asked() == A_CAPABILITY
+        tree.do(sequences.removexattr, file.number, CAPABILITY)
+        with fails(errno.ENODATA):
+            asked()
+        file.node.bare = time.monotonic() - 0.001  # the time is over
+        os.setxattr(source / "file", CAPABILITY, A_CAPABILITY)
+        assert asked() == A_CAPABILITY
+        with fails(errno.ENODATA):
+            tree.do(sequences.getxattr, file.number, b"user.none")
+        tree.do(sequences.forget, [(file.number, 1)])
+
+
+def test_without_a_timeout_the_capability_is_asked_for_each_time(tree: Client) -> None:
+    need_attributes(tree.source)
+    need_capabilities(tree.source / "file")
+    file, _ = tree.do(sequences.lookup, ROOT, b"file")
+    with fails(errno.ENODATA):
+        tree.do(sequences.getxattr, file.number, CAPABILITY)
+    os.setxattr(tree.source / "file", CAPABILITY, A_CAPABILITY)
+    assert tree.do(sequences.getxattr, file.number, CAPABILITY) == A_CAPABILITY
+
+
+def test_a_capability_that_is_set_while_one_is_asked_for_is_not_forgotten(source: Path) -> None:
+    """The one who asked has the old answer, and must not have it believed."""
+    need_attributes(source)
+    (source / "file").write_bytes(b"")
+    need_capabilities(source / "file")
+    with client_of(source, attr_timeout=3600.0) as tree:
+        file, _ = tree.do(sequences.lookup, ROOT, b"file")
+        asking = Stepper(sequences.getxattr(tree.session, file.number, CAPABILITY))
+        asking.after("getxattr")
+        tree.do(sequences.setxattr, file.number, CAPABILITY, A_CAPABILITY)
+        with fails(errno.ENODATA):
+            asking.finish()
+        assert tree.do(sequences.getxattr, file.number, CAPABILITY) == A_CAPABILITY
+        tree.do(sequences.forget, [(file.number, 1)])
 
 
 def test_extended_attributes_that_fail_leave_no_fid(tree: Client) -> None:

@@ -160,10 +160,14 @@ async def _commit(session: Session, fid: Fid, new: AttributeWrite) -> None:
         raise error(errno.EINVAL)
     async with session.using_node(fid.node) as node:
         path = f"/proc/self/fd/{node.fd}"
-        if new.remove:
-            await blocking(node.path, os.removexattr, path, new.name)
-        else:
-            await blocking(node.path, os.setxattr, path, new.name, new.data, new.flags)
+        try:
+            if new.remove:
+                await blocking(node.path, os.removexattr, path, new.name)
+            else:
+                await blocking(node.path, os.setxattr, path, new.name, new.data, new.flags)
+        finally:
+            # At the end: who asked meanwhile may have been told of before.
+            node.bare = 0.0
 
 
 async def remove(session: Session, fid: int) -> None:

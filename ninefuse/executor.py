@@ -188,6 +188,8 @@ class Executor(ABC):
         self._background: deque[Request] = deque()
         self.answered: dict[str, Answered] = {}  # by the name that `run` was given
         self.observer: Observer | None = None
+        # Decides what the second model's dispatcher calls itself; None: nothing.
+        self.pace: Pace | None = None
 
     async def run(self, name: str, body: Body[T]) -> T:
         """Drive a body to its end and return its result.
@@ -414,7 +416,6 @@ class _Pooled(Executor, trio.abc.Instrument):
         self._token: trio.lowlevel.TrioToken | None = None
         self._completed: deque[Request] = deque()
         self._asleep = False
-        self.pace: Pace | None = None  # None: every call goes to a worker
         self.has_waiting: Callable[[], bool] = bool  # whether the device has a request
 
     async def run(self, name: str, body: Body[T]) -> T:

@@ -48,7 +48,8 @@ class Snapshot:
 
     time: Unix time. uptime: seconds since it was mounted. operations: by callback. running,
     queued, held_back: requests now. fids, open_fids; descriptors, of which nodes are the ones
-    that stand for files; memory: resident, in bytes.
+    that stand for files; memory: resident, in bytes. longest_call: seconds, of those that the
+    dispatcher made itself; demotions: how often a kind of call was sent to the workers for that.
     """
 
     ninefuse: str
@@ -69,6 +70,8 @@ class Snapshot:
     descriptors: int
     nodes: int
     memory: int
+    longest_call: float
+    demotions: int
 
 
 class _Fields:
@@ -137,6 +140,7 @@ def parse(text: str) -> Snapshot:
                 f"knows {VERSION} only: update ninefuse, and mount anew"
             )
         requests, fids = top.fields("requests"), top.fields("fids")
+        dispatcher = top.fields("dispatcher")
         descriptors = top.fields("descriptors")
         return Snapshot(
             ninefuse=top.text("ninefuse"),
@@ -160,6 +164,8 @@ def parse(text: str) -> Snapshot:
             descriptors=descriptors.integer("open"),
             nodes=descriptors.integer("nodes"),
             memory=top.fields("memory").integer("resident"),
+            longest_call=dispatcher.seconds("longest_call"),
+            demotions=dispatcher.integer("demotions"),
         )
     except (ValueError, RecursionError) as error:
         raise Problem(f"the attribute {ATTRIBUTE} holds no counters: {error}") from None

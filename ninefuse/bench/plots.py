@@ -8,14 +8,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ninefuse.bench.catalogue import HEADLINE
 from ninefuse.bench.results import Cell, Results
-from ninefuse.bench.rows import SOURCE
+from ninefuse.bench.rows import PLAIN_SECOND, SOURCE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, which does not rest on telling red from green.
-_MODELS = {"none": "#d55e00", "first": "#0072b2", "second": "#009e73"}
+_MODELS = {
+    "none": "#d55e00",
+    "first": "#0072b2",
+    PLAIN_SECOND: "#7cc8ae",
+    "second": "#009e73",
+}
 _SOURCE = "#000000"
 _PEERS = ("#8a8a8a", "#cc79a7", "#b08900", "#56a0c8", "#7a6a58")
 _MARKS = ("s", "^", "D", "v", "P", "X", "<", ">")

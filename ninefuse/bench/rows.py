@@ -20,10 +20,18 @@ from pathlib import Path
 import ninefuse
 from ninefuse.bench import BenchError, Processes
 from ninefuse.bench.mounted import ninefuse_command
-from ninefuse.options import MODELS
 
 SOURCE = "source"
 NULL = "null"
+
+# The second model with nothing but hand-overs, as it was in 2010, and as it is by default.
+PLAIN_SECOND = "second-off"
+NINEFUSE = {
+    "none": ("--model", "none"),
+    "first": ("--model", "first"),
+    PLAIN_SECOND: ("--model", "second", "-o", "inline=off"),
+    "second": ("--model", "second"),
+}
 
 # Where Debian's libfuse3-dev has libfuse's examples.
 EXAMPLES = Path("/usr/share/doc/libfuse3-dev/examples")
@@ -105,7 +113,7 @@ def makers(peers: Sequence[Peer]) -> dict[str, Maker]:
     Raises ValueError when two have the same name.
     """
     found: dict[str, Maker] = {SOURCE: _source}
-    found.update((model, _ninefuse) for model in MODELS)
+    found.update((name, _ninefuse) for name in NINEFUSE)
     found |= {
         "bindfs": _bindfs,
         "bindfs-mt": _bindfs,
@@ -133,8 +141,10 @@ def _source(site: Site, name: str) -> Row:
 
 
 def _ninefuse(site: Site, name: str) -> Row:
-    command = ninefuse_command(site.source, site.mountpoint(name), "--model", name)
-    return Row(name, "ninefuse", tuple(command), ninefuse.__version__, f"ninefuse --model {name}")
+    options = NINEFUSE[name]
+    command = ninefuse_command(site.source, site.mountpoint(name), *options)
+    note = " ".join(("ninefuse", *options))
+    return Row(name, "ninefuse", tuple(command), ninefuse.__version__, note)
 
 
 def _null(site: Site, name: str) -> Row:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ninefuse.bench.catalogue import HEADLINE
 from ninefuse.bench.results import Cell, Figures, Results, write_file
-from ninefuse.bench.rows import SOURCE
+from ninefuse.bench.rows import PLAIN_SECOND, SOURCE
 
 WIDTH = 100
 
@@ -197,12 +197,13 @@ def headline(results: Results) -> list[Table]:
 def seed(results: Results) -> list[Table]:
     """Return the table of the models' ratios, beside those of 2010."""
     cells = _headline(results)
-    pairs = [("first", "none"), ("second", "none"), ("second", "first")]
-    if not cells or not set(SEED) <= set(results.names()):
+    second = PLAIN_SECOND if PLAIN_SECOND in results.names() else "second"
+    pairs = [("first", "none"), (second, "none"), (second, "first")]
+    if not cells or not {"none", "first", second} <= set(results.names()):
         return []
 
     def both(cell: Cell, over: str, under: str) -> str:
-        old = SEED[over].get(cell.clients), SEED[under].get(cell.clients)
+        old = _seed(over).get(cell.clients), _seed(under).get(cell.clients)
         theirs = f"{old[0] / old[1]:.2f}" if old[0] and old[1] else "-"
         return f"{_ratio(results, cell, over, under)} ({theirs})"
 
@@ -212,6 +213,11 @@ def seed(results: Results) -> list[Table]:
     kilobytes = [f"{name} {'/'.join(str(kb) for kb in row.values())}" for name, row in SEED.items()]
     note = f"2010, QEMU, kB/s at X = 1/2/3/5/10: {', '.join(kilobytes)}."
     return [Table(title, heads, lines, [note])]
+
+
+def _seed(name: str) -> dict[int, int]:
+    """Return what the table of 2010 has of a row, by X."""
+    return SEED.get("second" if name == PLAIN_SECOND else name, {})
 
 
 def scaling(results: Results) -> list[str]:
@@ -227,17 +233,18 @@ def scaling(results: Results) -> list[str]:
             continue
         line = f"{name}(X={most.clients}) / {name}(X={one.clients}): "
         line += f"{last.median / first.median:.2f}"
-        old = SEED.get(name, {})
+        old = _seed(name)
         if one.clients in old and most.clients in old:
             line += f"  (2010: {old[most.clients] / old[one.clients]:.2f})"
         lines.append(line)
-    ratios = [
-        f"{ratio:.2f} at X={cell.clients}"
-        for cell in cells
-        if (ratio := results.ratio(cell, "first", "second")) is not None
-    ]
-    if ratios:
-        lines.append(f"first / second: {', '.join(ratios)}")
+    for second in (PLAIN_SECOND, "second"):
+        ratios = [
+            f"{ratio:.2f} at X={cell.clients}"
+            for cell in cells
+            if (ratio := results.ratio(cell, "first", second)) is not None
+        ]
+        if ratios:
+            lines.append(f"first / {second}: {', '.join(ratios)}")
     return lines
 
 

@@ -42,6 +42,6 @@ check:
 	.venv/bin/mypy --strict
 
 clean:
-	rm -rf .venv build dist ninefuse.egg-info
+	rm -rf .venv build dist ninefuse.egg-info ninefuse/_ring.*.so
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -xdev -name .git -prune -o -name __pycache__ -prune -exec rm -rf {} +

@@ -277,7 +277,7 @@ class Adapter(pyfuse3.Operations):
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
         self._need_xattr()
         if inode == ROOT_NODEID and name == STATISTICS:
-            return self.statistics()
+            return self._statistics()
         return await self._answer("getxattr", sequences.getxattr(self._session, inode, name))
 
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
@@ -321,6 +321,15 @@ class Adapter(pyfuse3.Operations):
         if self._debug:
             log.debug("%s: %s", callback, errno.errorcode.get(code, code))
         raise pyfuse3.FUSEError(code)
+
+    def _statistics(self) -> bytes:
+        try:
+            return self.statistics()
+        except OSError as e:
+            raise pyfuse3.FUSEError(_errno_for_kernel(e)) from None
+        except Exception:
+            log.exception("the counters cannot be had")
+            raise pyfuse3.FUSEError(errno.EIO) from None
 
     def _need_xattr(self) -> None:
         if not self._xattr:

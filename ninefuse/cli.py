@@ -63,6 +63,7 @@ def parse(argv: Sequence[str]) -> Settings:
         given.mountpoint,
         options.parse_options(given.options),
         model=given.model,
+        engine=given.engine,
         threads=given.threads,
         foreground=given.foreground,
         debug=given.debug,
@@ -119,7 +120,10 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        add_help=False,
     )
+    # Not in the list: whoever reads that has found it, and it fits a screen of 24 lines.
+    parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
     parser.add_argument("source", metavar="SRC", help=argparse.SUPPRESS)
     parser.add_argument("mountpoint", metavar="MNT", help=argparse.SUPPRESS)
     add = parser.add_argument
@@ -135,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     add("-d", dest="debug", action="store_true", help="as -f, with debug messages")
     add("-s", dest="model", action="store_const", const="none", help="same as --model none")
     add("--model", choices=options.MODELS, help="threading model (second)")
+    add("--engine", choices=options.ENGINES, help="what makes calls beneath the model (auto)")
     add("--threads", type=_threads, metavar="N", help=f"workers ({options.DEFAULT_THREADS})")
     add("--log", metavar="FILE", help="log to FILE; a daemon otherwise logs to syslog")
     add(

@@ -7,7 +7,8 @@ drivers, one for each threading model), and goes on with the command's result:
 * ``await blocking(on, function, *args)``: make this call. ``on`` names the inode
   that the call may get stuck on (a qid path, or None), so that calls stuck on one
   file cannot take every worker. ``blocking_unless(on, quick, function, *args)``: the
-  same, where a form of the call never blocks.
+  same, where a form of the call never blocks; ``blocking_elsewhere``: the same, never
+  on the dispatcher under the second model.
 * ``async with lock.reading`` / ``async with lock.writing`` (locks.py): take a lock,
   give it back.
 * ``await ended(tag)``: wait until another request has ended.
@@ -46,9 +47,11 @@ class Call:
         kind: calls of one kind take similar times.
         quick: does the same with the same arguments, but never blocks: where it would, it
             raises BlockingIOError and has done nothing. None: there is no such form.
+        may_be_here: whether the dispatcher may make it by its past (pace.py). Not where
+            somebody may keep it waiting at will.
     """
 
-    __slots__ = ("args", "function", "kind", "on", "quick")
+    __slots__ = ("args", "function", "kind", "may_be_here", "on", "quick")
 
     def __init__(
         self,
@@ -57,12 +60,14 @@ class Call:
         args: tuple[Any, ...],
         quick: Callable[..., Any] | None = None,
         kind: Hashable = None,
+        may_be_here: bool = True,
     ) -> None:
         self.on = on
         self.function = function
         self.args = args
         self.quick = quick
         self.kind = kind or function
+        self.may_be_here = may_be_here
 
 
 class Acquire:
@@ -137,10 +142,23 @@ async def blocking_unless(
 ) -> T:
     """As `blocking`, for a call that has a form which never blocks (`Call.quick`).
 
+    The other form is what waits, so it is never made on the dispatcher under the second
+    model. It takes no keyword arguments.
+    """
+    assert not kwargs
+    result: T = await _ask(Call(on, function, args, quick, may_be_here=False))
+    return result
+
+
+async def blocking_elsewhere(
+    on: int | None, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
+) -> T:
+    """As `blocking`, for a call that others may keep waiting (`Call.may_be_here`).
+
     It takes no keyword arguments.
     """
     assert not kwargs
-    result: T = await _ask(Call(on, function, args, quick))
+    result: T = await _ask(Call(on, function, args, may_be_here=False))
     return result
 
 

@@ -39,6 +39,8 @@ import pyfuse3
 import trio
 
 from ninefuse import syscalls
+from ninefuse.mounts import fields_of
+from ninefuse.syscalls import PollFd, is_ready
 
 log = logging.getLogger(__name__)
 
@@ -62,10 +64,6 @@ class _NoLock:
         pass
 
 
-class _PollFd(ctypes.Structure):
-    _fields_ = (("fd", ctypes.c_int), ("events", ctypes.c_short), ("revents", ctypes.c_short))
-
-
 class _Lowlevel:
     """Stands in for trio.lowlevel.
 
@@ -77,10 +75,8 @@ class _Lowlevel:
     def __init__(self, around: Callable[[WaitReadable], WaitReadable] | None) -> None:
         wait = self._wait_for_request
         self.wait_readable: WaitReadable = wait if around is None else around(wait)
-        self._pollfd = _PollFd(-1, select.POLLIN, 0)
+        self._pollfd = PollFd(-1, select.POLLIN, 0)
         self._pollfd_address = ctypes.byref(self._pollfd)
-        # PyDLL: unlike select.poll, the call keeps the interpreter's lock.
-        self._poll = ctypes.PyDLL(None).poll
         self._parked = trio.lowlevel.ParkingLot()
         self._waiting = False  # whether a task waits for the device on behalf of all
         self._woken = 0  # tasks that are about to ask the device
@@ -96,7 +92,7 @@ class _Lowlevel:
 
     async def _wait_for_request(self, fd: int) -> None:
         self._pollfd.fd = fd
-        while self._in_a_row == _IN_A_ROW or self._poll(self._pollfd_address, 1, 0) <= 0:
+        while self._in_a_row == _IN_A_ROW or not is_ready(self._pollfd_address):
             self._in_a_row = 0
             # Asked here, after each wait: pyfuse3 asked before the first.
             if self._closed:
@@ -126,7 +122,7 @@ class _Lowlevel:
 
     def has_request(self) -> bool:
         """Whether the device has something to read."""
-        return bool(self._poll(self._pollfd_address, 1, 0) > 0)
+        return is_ready(self._pollfd_address)
 
     def close(self) -> None:
         """Let nobody wait any more."""
@@ -233,11 +229,10 @@ def connection(mountpoint: str) -> int | None:
     Returns:
         The number of what lies on top there, None if nothing is mounted.
     """
-    wanted = mountpoint.encode("utf-8", "surrogateescape")
+    wanted = os.fsencode(mountpoint)
     found = None
-    with open("/proc/self/mountinfo", "rb") as lines:
-        for line in lines:
-            fields = line.split(b" ")
-            if fields[4].decode("unicode_escape").encode("latin-1") == wanted:
-                found = int(fields[2].split(b":")[1])  # the last one lies on top
+    with open("/proc/self/mountinfo", "rb") as file:
+        for device, point in fields_of(file.read()):
+            if point == wanted:
+                found = int(device.split(b":")[1])  # the last one lies on top
     return found

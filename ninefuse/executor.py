@@ -40,6 +40,7 @@ from ninefuse.commands import Acquire, Body, Call, Ended, Release
 from ninefuse.counters import Answered
 from ninefuse.locks import table_lock_held
 from ninefuse.pace import Pace
+from ninefuse.uring import Uring
 from ninefuse.workers import PoolStatistics, WorkerPool
 
 log = logging.getLogger(__name__)
@@ -125,6 +126,14 @@ class Request:
         except BaseException as error:
             self._error = error
 
+    def succeed(self, value: Any) -> None:
+        """Keep the result of a call that was made otherwise than by `perform`."""
+        self._value = value
+
+    def fail(self, error: Exception) -> None:
+        """Keep the error of such a call."""
+        self._error = error
+
     def perform_quickly(self) -> bool:
         """Make the call on this thread if it does not block, and say whether it was made."""
         call = self.call
@@ -135,6 +144,8 @@ class Request:
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EOPNOTSUPP):
                 return False
+            self._error = error
+        except BaseException as error:
             self._error = error
         self.call = None
         return True
@@ -170,6 +181,8 @@ class Observer(Protocol):
     def watch(self, tag: int, name: str, body: Body[T], *, awaited: bool) -> Body[T]: ...
 
     def watch_call(self, function: Callable[..., Any]) -> Callable[..., Any]: ...
+
+    def made_by_engine(self, body: Body[Any], call: Call, begin: int, end: int) -> None: ...
 
     def answered(self, body: Body[Any]) -> None: ...
 
@@ -417,15 +430,20 @@ class _Pooled(Executor, trio.abc.Instrument):
         self._completed: deque[Request] = deque()
         self._asleep = False
         self.has_waiting: Callable[[], bool] = bool  # whether the device has a request
+        self.uring: Uring | None = None  # makes calls in the workers' place
 
     async def run(self, name: str, body: Body[T]) -> T:
         if self._token is None:
             self._token = trio.lowlevel.current_trio_token()
             trio.lowlevel.add_instrument(self)
+            if self.uring is not None:
+                trio.lowlevel.spawn_system_task(self._be_woken, self.uring)
         return await super().run(name, body)
 
     def before_io_wait(self, timeout: float) -> None:
         """trio is about to wait for events."""
+        if self.uring is not None:
+            self.uring.submit()
         if timeout > 0:
             # In this order: a worker adds to the queue first and then looks at the flag.
             self._asleep = True
@@ -435,15 +453,27 @@ class _Pooled(Executor, trio.abc.Instrument):
     def after_io_wait(self, timeout: float) -> None:
         """trio has waited for events: reschedule the tasks of completed requests."""
         self._asleep = False
+        if self.uring is not None:
+            for request in self.uring.done():
+                assert request.task is not None
+                trio.lowlevel.reschedule(request.task)
         while self._completed:
             task = self._completed.popleft().task
             assert task is not None
             trio.lowlevel.reschedule(task)
 
+    async def _be_woken(self, uring: Uring) -> None:
+        """Wait for the engine, so that trio does; see `after_io_wait` for what follows."""
+        while True:
+            await trio.lowlevel.wait_readable(uring.fd)
+            uring.drain()
+
     def close(self) -> None:
         """Let everything that was started or deferred finish, then end the workers."""
         self._after()
         self.pool.close()
+        if self.uring is not None:
+            self.uring.close()
 
     def _complete(self, request: Request) -> None:
         """Send a request back to the dispatcher. Any thread."""
@@ -543,7 +573,8 @@ class FirstModel(_Pooled):
 class SecondModel(_Pooled):
     """The dispatcher runs to the first call; a worker runs the rest: two crossings.
 
-    With a pace it runs to the first call that would block, or has proved to take long.
+    With a pace it runs to the first call that would block, or has proved to take long, and
+    with an engine, to the first that this does not take.
     """
 
     model = "second"
@@ -553,7 +584,7 @@ class SecondModel(_Pooled):
         resume = partial(self._resume, request)
         step = self._advance(request, resume)
         if self.pace is not None and step is Step.CALL:
-            step = self._run_on(request, resume, self.pace)
+            step = await self._run_on(request, resume, self.pace)
         if step is Step.DONE:
             self._after()
             return
@@ -562,12 +593,10 @@ class SecondModel(_Pooled):
             self.pool.submit(partial(self._rest, request), request.call.on)
         await trio.lowlevel.wait_task_rescheduled(_refuse)
 
-    def _run_on(self, request: Request, resume: Callable[[], None], pace: Pace) -> Step:
-        """Make calls here as long as they are quick; where the body stopped then."""
-        if len(self.requests) > 1:
-            pace.crowded()
-        else:
-            pace.came_alone()
+    async def _run_on(self, request: Request, resume: Callable[[], None], pace: Pace) -> Step:
+        """Make calls without a worker as long as that is right; where the body stopped then."""
+        pace.arrived(alone=len(self.requests) == 1)
+        request.thread = "dispatcher"
         step = Step.CALL
         while step is Step.CALL:
             call = request.call
@@ -577,8 +606,17 @@ class SecondModel(_Pooled):
             elif pace.is_here(call):
                 begin = time.monotonic_ns()
                 request.perform()
-                if pace.took_here(call, time.monotonic_ns() - begin) and self.has_waiting():
-                    pace.crowded()
+                pace.took_here(call, time.monotonic_ns() - begin, self.has_waiting)
+            elif self.uring is not None and pace.is_local(call) and self.uring.takes(call):
+                begin = time.monotonic_ns()
+                self.uring.start(request)
+                await trio.lowlevel.wait_task_rescheduled(_refuse)
+                end = time.monotonic_ns()
+                pace.took_there(call, end - begin)
+                if self.observer is not None:
+                    self.observer.made_by_engine(request.body, call, begin, end)
+                if request.call is not None:
+                    break  # it could not be finished there
             else:
                 break
             step = self._advance(request, resume)

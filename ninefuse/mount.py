@@ -27,12 +27,14 @@ import trio
 from ninefuse import credentials, device, executor, logs, ops, preflight, report, signals, tracing
 from ninefuse.adapter import Adapter
 from ninefuse.exitcodes import ExitCode, Failure
+from ninefuse.mounts import MountsBelow
 from ninefuse.options import Settings
 from ninefuse.pace import Pace
 from ninefuse.qids import ROOT_NODEID
 from ninefuse.session import Session
 from ninefuse.syscalls import is_local
 from ninefuse.trace_file import TraceFile
+from ninefuse.uring import Refused, Uring
 
 log = logging.getLogger(__name__)
 
@@ -76,9 +78,12 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
     if settings.one_cpu and settings.model != "none":
         _share_one_cpu()
     driver = executor.create(settings.model, settings.threads)
-    if settings.inline and isinstance(driver, executor.SecondModel) and is_local(source):
-        driver.pace = Pace()
+    if settings.inline and isinstance(driver, executor.SecondModel):
+        mounts = MountsBelow(settings.source)
+        local = is_local(source)
+        driver.pace = Pace(lambda: local and mounts.none())
         driver.has_waiting = device.has_request
+        driver.uring = _engine(settings)
     session = Session(
         driver,
         read_only=settings.read_only,
@@ -104,7 +109,8 @@ def _traced(
     settings: Settings, path: str, driver: executor.Executor, session: Session
 ) -> Iterator[tracing.Tracer]:
     """Have all that is done inside written to the trace file at that path."""
-    title = f"ninefuse {settings.source} on {settings.mountpoint}, model {settings.model}"
+    source, mountpoint = map(report.printable, (settings.source, settings.mountpoint))
+    title = f"ninefuse {source} on {mountpoint}, model {settings.model}"
     with tracing.Tracer(TraceFile(path, title)) as tracer:
         driver.observer = tracer
         session.fids.lock.on_wait = tracer.waited_for_table
@@ -112,6 +118,23 @@ def _traced(
             yield tracer
         finally:
             tracer.close()
+
+
+def _engine(settings: Settings) -> Uring | None:
+    """The engine that the settings ask for; None: the workers are.
+
+    Raises:
+        Failure: io_uring was asked for, and there is none.
+    """
+    if settings.engine == "threads":
+        return None
+    try:
+        return Uring()
+    except Refused as reason:
+        if settings.engine == "uring":
+            raise Failure(ExitCode.USAGE, f"--engine uring: {reason}") from None
+        log.info("no io_uring, workers instead: %s", reason)
+        return None
 
 
 def _share_one_cpu() -> None:
@@ -220,7 +243,11 @@ class _Stopper:
 
     def is_mounted(self) -> bool:
         """Whether it is our mount that lies on top at the mount point."""
-        return self.number is not None and device.connection(self._mountpoint) == self.number
+        try:
+            return self.number is not None and device.connection(self._mountpoint) == self.number
+        except OSError as e:  # no descriptor left, say
+            log.warning("%s: cannot look whether it is mounted: %s", self._mountpoint, e)
+            return False
 
     def stop(self) -> None:
         """Unmount while the mount goes on being served; then see that the loop ends."""

@@ -12,6 +12,8 @@ from ninefuse.exitcodes import ExitCode, Failure
 
 MODELS = ("none", "first", "second")
 DEFAULT_MODEL = "second"
+ENGINES = ("auto", "threads", "uring")
+DEFAULT_ENGINE = "auto"
 DEFAULT_THREADS = 16
 MAX_THREADS = 1024
 LOG_LEVELS = ("error", "warning", "info", "debug")
@@ -96,8 +98,9 @@ _IGNORED_PREFIXES = ("x-", "X-", "comment=", "user=")
 class Settings:
     """All that one mount needs to know.
 
-    source, mountpoint: absolute paths. model: the threading model, one of MODELS. threads: how
-    many workers. log_file, trace_file: absolute paths, or None. attr_timeout, entry_timeout,
+    source, mountpoint: absolute paths. model: the threading model, one of MODELS. engine: what is
+    beneath the second one, one of ENGINES. threads: how many workers. log_file, trace_file:
+    absolute paths, or None. attr_timeout, entry_timeout,
     negative_timeout: seconds for which the kernel may keep attributes, names and the absence
     of names. keep_cache: whether cached file data outlives an open. direct_sync: whether writes
     through O_SYNC and O_DSYNC opens go past the kernel's page cache. one_cpu: whether the
@@ -110,6 +113,7 @@ class Settings:
     source: str
     mountpoint: str
     model: str = DEFAULT_MODEL
+    engine: str = DEFAULT_ENGINE
     threads: int = DEFAULT_THREADS
     foreground: bool = False
     debug: bool = False
@@ -144,6 +148,7 @@ class MountOptions:
     debug: bool = False
     xattr: bool = True
     model: str | None = None
+    engine: str | None = None
     threads: int | None = None
     fsname: str | None = None
     subtype: str | None = None
@@ -205,6 +210,8 @@ def parse_options(words: Iterable[str]) -> MountOptions:
             values[name] = value
         elif name == "model":
             values[name] = _choice(word, value, MODELS)
+        elif name == "engine":
+            values[name] = _choice(word, value, ENGINES)
         elif name == "osync":
             values[name] = _choice(word, value, _SYNC_WAYS)
         elif name == "inline":
@@ -228,6 +235,7 @@ def parse_options(words: Iterable[str]) -> MountOptions:
         debug="debug" in switches,
         xattr="noxattr" not in switches,
         model=values.get("model"),
+        engine=values.get("engine"),
         threads=threads,
         fsname=values.get("fsname"),
         subtype=values.get("subtype"),
@@ -262,6 +270,7 @@ def make_settings(
     options: MountOptions,
     *,
     model: str | None = None,
+    engine: str | None = None,
     threads: int | None = None,
     foreground: bool = False,
     debug: bool = False,
@@ -293,6 +302,7 @@ def make_settings(
         source=source,
         mountpoint=os.path.abspath(mountpoint),
         model=model or options.model or DEFAULT_MODEL,
+        engine=engine or options.engine or DEFAULT_ENGINE,
         threads=threads or options.threads or DEFAULT_THREADS,
         foreground=foreground or debug,
         debug=debug,

@@ -6,10 +6,12 @@ request over and back costs some 50 microseconds, so a call that takes less is b
 the request is, and one that takes somewhat more when nobody else is waiting: a lone client
 would pay for the hand-over, and there is nobody whom it would serve.
 
-Only calls on the source's own device are ever made here, and only if that is a local file
-system: a server that does not answer must not stop the dispatcher. A local disk may stall,
-too. The first call that takes long sends its kind to the workers, for a second, and twice as
-long each time it happens again: one stall for each demotion.
+A server that does not answer must never stop the dispatcher. So calls are made here only if
+the source lies on a local file system, and nothing is mounted in it: a name may lead
+anywhere. Nor are calls that others can keep waiting (`Call.may_be_here`). A local disk may
+stall, too, or be frozen. The first call that takes long while others wait sends its kind to
+the workers, for a second, and twice as long if it happens again soon: one stall for each
+demotion.
 
 Locks touched: none. Workers add to the figures too; a sample lost between two threads does
 not matter.
@@ -18,17 +20,19 @@ not matter.
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
 from ninefuse.commands import Call
 
 _SHORT = 40_000  # ns; below it a call is made here, whoever else is waiting
 _LONG = 1_500_000  # ns; above it handing over costs next to nothing
-_STALL = 10_000_000  # ns; a call that takes longer stops the others noticeably
+_LONG_STALL = 100_000_000  # ns; longer than even a lone client's are to take here
 _SAMPLES = 8  # calls on workers before a kind is tried here
 _WEIGHT = 8  # the average is over about so many calls
+_UNTRIED = -1
 _FIRST_PENALTY = 1.0  # seconds
 _LAST_PENALTY = 64.0
+_FORGIVEN = 5  # times the penalty
 
 # Requests that come alone before the dispatcher believes that they do.
 _ALONE = 16
@@ -42,7 +46,7 @@ class _Kind:
     def __init__(self) -> None:
         self.here = False  # whether `average` is from calls made here
         self.average = 0  # ns
-        self.best = _STALL  # ns, of the last samples on workers
+        self.best = _LONG_STALL  # ns, of the last samples on workers
         self.samples = 0
         self.until = 0.0  # monotonic seconds: to the workers until then
         self.penalty = _FIRST_PENALTY
@@ -51,12 +55,18 @@ class _Kind:
 class Pace:
     """Measures calls and decides where the next one is made. For one driver.
 
+    Args:
+        is_sole: whether the source lies on a local file system with nothing mounted in it,
+            now. Asked before each request.
+
     Attributes:
         demotions: how often a kind of call was sent to the workers after a stall.
         longest_stall: seconds, the longest call made on the dispatcher.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, is_sole: Callable[[], bool]) -> None:
+        self._is_sole = is_sole
+        self._sole = False
         self._kinds: dict[Hashable, _Kind] = {}
         self._crowd = 0  # requests still to come alone
         self.demotions = 0
@@ -66,42 +76,61 @@ class Pace:
     def longest_stall(self) -> float:
         return self._longest / 1e9
 
-    def came_alone(self) -> None:
-        """A request has come while no other was under way."""
-        if self._crowd:
+    def arrived(self, alone: bool) -> None:
+        """A request has come; ``alone``: no other is under way."""
+        self._sole = self._is_sole()
+        if not alone:
+            self._crowd = _ALONE
+        elif self._crowd:
             self._crowd -= 1
 
-    def crowded(self) -> None:
-        """A request had to wait for another, or met it under way."""
-        self._crowd = _ALONE
+    def is_local(self, call: Call) -> bool:
+        """Whether a call that uses no name is on the source's own, local file system."""
+        return self._sole and call.on is not None and not call.on >> 48
 
     def is_here(self, call: Call) -> bool:
         """Whether the dispatcher is to make a call itself."""
-        if call.on is None or call.on >> 48:
-            return False  # of another device, or of an unknown one
+        if not (call.may_be_here and self.is_local(call)):
+            return False
         kind = self._kind(call)
         if kind.here:
             return kind.average < (_LONG if not self._crowd else _SHORT)
         if kind.samples < _SAMPLES or time.monotonic() < kind.until:
             return False
-        if kind.best >= (_LONG if not self._crowd else _SHORT):
-            kind.samples, kind.best = 0, _STALL
+        if kind.best >= _LONG:
+            kind.samples, kind.best = 0, _LONG_STALL
             return False
-        kind.here, kind.average = True, kind.best
+        # Tried once, whoever waits: only here is it measured without the hand-over.
+        kind.here, kind.average = True, _UNTRIED
         return True
 
-    def took_here(self, call: Call, nanoseconds: int) -> bool:
-        """The dispatcher has made a call; whether another request may mind."""
+    def took_here(self, call: Call, nanoseconds: int, is_waited_for: Callable[[], bool]) -> None:
+        """The dispatcher has made a call.
+
+        Args:
+            call: it.
+            nanoseconds: how long it took.
+            is_waited_for: whether there is another request now, which had to wait.
+        """
         kind = self._kind(call)
-        kind.average += (nanoseconds - kind.average) // _WEIGHT
+        if kind.average == _UNTRIED:
+            kind.average = nanoseconds
+        else:
+            kind.average += (nanoseconds - kind.average) // _WEIGHT
+        if nanoseconds <= _SHORT:
+            return
         if nanoseconds > self._longest:
             self._longest = nanoseconds
-        if nanoseconds > _STALL:
+        waiting = is_waited_for()
+        if waiting:
+            self._crowd = _ALONE
+        if nanoseconds > (_LONG if waiting else _LONG_STALL):
             self._demote(kind)
-        return nanoseconds > _SHORT
 
     def took_there(self, call: Call, nanoseconds: int) -> None:
-        """A worker has made a call."""
+        """A worker, or the engine, has made a call."""
+        if call.on is None or call.on >> 48:
+            return  # which says nothing of those here
         kind = self._kind(call)
         if kind.here:
             # Here it would be slower than that only for the interpreter's lock, which
@@ -123,11 +152,11 @@ class Pace:
 
     def _demote(self, kind: _Kind) -> None:
         now = time.monotonic()
-        # After a long good time it is a first offence again.
-        if now > kind.until + 2 * _LAST_PENALTY:
+        # After a good time it is a first offence again.
+        if now > kind.until + _FORGIVEN * kind.penalty:
             kind.penalty = _FIRST_PENALTY
         self.demotions += 1
         kind.here = False
-        kind.samples, kind.best = 0, _STALL
+        kind.samples, kind.best = 0, _LONG_STALL
         kind.until = now + kind.penalty
         kind.penalty = min(2 * kind.penalty, _LAST_PENALTY)

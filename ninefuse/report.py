@@ -28,6 +28,7 @@ from ninefuse.session import Session
 
 _SLOW = 2.0  # seconds after which a request under way is listed
 _FRESH = 1.0  # seconds for which published counters stay the same
+_PADDED = 4096  # bytes; a value's size is a multiple, and so mostly that of the one before
 _FORMAT = 1  # goes up when a reader of the older one would misread the new one
 
 
@@ -42,17 +43,24 @@ class Counters:
         self._executor = executor
         self._session = session
         self._since = time.monotonic()
+        # Open from the start: the counters are wanted most when no descriptors are left.
+        self._memory = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
         self._published = b""
         self._published_at = -_FRESH
 
+    def close(self) -> None:
+        """Give the descriptor back."""
+        os.close(self._memory)
+
     def published(self) -> bytes:
-        """The counters as JSON, UTF-8; the same for a second.
+        """The counters as JSON, UTF-8, padded with blanks; the same for a second.
 
         Who reads an extended attribute asks for its size first: it must not grow meanwhile.
         """
         now = time.monotonic()
         if now - self._published_at >= _FRESH:
-            self._published = json.dumps(self.snapshot()).encode()
+            text = json.dumps(self.snapshot()).encode()
+            self._published = text.ljust(-(-len(text) // _PADDED) * _PADDED)
             self._published_at = now
         return self._published
 
@@ -65,8 +73,8 @@ class Counters:
             "version": _FORMAT,
             "ninefuse": ninefuse.__version__,
             "pid": os.getpid(),
-            "source": _text(self._settings.source),
-            "mountpoint": _text(self._settings.mountpoint),
+            "source": printable(self._settings.source),
+            "mountpoint": printable(self._settings.mountpoint),
             "model": executor.model,
             "threads": executor.pool.threads,
             "time": time.time(),
@@ -80,8 +88,8 @@ class Counters:
             "dispatcher": self._dispatcher(),
             "locks": {lock.name: _lock(lock) for lock in locks},
             "fids": {"known": fids.fids, "open": fids.opened},
-            "descriptors": {"open": len(os.listdir("/proc/self/fd")), "nodes": fids.descriptors},
-            "memory": {"resident": _resident()},
+            "descriptors": {"open": _descriptors(), "nodes": fids.descriptors},
+            "memory": {"resident": self._resident()},
         }
 
     def lines(self) -> list[str]:
@@ -120,6 +128,10 @@ class Counters:
             "longest_call": 0.0 if pace is None else round(pace.longest_stall, 6),
             "demotions": 0 if pace is None else pace.demotions,
         }
+
+    def _resident(self) -> int:
+        """Bytes of memory that the process has (proc(5))."""
+        return int(os.pread(self._memory, 200, 0).split()[1]) * resource.getpagesize()
 
     def _operations(self) -> dict[str, dict[str, Any]]:
         found: dict[str, dict[str, Any]] = {
@@ -167,12 +179,12 @@ def _lock_line(name: str, lock: dict[str, Any]) -> str:
     )
 
 
-def _resident() -> int:
-    """Bytes of memory that the process has (proc(5))."""
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
+def _descriptors() -> int:
+    """How many descriptors the process has open; without one to find out, if possible."""
+    count = os.stat("/proc/self/fd").st_size  # since Linux 6.2
+    return count or len(os.listdir("/proc/self/fd"))
 
 
-def _text(path: str) -> str:
+def printable(path: str) -> str:
     """A path as text that any reader of JSON takes: bytes that are no characters are shown."""
     return os.fsencode(path).decode(errors="backslashreplace")

@@ -42,7 +42,6 @@ _LOCAL = frozenset(
         0xCA451A4E,  # bcachefs
         0x01021994,  # tmpfs
         0x858458F6,  # ramfs
-        _OVERLAYFS,
     )
 )
 
@@ -80,6 +79,23 @@ _STATX = struct.Struct("=IIQIIIHxxQQQQqIxxxxqIxxxxqIxxxxqIxxxxIIII")
 _StatxBuffer = ctypes.c_char * 256
 _Timespecs = struct.Struct("=qqqq")
 _DIRENT = struct.Struct("=QqHB")  # d_ino, d_off, d_reclen, d_type; the name follows
+
+
+class PollFd(ctypes.Structure):
+    """struct pollfd (poll(2))."""
+
+    _fields_ = (("fd", ctypes.c_int), ("events", ctypes.c_short), ("revents", ctypes.c_short))
+
+
+_poll = ctypes.PyDLL(None).poll
+
+
+def is_ready(pollfd: Any) -> bool:
+    """Whether what a `PollFd` (by ctypes.byref) waits for is there; does not wait.
+
+    Unlike select.poll it keeps the interpreter's lock, so no other thread is woken by it.
+    """
+    return bool(_poll(pollfd, 1, 0) > 0)
 
 
 class Attributes(NamedTuple):
@@ -172,7 +188,8 @@ def births_change(fd: int) -> bool:
 def is_local(fd: int) -> bool:
     """Whether an open file lies on a file system that needs no server to answer.
 
-    One that is not known is taken for one that does.
+    One that is not known is taken for one that does; so is overlayfs, whose layers may be
+    anything.
     """
     return _file_system_type(fd) in _LOCAL
 

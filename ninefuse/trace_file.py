@@ -14,6 +14,7 @@ Locks touched: its own mutex, for counting what waits.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 
 _MOST_WAITING = 100_000  # pieces (some 200 bytes each) that may wait to be written
 _MOST_BYTES = 1 << 30  # of a file: more than viewers open
+_PATIENCE = 5.0  # seconds for a file that takes no more, at the end
 _LINES = 500  # to write in one go
 _PID = 1
 
@@ -62,7 +64,7 @@ class Piece(NamedTuple):
 
 
 class Wait(NamedTuple):
-    """A time in which a body waited for a lock and occupied no thread."""
+    """A time in which a body waited for a lock, or for io_uring, and occupied no thread."""
 
     label: str
     begin: int
@@ -75,6 +77,7 @@ class Way:
     __slots__ = (
         "arrived",
         "blocked",
+        "engine_calls",
         "error",
         "messages",
         "name",
@@ -93,6 +96,7 @@ class Way:
         self.pieces: list[Piece] = []  # in the order of time, and so are the next three
         self.messages: list[Message] = []
         self.waits: list[Wait] = []
+        self.engine_calls = 0  # made meanwhile
         self.blocked: list[tuple[Lane, str, int, int]] = []  # waits on a thread
         self.error = ""
         self.reply: tuple[Lane, int, int] | None = None
@@ -132,7 +136,8 @@ class TraceFile:
         self.path = path
         try:
             self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-            os.write(self._fd, b"[\n" + _json(_metadata("process_name", 0, name=title)))
+            head = b"[\n" + _json(_metadata("process_name", 0, name=title))
+            self._whole = os.write(self._fd, head)  # bytes of whole lines
         except OSError as error:
             raise Failure(
                 ExitCode.USAGE,
@@ -183,13 +188,17 @@ class TraceFile:
         self._queue.put(way)
 
     def put_deferred(self, lane: Lane, name: str, begin: int, end: int) -> None:
-        """Have a call written that belongs to no request any more."""
-        self._queue.put([_complete(lane, "deferred", name, begin, end)])
+        """Have a call written that belongs to no request any more; dropped if many wait."""
+        if self._queue.qsize() < _MOST_WAITING:
+            self._queue.put([_complete(lane, "deferred", name, begin, end)])
 
     def close(self) -> None:
-        """Write what is left, and the end of the array."""
+        """Write what is left, and the end of the array; not if that takes seconds."""
         self._queue.put(None)
-        self._thread.join()
+        self._thread.join(_PATIENCE)
+        if self._thread.is_alive():
+            log.warning("%s: cannot be written to its end", self.path)
+            return
         os.close(self._fd)
         if self._lost:
             log.warning(
@@ -225,11 +234,19 @@ class TraceFile:
             if self._left <= 0:
                 log.warning("%s ends here: it has %d bytes", self.path, _MOST_BYTES)
                 data = b"\n]\n"
-            while data:
-                data = data[os.write(self._fd, data) :]
+            left = data
+            while left:
+                left = left[os.write(self._fd, left) :]
+            self._whole += len(data)
         except OSError as error:
             self._left = 0
             log.warning("%s ends here: %s", self.path, error.strerror)
+            self._cut()
+
+    def _cut(self) -> None:
+        """Take back the line that found no more room, with all that was written with it."""
+        with contextlib.suppress(OSError):  # not a regular file
+            os.ftruncate(self._fd, self._whole)
 
 
 def events(way: Way, hand_overs: Iterator[int]) -> list[Event]:
@@ -276,7 +293,7 @@ def events(way: Way, hand_overs: Iterator[int]) -> list[Event]:
     found.append(_asynchronous(way, "e", way.name, end))
     found[-1]["args"] = {
         "crossings": crossings,
-        "calls": sum(bool(piece.call) for piece in way.pieces),
+        "calls": sum(bool(piece.call) for piece in way.pieces) + way.engine_calls,
         "messages": [message.name for message in way.messages],
         **({"error": way.error} if way.error else {}),
     }

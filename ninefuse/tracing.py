@@ -135,6 +135,12 @@ class Tracer:
         watched.__name__ = name
         return watched
 
+    def made_by_engine(self, body: Body[Any], call: Call, begin: int, end: int) -> None:
+        """A call was made on no thread of ours, between these times (ns)."""
+        assert isinstance(body, _TracedBody)
+        body.way.waits.append(Wait(f"io_uring: {_name_of(call.kind)}", begin, end))
+        body.way.engine_calls += 1
+
     def answered(self, body: Body[Any]) -> None:
         """The dispatcher has the answer of a body. On the dispatcher."""
         assert isinstance(body, _TracedBody)
@@ -257,7 +263,9 @@ class _TracedBody(Coroutine[Any, Any, T]):
         if type(command) is Call:
             function = _TracedCall(self, command.function)
             quick = None if command.quick is None else _TracedCall(self, command.quick)
-            return Call(command.on, function, command.args, quick, command.kind)
+            return Call(
+                command.on, function, command.args, quick, command.kind, command.may_be_here
+            )
         if type(command) is Acquire:
             lock = _TracedLock(self, command)
             acquire = self._taken[command] = Acquire(lock, command.mode)
@@ -289,11 +297,15 @@ class _TracedCall:
         tracer, message = body._tracer, body._open[-1] if body._open else -1
         lane, ident = tracer.lane(), threading.get_ident()
         tracer._running[ident] = body
+        name = self.__name__
         begin = _now()
         try:
             return self._function(*args)
+        except BlockingIOError:
+            name = ""  # it would have blocked, and so is still to be made
+            raise
         finally:
-            body.way.pieces.append(Piece(lane, begin, _now(), self.__name__, message))
+            body.way.pieces.append(Piece(lane, begin, _now(), name, message))
             tracer._running.pop(ident, None)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +72,32 @@ def test_the_value_stays_for_a_second_and_then_changes(new_mount: Callable[..., 
     assert statistics(mount)["operations"]["create"]["count"] == 20
 
 
+def test_its_size_is_round(new_mount: Callable[..., Mount]) -> None:
+    """So that a size asked for just before the second is over is right as a rule."""
+    value = os.getxattr(new_mount().path, NAME)
+    assert len(value) % 4096 == 0
+    assert value.rstrip(b" ").endswith(b"}")
+
+
+def test_without_descriptors_left_the_counters_are_had_and_the_mount_lives(
+    new_mount: Callable[..., Mount],
+) -> None:
+    mount = new_mount()
+    (mount.path / "file").write_bytes(b"x")
+    soft, hard = resource.prlimit(mount.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(mount.pid, resource.RLIMIT_NOFILE, (3, hard))
+    assert errno_of(os.open, mount.path / "file", os.O_RDONLY) == errno.EMFILE
+    try:
+        assert statistics(mount)["operations"]["open"]["errors"] == {"EMFILE": 1}
+    except OSError:
+        # Before Linux 6.2 descriptors are counted with one.
+        assert tuple(map(int, os.uname().release.split(".")[:2])) < (6, 2)
+    resource.prlimit(mount.pid, resource.RLIMIT_NOFILE, (soft, hard))
+    assert (mount.path / "file").read_bytes() == b"x"
+    resource.prlimit(mount.pid, resource.RLIMIT_NOFILE, (3, hard))
+    mount.end()
+
+
 def test_it_is_in_no_listing_and_cannot_be_set_or_removed(
     new_mount: Callable[..., Mount], tmp_path: Path
 ) -> None:
@@ -112,4 +139,4 @@ def test_what_the_dispatcher_does_itself_is_told(new_mount: Callable[..., Mount]
             file.write(b"x" * 4096)
     found = statistics(mount)
     assert found["operations"]["write"]["on_dispatcher"] > 100
-    assert 0 < found["dispatcher"]["longest_call"] < 10
+    assert 0 <= found["dispatcher"]["longest_call"] < 10

@@ -27,6 +27,17 @@ INODE = 7
 FOREIGN = 0xFFFE << 48 | INODE
 
 
+def alone_in_it(sole: bool = True) -> Pace:
+    """A pace for a local source with nothing mounted in it, at the first request."""
+    tested = Pace(lambda: sole)
+    tested.arrived(alone=True)
+    return tested
+
+
+def crowd(tested: Pace) -> None:
+    tested.arrived(alone=False)
+
+
 def call(function: Callable[..., object] = os.pwrite, on: int | None = INODE) -> Call:
     return Call(on, function, ())
 
@@ -48,7 +59,7 @@ def learn(tested: Pace, one: Call, nanoseconds: int, times: int = 8) -> None:
 def test_a_kind_is_tried_here_once_workers_have_shown_that_it_is_short(
     clock: list[float],
 ) -> None:
-    tested, one = Pace(), call()
+    tested, one = alone_in_it(), call()
     learn(tested, one, 20 * US)
     assert tested.is_here(one)
     assert not tested.is_here(call(os.fsync)), "of which nothing is known"
@@ -56,11 +67,19 @@ def test_a_kind_is_tried_here_once_workers_have_shown_that_it_is_short(
 
 def test_the_interpreters_lock_does_not_hide_a_short_call(clock: list[float]) -> None:
     """One of eight that had not to wait for it is enough."""
-    tested, one = Pace(), call()
-    tested.crowded()
+    tested, one = alone_in_it(), call()
+    crowd(tested)
     learn(tested, one, 2 * MS, 7)
     learn(tested, one, 20 * US, 1)
     assert tested.is_here(one)
+
+
+def nobody() -> bool:
+    return False
+
+
+def somebody() -> bool:
+    return True
 
 
 @pytest.mark.parametrize(
@@ -70,45 +89,84 @@ def test_the_interpreters_lock_does_not_hide_a_short_call(clock: list[float]) ->
 def test_what_takes_longer_is_made_here_for_a_lone_client_only(
     clock: list[float], nanoseconds: int, alone: bool, crowded: bool
 ) -> None:
-    tested, one = Pace(), call()
-    learn(tested, one, nanoseconds)
+    """What it takes here is learned from one call, whoever waits."""
+    tested, one = alone_in_it(), call()
+    learn(tested, one, 100 * US)
+    assert tested.is_here(one)
+    tested.took_here(one, nanoseconds, nobody)
     assert tested.is_here(one) == alone
-    tested = Pace()
-    tested.crowded()
-    learn(tested, one, nanoseconds)
+    crowd(tested)
     assert tested.is_here(one) == crowded
 
 
+def test_what_takes_long_on_workers_is_not_even_tried(clock: list[float]) -> None:
+    tested, one = alone_in_it(), call()
+    learn(tested, one, 2 * MS, 100)
+    assert not tested.is_here(one)
+
+
 def test_a_client_is_alone_when_nothing_else_came_for_a_while(clock: list[float]) -> None:
-    tested, one = Pace(), call()
+    tested, one = alone_in_it(), call()
     learn(tested, one, 300 * US)
     assert tested.is_here(one)
-    tested.crowded()
+    tested.took_here(one, 300 * US, nobody)
+    assert tested.is_here(one)
+    tested.took_here(one, 300 * US, somebody)
     for _ in range(15):
-        tested.came_alone()
+        tested.arrived(alone=True)
         assert not tested.is_here(one)
-    tested.came_alone()
+    tested.arrived(alone=True)
     assert tested.is_here(one)
 
 
 def test_calls_on_other_devices_and_on_unknown_inodes_are_never_made_here(
     clock: list[float],
 ) -> None:
-    tested = Pace()
+    tested = alone_in_it()
     learn(tested, call(), 1 * US)
     assert tested.is_here(call())
     assert not tested.is_here(call(on=FOREIGN))
     assert not tested.is_here(call(on=None))
 
 
+def test_nothing_is_made_here_while_something_is_mounted_in_the_source(
+    clock: list[float],
+) -> None:
+    """A name may lead there, and the server may not answer."""
+    sole = [True]
+    tested = Pace(lambda: sole[0])
+    tested.arrived(alone=True)
+    learn(tested, call(), 1 * US)
+    assert tested.is_here(call())
+    sole[0] = False
+    tested.arrived(alone=True)
+    assert not tested.is_here(call())
+    assert not tested.is_local(call())
+    sole[0] = True
+    tested.arrived(alone=True)
+    assert tested.is_here(call())
+
+
+def test_what_others_may_keep_waiting_is_never_made_here(clock: list[float]) -> None:
+    """And fast calls on other devices say nothing of those on the source's own."""
+    tested = alone_in_it()
+    patient = Call(INODE, os.open, (), may_be_here=False)
+    learn(tested, patient, 1 * US, 20)
+    assert tested.is_here(call(os.open))
+    learn(tested, call(on=FOREIGN), 1 * US, 20)
+    assert not tested.is_here(call())
+
+
 def test_one_stall_sends_a_kind_to_the_workers(clock: list[float]) -> None:
     """For a second, then for twice as long; other kinds stay."""
-    tested, one, other = Pace(), call(), call(os.fsync)
+    tested, one, other = alone_in_it(), call(), call(os.fsync)
     learn(tested, one, 20 * US)
     learn(tested, other, 20 * US)
+    tested.is_here(other)
+    tested.took_here(other, 20 * US, nobody)
     for number, seconds in enumerate((1, 2, 4), 1):
         assert tested.is_here(one)
-        assert tested.took_here(one, 30 * MS)
+        tested.took_here(one, 30 * MS, somebody)
         assert tested.demotions == number
         assert not tested.is_here(one)
         assert tested.is_here(other)
@@ -119,18 +177,30 @@ def test_one_stall_sends_a_kind_to_the_workers(clock: list[float]) -> None:
     assert tested.longest_stall == 0.03
     clock[0] += 1000
     assert tested.is_here(one)
-    tested.took_here(one, 30 * MS)
+    tested.took_here(one, 30 * MS, somebody)
     clock[0] += 1.01
     learn(tested, one, 20 * US)
     assert tested.is_here(one), "after a good time it is a first offence again"
 
 
+def test_a_stall_that_nobody_waited_for_is_none_unless_it_is_long(clock: list[float]) -> None:
+    tested, one = alone_in_it(), call()
+    learn(tested, one, 20 * US)
+    assert tested.is_here(one)
+    tested.took_here(one, 20 * US, nobody)
+    tested.took_here(one, 11 * MS, nobody)
+    assert tested.demotions == 0
+    tested.took_here(one, 101 * MS, nobody)
+    assert tested.demotions == 1
+    assert tested.longest_stall == 0.101
+
+
 def test_a_kind_that_gets_slower_leaves_the_dispatcher(clock: list[float]) -> None:
-    tested, one = Pace(), call()
+    tested, one = alone_in_it(), call()
     learn(tested, one, 20 * US)
     count = 0
     while tested.is_here(one):
-        assert tested.took_here(one, 5 * MS)
+        tested.took_here(one, 5 * MS, nobody)
         count += 1
     assert count < 8
     assert tested.demotions == 0
@@ -144,7 +214,7 @@ def test_a_method_is_one_kind_whatever_it_is_bound_to(clock: list[float]) -> Non
         def read(self) -> None:
             pass
 
-    tested = Pace()
+    tested = alone_in_it()
     for _ in range(100):
         tested.took_there(call(Listing().read), 10 * US)
     assert len(tested._kinds) == 1
@@ -159,7 +229,7 @@ def second(scenario: Callable[[SecondModel], object], waiting: bool = False) -> 
 
     async def run(executor: Executor) -> None:
         assert isinstance(executor, SecondModel)
-        executor.pace = Pace()
+        executor.pace = alone_in_it()
         executor.has_waiting = lambda: waiting
         await scenario(executor)  # type: ignore[misc]
 

@@ -28,6 +28,7 @@ from ninefuse.exitcodes import ExitCode
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST = "3.10"
 PYTHONS = (OLDEST, "3.11", "3.12", "3.13", "3.14")
+HAS_LIBURING = subprocess.call(["pkg-config", "--exists", "liburing >= 2.3"]) == 0
 
 
 def run(
@@ -229,20 +230,24 @@ def test_the_oldest_python_is_the_same_everywhere() -> None:
 # ---- the wheel ----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]:
+def build_wheel(tree: Path, **env: str) -> Path:
     """Build the wheel, from a copy: building leaves files in the tree."""
-    tree = tmp_path_factory.mktemp("wheel")
-    shutil.copytree(
-        ROOT / "ninefuse", tree / "ninefuse", ignore=shutil.ignore_patterns("__pycache__")
-    )
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+    unwanted = shutil.ignore_patterns("__pycache__", "*.so")
+    shutil.copytree(ROOT / "ninefuse", tree / "ninefuse", ignore=unwanted)
+    for name in ("setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy2(ROOT / name, tree)
     options = ("--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", "dist")
-    done = run(sys.executable, "-m", "pip", "wheel", *options, ".", cwd=tree)
+    command = (sys.executable, "-m", "pip", "-v", "wheel", *options, ".")
+    done = run(*command, cwd=tree, env={**os.environ, **env})
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
     (built,) = (tree / "dist").iterdir()
-    with zipfile.ZipFile(built) as opened:
+    return built
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]:
+    with zipfile.ZipFile(build_wheel(tmp_path_factory.mktemp("wheel"))) as opened:
         yield opened
 
 
@@ -251,10 +256,28 @@ def test_wheel_holds_the_whole_package_and_nothing_else(wheel: zipfile.ZipFile) 
     tree = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "ninefuse").rglob("*")
-        if path.suffix == ".py" or path.name == "py.typed"
+        if path.suffix in (".py", ".pyi") or path.name == "py.typed"
     }
     assert "ninefuse/py.typed" in tree
-    assert names == tree
+    assert {name for name in names if not name.endswith(".so")} == tree
+    extensions = sorted(names - tree)
+    assert [name.split(".")[0] for name in extensions] == ["ninefuse/_ring"] * HAS_LIBURING
+
+
+@pytest.mark.parametrize("missing", ["liburing", "compiler"])
+def test_ninefuse_is_built_without_its_extension(tmp_path: Path, missing: str) -> None:
+    env = {"CC": "/no/such/compiler"}
+    if missing == "liburing":
+        script(tmp_path / "bin" / "pkg-config", "exit 1\n")
+        env = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    (tmp_path / "tree").mkdir()
+    built = build_wheel(tmp_path / "tree", **env)
+    with zipfile.ZipFile(built) as opened:
+        assert not [name for name in opened.namelist() if name.endswith(".so")]
+        opened.extractall(tmp_path / "installed")
+    code = "import ninefuse.cli, importlib.util; print(importlib.util.find_spec('ninefuse._ring'))"
+    done = run(sys.executable, "-c", code, cwd=tmp_path / "installed")
+    assert (done.stdout, done.stderr) == ("None\n", "")
 
 
 def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
@@ -306,6 +329,8 @@ for name in bindfs fio; do
 done
 """
 
+STAMPED = ("requirements.txt", "setup.cfg", "setup.py", "pyproject.toml", "ninefuse/_ring.pyx")
+
 BASICS = "sh cat cksum cp cut dirname env flock grep id ln mkdir mktemp mv rm sed sleep"
 TEST_TOOLS = (
     "fusermount3 getfattr setfattr getfacl setfacl mount umount unshare setpriv ps pgrep"
@@ -322,7 +347,8 @@ class Checkout:
         self.log = directory / "log"
         self.bin.mkdir()
         (self.root / "tools").mkdir(parents=True)
-        for name in ("requirements.txt", "setup.cfg", "pyproject.toml", "tools/setup"):
+        (self.root / "ninefuse").mkdir()
+        for name in (*STAMPED, "tools/setup"):
             shutil.copy2(ROOT / name, self.root / name)
         for name in BASICS.split():
             found = shutil.which(name)
@@ -381,15 +407,17 @@ def test_setup_is_silent_and_quick_when_all_is_there(ready: Checkout) -> None:
 def test_setup_leaves_nothing_but_venv(ready: Checkout) -> None:
     assert sorted(path.name for path in ready.root.iterdir()) == [
         ".venv",
+        "ninefuse",
         "pyproject.toml",
         "requirements.txt",
         "setup.cfg",
+        "setup.py",
         "tools",
     ]
     assert sorted(path.name for path in ready.root.parent.iterdir()) == ["bin", "checkout"]
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "setup.cfg", "pyproject.toml"])
+@pytest.mark.parametrize("name", STAMPED)
 def test_setup_brings_venv_up_to_date(ready: Checkout, name: str) -> None:
     with open(ready.root / name, "a") as file:
         file.write("# changed\n")
@@ -450,6 +478,20 @@ def test_setup_installs_missing_packages_as_root(checkout: Checkout) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("setup: apt-get install fuse3\n")
     assert checkout.logged() == ["apt-get -qq", *MADE]
+
+
+@pytest.mark.parametrize("installs", [True, False])
+def test_setup_does_without_liburing(checkout: Checkout, installs: bool) -> None:
+    (checkout.bin / "id").unlink()
+    script(checkout.bin / "id", "echo 0\n")
+    script(checkout.bin / "pkg-config", 'case "$*" in *liburing*) exit 1 ;; esac\n')
+    script(checkout.bin / "apt-get", APT_STAND_IN + ("" if installs else "exit 100\n"))
+    done = checkout.setup()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("setup: apt-get install liburing-dev\n")
+    assert ("built without io_uring" in done.stdout) == (not installs)
+    assert checkout.logged() == ["apt-get -qq"] * (1 if installs else 3) + MADE
+    assert checkout.setup().stdout == ""
 
 
 @pytest.mark.parametrize("apt", [True, False])

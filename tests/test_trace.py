@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -453,6 +454,52 @@ def test_a_file_that_is_full_ends_well(
     check(read(path))
     assert path.stat().st_size <= 10_100
     assert caplog.text.count("ends here") == 1
+
+
+def test_a_disk_that_gets_full_leaves_whole_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What came up to the limit in the middle of a line is taken back."""
+    path = tmp_path / "trace"
+    file = TraceFile(str(path), "title")
+    file.lane("dispatcher")
+    room = [3000]
+    write = os.write
+
+    def limited(fd: int, data: bytes) -> int:
+        if not room[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        done = write(fd, data[: room[0]])
+        room[0] -= done
+        return done
+
+    monkeypatch.setattr(os, "write", limited)
+    for tag in range(1, 101):
+        file.put(way(tag))
+        time.sleep(0.0005)
+    file.close()
+    events = read(path, torn=True)
+    assert 5 < len(events) < 60
+    assert path.read_text(encoding="utf-8").endswith("}")
+    assert caplog.text.count("ends here: No space left on device") == 1
+
+
+def test_closes_are_bounded_too_and_a_stuck_file_does_not_keep_the_daemon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(trace_file, "_MOST_WAITING", 1000)
+    monkeypatch.setattr(trace_file, "_PATIENCE", 0.1)
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    file = TraceFile(str(path), "title")
+    lane = file.lane("worker-0")
+    for _ in range(20_000):
+        file.put_deferred(lane, "close", 1, 2)
+    assert file._queue.qsize() <= 1000
+    file.close()
+    assert "cannot be written to its end" in caplog.text
+    os.close(reader)  # the writer gets EPIPE, and ends
 
 
 def test_a_full_disk_is_told_at_once() -> None:

@@ -11,7 +11,7 @@ import stat as st
 import time
 from typing import NamedTuple
 
-from ninefuse.commands import blocking
+from ninefuse.commands import blocking, blocking_elsewhere
 from ninefuse.credentials import keeping_setgid
 from ninefuse.fids import OpenFile, error
 from ninefuse.ops.io import sync_path
@@ -86,7 +86,8 @@ async def setattr(session: Session, fid: int, changes: Changes) -> None:
             if isinstance(use.fid.opened, OpenFile) and use.fid.opened.writable:
                 await blocking(on, os.ftruncate, use.fid.opened.fd, changes.size)
             else:
-                await blocking(on, os.truncate, path, changes.size)
+                # Whoever holds a lease on the file has it wait (fcntl(2), F_SETLEASE).
+                await blocking_elsewhere(on, os.truncate, path, changes.size)
         if changes.atime is not None or changes.mtime is not None:
             atime = SetTime.OMIT if changes.atime is None else changes.atime
             mtime = SetTime.OMIT if changes.mtime is None else changes.mtime

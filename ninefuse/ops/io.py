@@ -66,7 +66,8 @@ async def lopen(session: Session, fid: int, flags: int) -> Qid:
             if flags & os.O_DIRECTORY:
                 raise error(errno.ENOTDIR)
             kept = flags & _KEPT_FLAGS
-            opened = OpenFile(await blocking(on, _open_file, use.fd, kept), kept)
+            fd = await blocking_unless(on, _open_file_now, _open_file, use.fd, kept)
+            opened = OpenFile(fd, kept)
         else:
             raise error(errno.ENXIO)
         try:
@@ -330,6 +331,16 @@ def _open_file_of(fid: Fid) -> OpenFile:
 def _open_directory(fd: int) -> int:
     # Not "." in it, for which the daemon would need the right to search it as well.
     return os.open(path_of(fd), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def _open_file_now(fd: int, flags: int) -> int:
+    """Open a file unless somebody's lease on it keeps openers waiting (fcntl(2))."""
+    if flags & os.O_TRUNC:  # which may take its time
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+    opened = _open_file(fd, flags | os.O_NONBLOCK)
+    if not flags & os.O_NONBLOCK:
+        os.set_blocking(opened, True)
+    return opened
 
 
 def _open_file(fd: int, flags: int) -> int:

@@ -1,0 +1,61 @@
+"""The extension ninefuse._ring, where this machine can build it; all else is in setup.cfg.
+
+It is optional: without liburing's headers, pkg-config, a compiler or Cython, ninefuse is
+built without it and does its input and output on threads.
+"""
+
+from __future__ import annotations
+
+import subprocess
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+LIBURING = "liburing >= 2.3"
+
+
+def pkg_config(*options: str) -> list[str] | None:
+    """What pkg-config says of liburing; None if there is none, or an older one."""
+    try:
+        done = subprocess.run(
+            ["pkg-config", *options, LIBURING], capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return None
+    return done.stdout.split() if done.returncode == 0 else None
+
+
+def extensions() -> list[Extension]:
+    """The extension as C, or nothing."""
+    compiler, linker = pkg_config("--cflags"), pkg_config("--libs")
+    try:
+        from Cython.Build import cythonize
+    except ImportError:
+        return []
+    if compiler is None or linker is None:
+        return []
+    ring = Extension(
+        "ninefuse._ring",
+        ["ninefuse/_ring.pyx"],
+        extra_compile_args=compiler,
+        extra_link_args=linker,
+    )
+    translated: list[Extension] = cythonize([ring], build_dir="build", quiet=True)
+    for extension in translated:
+        extension.optional = True  # which Cython does not pass on
+    return translated
+
+
+class BuildExtension(build_ext):
+    """Takes a compiler that is not there for one that fails, which optional extensions survive."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Build one extension."""
+        try:
+            super().build_extension(ext)
+        except OSError as error:
+            raise CompileError(str(error)) from error
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})

@@ -1,0 +1,296 @@
+"""The engine that makes calls through io_uring, beneath the second model."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from helpers_executor import drive
+from mounting import Mount
+
+from ninefuse import ops, sequences
+from ninefuse.commands import Call, blocking
+from ninefuse.credentials import Caller
+from ninefuse.executor import Executor, Request, SecondModel
+from ninefuse.fids import OpenFile
+from ninefuse.ops import io
+from ninefuse.pace import Pace
+from ninefuse.session import Session
+from ninefuse.uring import Refused, Uring
+
+ME = Caller(os.geteuid(), os.getegid())
+
+
+class NeverHere(Pace):
+    """A pace that leaves no call to the dispatcher, so that all go to the engine."""
+
+    def is_here(self, call: Call) -> bool:
+        return False
+
+
+@pytest.fixture
+def engine() -> Iterator[Uring]:
+    try:
+        found = Uring()
+    except Refused as reason:
+        pytest.skip(f"no io_uring here: {reason}")
+    yield found
+    found.close()
+
+
+def through(
+    engine: Uring, source: Path, scenario: Callable[[SecondModel, Session], Any]
+) -> SecondModel:
+    """Run a scenario on a session of a directory, whose calls the engine makes; the driver."""
+    drivers = []
+
+    async def run(driver: Executor) -> None:
+        assert isinstance(driver, SecondModel)
+        driver.pace, driver.uring = NeverHere(lambda: True), engine
+        session = Session(driver)
+        drivers.append(driver)
+        root = os.open(source, os.O_PATH | os.O_DIRECTORY)
+        try:
+            await driver.run("attach", ops.attach(session, 1, root))
+            await scenario(driver, session)
+        finally:
+            session.fids.clear()
+            os.close(root)
+
+    drive("second", 2, run)
+    return drivers[0]
+
+
+async def create(driver: SecondModel, session: Session, name: bytes, flags: int = 0) -> int:
+    body = sequences.create(session, 1, name, os.O_RDWR | flags, 0o600, ME)
+    handle, _, _ = await driver.run("create", body)
+    return handle
+
+
+def test_reads_writes_and_syncs_do_what_they_do_on_workers(engine: Uring, tmp_path: Path) -> None:
+    """A file of random reads and writes, beside one in memory; no thread is crossed."""
+    rng = random.Random(4)
+    model = bytearray()
+
+    async def scenario(driver: SecondModel, session: Session) -> None:
+        handle = await create(driver, session, b"file", os.O_DSYNC)
+        for number in range(200):
+            offset, size = rng.randrange(20_000), rng.randrange(1, 9000)
+            if number % 2:
+                data = rng.randbytes(size)
+                if offset > len(model):
+                    model.extend(bytes(offset - len(model)))
+                model[offset : offset + size] = data
+                write = ops.write(session, handle, offset, data)
+                assert await driver.run("write", write) == size
+            else:
+                # Past _read_now, which would answer it.
+                use = session.fids.get(handle)
+                assert isinstance(use.opened, OpenFile)
+                fd = use.opened.fd
+                session.fids.put(use)
+                read = blocking(7, io._read_fully, fd, size, offset)
+                assert await driver.run("read", read) == model[offset : offset + size]
+        await driver.run("fsync", ops.fsync(session, handle, datasync=False))
+        await driver.run("fsync", ops.fsync(session, handle, datasync=True))
+        for name in ("read", "write", "fsync"):
+            answered = driver.answered[name]
+            assert answered.on_dispatcher == answered.count, name
+
+    before = engine.count
+    through(engine, tmp_path, scenario)
+    assert (tmp_path / "file").read_bytes() == model
+    assert engine.count - before >= 202
+
+
+def test_many_at_once(engine: Uring, tmp_path: Path) -> None:
+    """More than the queue has entries; each gets its own answer."""
+
+    async def scenario(driver: SecondModel, session: Session) -> None:
+        handle = await create(driver, session, b"file")
+
+        async def write(number: int) -> None:
+            data = b"%07d\n" % number
+            body = ops.write(session, handle, 8 * number, data)
+            assert await driver.run("write", body) == 8
+
+        async with trio.open_nursery() as nursery:
+            for number in range(1000):
+                nursery.start_soon(write, number)
+
+    through(engine, tmp_path, scenario)
+    lines = (tmp_path / "file").read_bytes().split()
+    assert lines == [b"%07d" % number for number in range(1000)]
+
+
+@pytest.mark.parametrize("function", [io._read_fully, io._write_fully, os.fsync])
+def test_errors_come_back_as_they_are(
+    engine: Uring, tmp_path: Path, function: Callable[..., Any]
+) -> None:
+    arguments: dict[Any, tuple[Any, ...]] = {
+        io._read_fully: (10, 0),
+        io._write_fully: (b"x", 0),
+        os.fsync: (),
+    }
+
+    async def scenario(driver: SecondModel, session: Session) -> None:
+        fd = os.open(tmp_path, os.O_PATH)  # which can do none of it
+        try:
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                await driver.run("call", blocking(7, function, fd, *arguments[function]))
+        finally:
+            os.close(fd)
+
+    before = engine.count
+    through(engine, tmp_path, scenario)
+    assert engine.count == before + 1
+
+
+def test_calls_on_other_devices_go_to_workers(engine: Uring, tmp_path: Path) -> None:
+    """So do those that have no form for it."""
+
+    async def scenario(driver: SecondModel, session: Session) -> None:
+        fd = os.open(tmp_path / "file", os.O_CREAT | os.O_WRONLY)
+        try:
+            foreign = 0xFFFE << 48 | 7
+            await driver.run("foreign", blocking(foreign, os.fsync, fd))
+            await driver.run("other", blocking(7, os.fstat, fd))
+        finally:
+            os.close(fd)
+        for name in ("foreign", "other"):
+            assert driver.answered[name].crossings == 2
+
+    before = engine.count
+    through(engine, tmp_path, scenario)
+    assert engine.count == before
+
+
+# Results that leave something to do
+
+
+class FakeRing:
+    """A ring whose completions a test makes up."""
+
+    def __init__(self, result: int, data: bytes | None = None) -> None:
+        self.in_flight = 1
+        self._completion = (result, data)
+        self._token: object = None
+
+    def read(self, token: object, *rest: object) -> None:
+        self._token = token
+
+    write = fsync = read
+
+    def reap(self) -> list[tuple[object, int, bytes | None]]:
+        self.in_flight = 0
+        return [(self._token, *self._completion)]
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "result", "data", "expected"),
+    [
+        # Nothing was done: a worker does it.
+        *(
+            (io._write_fully, (b"12345", 0), -code, None, None)
+            for code in (errno.EAGAIN, errno.EINTR, errno.ECANCELED, errno.ENOMEM)
+        ),
+        (os.fsync, (), -errno.ECANCELED, None, None),
+        # Too little was done, though there is more.
+        (io._write_fully, (b"12345", 0), 3, None, None),
+        (io._write_fully, (b"12345", 0), 0, None, None),
+        (io._read_fully, (5, 0), 3, b"hel", None),
+        (io._read_fully, (5, 3), 0, b"", None),
+        # All of it.
+        (io._write_fully, (b"12345", 0), 5, None, 5),
+        (io._read_fully, (5, 0), 5, b"hello", b"hello"),
+        # The end of the file.
+        (io._read_fully, (9, 3), 7, b"lo world", b"lo world"),
+        (io._read_fully, (9, 10), 0, b"", b""),
+        (os.fsync, (), 0, None, "None"),
+    ],
+)
+def test_what_a_short_result_means(
+    engine: Uring,
+    tmp_path: Path,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    result: int,
+    data: bytes | None,
+    expected: object,
+) -> None:
+    """The kernel takes a short read for the end of the file, so it must be that."""
+    path = tmp_path / "file"
+    path.write_bytes(b"helloworld")
+    with open(path, "rb") as file:
+        request = Request(1, "call", ops.clunk(Session(SecondModel(1)), 1))
+        request.call = Call(7, function, (file.fileno(), *arguments))
+        real, engine._ring = engine._ring, FakeRing(result, data)  # type: ignore[assignment]
+        try:
+            engine.start(request)
+            assert engine.done() == [request]
+        finally:
+            engine._ring = real
+    left = request.call is not None
+    assert left == (expected is None), "a worker is to make it again"
+    if not left:
+        assert request.result() == (None if expected == "None" else expected)
+    request.body.close()
+
+
+# Where there is none
+
+
+def test_without_the_module_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ninefuse._ring", None)
+    with pytest.raises(Refused, match="built without"):
+        Uring()
+
+
+WITHOUT = (
+    sys.executable,
+    "-c",
+    "import sys; sys.modules['ninefuse._ring'] = None\n"
+    "from ninefuse import cli; sys.exit(cli.main())",
+)
+
+
+def test_a_mount_without_it_uses_workers_and_says_so_once(
+    new_mount: Callable[..., Mount],
+) -> None:
+    mount = new_mount("-o", "inline=auto", command=WITHOUT)
+    (mount.path / "file").write_bytes(b"x")
+    assert mount.log.text().count("no io_uring, workers instead: ninefuse was built without") == 1
+
+
+def test_a_mount_that_insists_on_it_is_refused(new_mount: Callable[..., Mount]) -> None:
+    with pytest.raises(AssertionError, match="ended with 2:\n.*--engine uring: ninefuse was built"):
+        new_mount("--engine", "uring", command=WITHOUT)
+
+
+def test_with_it_synchronous_writes_cross_no_threads(
+    engine: Uring, new_mount: Callable[..., Mount]
+) -> None:
+    mount = new_mount("--engine", "uring")
+    fd = os.open(mount.path / "file", os.O_CREAT | os.O_WRONLY | os.O_DSYNC, 0o600)
+    try:
+        for _ in range(50):
+            os.write(fd, b"x" * 4096)
+    finally:
+        os.close(fd)
+    found = json.loads(os.getxattr(mount.path, "user.ninefuse.stats"))
+    assert found["operations"]["write"] | {"errors": {}, "latency_us": {}} == {
+        "count": 50,
+        "on_dispatcher": 50,
+        "crossings": 0,
+        "errors": {},
+        "latency_us": {},
+    }
+    assert (mount.source / "file").stat().st_size == 50 * 4096

@@ -50,6 +50,9 @@ T = TypeVar("T")
 MODELS = ("none", "first", "second")
 
 
+_MOST_BEHIND = 8  # deferred calls
+
+
 class Step(Enum):
     """Where a body stopped."""
 
@@ -199,6 +202,7 @@ class Executor(ABC):
         self._cleanups: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
         self._cleaners = threading.Semaphore(most_cleaners)
         self._background: deque[Request] = deque()
+        self._behind: set[int] = set()  # those of the background that have not ended
         self.answered: dict[str, Answered] = {}  # by the name that `run` was given
         self.observer: Observer | None = None
         # Decides what the second model's dispatcher calls itself; None: nothing.
@@ -233,7 +237,10 @@ class Executor(ABC):
 
     def in_background(self, name: str, body: Body[None]) -> None:
         """Drive a body that nobody waits for, after the running one. Any thread."""
-        self._background.append(self._admit(name, body))
+        request = self._admit(name, body)
+        with self._registry:
+            self._behind.add(request.tag)
+        self._background.append(request)
 
     def defer(self, function: Callable[..., Any], *args: Any) -> None:
         """Have a call that may block made soon, where it may. Any thread.
@@ -339,6 +346,7 @@ class Executor(ABC):
     def _end(self, request: Request) -> None:
         with self._registry:
             del self.requests[request.tag]
+            self._behind.discard(request.tag)
             joiners = request._joiners
         for resume in joiners or ():
             resume()
@@ -583,7 +591,7 @@ class SecondModel(_Pooled):
         request.task = trio.lowlevel.current_task()
         resume = partial(self._resume, request)
         step = self._advance(request, resume)
-        if self.pace is not None and step is Step.CALL:
+        if self.pace is not None and step is Step.CALL and not self._is_behind():
             step = await self._run_on(request, resume, self.pace)
         if step is Step.DONE:
             self._after()
@@ -592,6 +600,14 @@ class SecondModel(_Pooled):
             assert request.call is not None
             self.pool.submit(partial(self._rest, request), request.call.on)
         await trio.lowlevel.wait_task_rescheduled(_refuse)
+
+    def _is_behind(self) -> bool:
+        """Whether the workers have to catch up with what requests left them to do.
+
+        A dispatcher that makes all calls itself would outrun them: files are closed by
+        workers, and there are only so many descriptors.
+        """
+        return bool(self._behind) or len(self._cleanups) > _MOST_BEHIND
 
     async def _run_on(self, request: Request, resume: Callable[[], None], pace: Pace) -> Step:
         """Make calls without a worker as long as that is right; where the body stopped then."""

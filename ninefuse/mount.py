@@ -75,15 +75,19 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
         real = os.path.realpath(settings.mountpoint)
         settings = dataclasses.replace(settings, mountpoint=real)
 
-    if settings.one_cpu and settings.model != "none":
+    inline = settings.inline and settings.model == "second"
+    uring = _engine(settings) if inline else None
+    # The kernel's threads for io_uring stay where this one is, and are better elsewhere.
+    one_cpu = uring is None if settings.one_cpu is None else settings.one_cpu
+    if one_cpu and settings.model != "none":
         _share_one_cpu()
     driver = executor.create(settings.model, settings.threads)
-    if settings.inline and isinstance(driver, executor.SecondModel):
+    if inline and isinstance(driver, executor.SecondModel):
         mounts = MountsBelow(settings.source)
         local = is_local(source)
         driver.pace = Pace(lambda: local and mounts.none())
         driver.has_waiting = device.has_request
-        driver.uring = _engine(settings)
+        driver.uring = uring
     session = Session(
         driver,
         read_only=settings.read_only,

@@ -104,8 +104,8 @@ class Settings:
     negative_timeout: seconds for which the kernel may keep attributes, names and the absence
     of names. keep_cache: whether cached file data outlives an open. direct_sync: whether writes
     through O_SYNC and O_DSYNC opens go past the kernel's page cache. one_cpu: whether the
-    dispatcher and the workers share one processor. inline: whether the second model's dispatcher
-    makes quick calls itself. xattr: whether extended
+    dispatcher and the workers share one processor; None: unless the engine is io_uring. inline:
+    whether the second model's dispatcher makes quick calls itself. xattr: whether extended
     attributes are served. mount_options: the words for libfuse, each for an -o of its own and
     already escaped.
     """
@@ -130,7 +130,7 @@ class Settings:
     negative_timeout: float = 1.0
     keep_cache: bool = False
     direct_sync: bool = True
-    one_cpu: bool = True
+    one_cpu: bool | None = None
     inline: bool = True
     mount_options: tuple[str, ...] = ()
 
@@ -157,7 +157,7 @@ class MountOptions:
     negative_timeout: float = 1.0
     keep_cache: bool = False
     direct_sync: bool = True
-    one_cpu: bool = True
+    one_cpu: bool | None = None
     inline: bool = True
 
 
@@ -247,7 +247,7 @@ def parse_options(words: Iterable[str]) -> MountOptions:
         keep_cache=cache == "loose",
         # cache=none is for those who want the kernel's ordinary way with everything.
         direct_sync=values.get("osync", "cached" if cache == "none" else "direct") == "direct",
-        one_cpu=values.get("cpus", "one") == "one",
+        one_cpu={"one": True, "all": False, None: None}[values.get("cpus")],
         inline=values.get("inline", "auto") == "auto",
     )
 

@@ -24,6 +24,7 @@ from ninefuse.syscalls import stat_descriptor, stat_name
 NAME_MAX = 255  # bytes
 PERMISSIONS = 0o7777  # mode bits besides the type: set-user-id and the like are among them
 _FEWEST_DESCRIPTORS = 64
+_OTHER_DESCRIPTORS = 64  # of the daemon itself, and on their way to being closed
 _MOST_DESCRIPTORS = 16384  # each keeps an inode of the source in memory
 
 
@@ -43,9 +44,9 @@ class Session:
         read_only: refuse what would change the source, with EROFS.
         sync_directories: make changes of a directory durable before they are
             acknowledged (mount(8)'s sync and dirsync).
-        most_descriptors: O_PATH descriptors to keep for nodes; by default half of the
-            process's limit on open files, so that the other half is there to open files,
-            and 16,384 at most.
+        most_descriptors: O_PATH descriptors to keep for nodes; by default half of what
+            the process's limit on open files leaves beside the daemon's own, so that the
+            other half is there to open files, and 16,384 at most.
     """
 
     def __init__(
@@ -64,7 +65,8 @@ class Session:
         self.sync_directories = sync_directories
         if most_descriptors is None:
             limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-            most_descriptors = max(_FEWEST_DESCRIPTORS, min(limit // 2, _MOST_DESCRIPTORS))
+            share = (limit - _OTHER_DESCRIPTORS) // 2
+            most_descriptors = max(_FEWEST_DESCRIPTORS, min(share, _MOST_DESCRIPTORS))
         self.most_descriptors = most_descriptors
         self.msize = 0  # bytes of a message, agreed by version
         self._driver = driver

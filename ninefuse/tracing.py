@@ -18,6 +18,7 @@ from __future__ import annotations
 import errno
 import functools
 import inspect
+import sys
 import threading
 import time
 import types
@@ -42,6 +43,9 @@ _MESSAGES = tuple(
 # Messages go by the names of the protocol; these are not theirs.
 _NAMES = {"readdirplus": "readdir"}
 
+_INTERVAL = 1e-4  # seconds
+
+# pyfuse3 may end a task after a reply, which then does not come back to wait.
 _MOST_REPLYING = 4096
 
 _FID_PARAMETERS = ("fid", "dirfid", "olddirfid")
@@ -88,6 +92,10 @@ class Tracer:
         self._received: dict[trio.lowlevel.Task, int] = {}
 
     def __enter__(self) -> Tracer:
+        # The thread that writes is busy, and would keep the others waiting for the
+        # interpreter's lock for milliseconds: for calls that take microseconds.
+        self._interval = sys.getswitchinterval()
+        sys.setswitchinterval(_INTERVAL)
         for name in _MESSAGES:
             self._replace(ops, name, _announced(getattr(ops, name), _NAMES.get(name, name)))
         # What readdirplus does in the place of messages of their own, and forget.
@@ -98,6 +106,7 @@ class Tracer:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        sys.setswitchinterval(self._interval)
         while self._undo:
             setattr(*self._undo.pop())
 
@@ -146,7 +155,7 @@ class Tracer:
         assert isinstance(body, _TracedBody)
         now = _now()
         body.way.reply = (self.lane(), now, now)
-        if len(self._replying) >= _MOST_REPLYING:  # tasks may end without asking again
+        if len(self._replying) >= _MOST_REPLYING:
             self._flush()
         task = trio.lowlevel.current_task()
         before = self._replying.get(task)

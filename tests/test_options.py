@@ -281,7 +281,8 @@ def test_osync_knows_two_ways() -> None:
 
 
 def test_the_threads_share_one_processor_unless_told_otherwise() -> None:
-    assert settings().one_cpu
-    assert not settings("cpus=all").one_cpu
+    assert settings().one_cpu is None
+    assert settings("cpus=one").one_cpu is True
+    assert settings("cpus=all").one_cpu is False
     with pytest.raises(Failure, match="cpus=two"):
         settings("cpus=two")

@@ -47,10 +47,23 @@ from ninefuse.bench.schedule import Served, Task, measure, task
 from ninefuse.bench.trees import make_original
 
 PROGRAM = "ninefuse-bench"
+
+_EPILOG = """\
+rows: source, the directory itself; none, first, second, ninefuse under each model;
+second-thr, the second without io_uring; second-off, also without calls of the
+dispatcher's own, as it was in 2010; bindfs, bindfs-mt (--multithreaded); pt_ll
+(libfuse's passthrough_ll, compiled here); example (pyfuse3's passthroughfs.py,
+fetched by pip and kept in ~/.cache/ninefuse-bench); null (a server that answers
+from memory). One that cannot be had here is left out, and the reason told.
+
+a short run, of half a minute:
+  ninefuse-bench --rows source,none,second --workload sync-write,create --repeat 1 \\
+    --clients 1,5 --scale 0.2
+"""
 CLIENTS = (1, 2, 3, 5, 10)
 OTHER_CLIENTS = (1, 4)  # of the workloads beside the headline
 ROUNDS = 3
-HEADLINE_SECONDS = 1.2  # of one run, on average over the rows
+HEADLINE_SECONDS = 1.0  # of one run, on average over the rows
 FULL_SCALE = 3.0  # how many times more --full does in a run
 _WEIGHT = 0.7  # about the seconds of a run that is not the headline's
 
@@ -113,7 +126,8 @@ def _parse(argv: Sequence[str] | None) -> Options:
         prog=PROGRAM,
         description="Measure ninefuse under each threading model beside the source directory and "
         "other file servers, in interleaved rounds.",
-        epilog="A row that is not to be had is named with the reason.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--source", type=Path, metavar="DIR", help="use the file system that DIR is on")
@@ -128,7 +142,7 @@ def _parse(argv: Sequence[str] | None) -> Options:
         "--repeat",
         type=parse_number,
         metavar="N",
-        help=f"rounds (synchronous writes {ROUNDS}, the rest 1, with --full {ROUNDS} too)",
+        help=f"rounds (default: {ROUNDS} of sync-write and 1 of the others; {ROUNDS} with --full)",
     )
     add("--workload", type=_names, metavar="NAME,...", help=f"only these: {', '.join(_keys())}")
     rows = ", ".join(makers([]))
@@ -143,7 +157,7 @@ def _parse(argv: Sequence[str] | None) -> Options:
         "become the directories; no shell",
     )
     default = Path("bench-results")
-    add("--out", type=Path, default=default, metavar="DIR", help=f"for results ({default})")
+    add("--out", type=Path, default=default, metavar="DIR", help=f"for results (./{default})")
     add("--full", action="store_true", help=f"{ROUNDS} rounds of everything, larger amounts")
     add("--scale", type=_factor, default=1.0, metavar="F", help="factor on all amounts (1)")
     options = Options(**vars(parser.parse_args(argv)))

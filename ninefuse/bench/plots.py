@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 _MODELS = {
     "none": "#d55e00",
     "first": "#0072b2",
-    PLAIN_SECOND: "#7cc8ae",
-    "second": "#009e73",
+    PLAIN_SECOND: "#a3d9c6",
+    "second-thr": "#4db695",
+    "second": "#007d5a",
 }
 _SOURCE = "#000000"
 _PEERS = ("#8a8a8a", "#cc79a7", "#b08900", "#56a0c8", "#7a6a58")
@@ -133,8 +134,9 @@ def throughput(figure: Figure, results: Results) -> bool:
     axes.set_ylabel("MB/s, all together")
     axes.set_title("X parallel dd if=/dev/zero bs=4k oflag=sync")
     _label_ends(axes, ends, top)
-    number = cells[0].rounds
-    rounds = f"medians of {number} rounds, bars from least to greatest; " if number > 1 else ""
+    rounds = ""
+    if cells[0].rounds > 1:
+        rounds = f"medians of {results.rounds(cells[0])}, bars from least to greatest; "
     off = f"\nnot shown, since far above: {', '.join(beyond)} (see the tables)" if beyond else ""
     _note(figure, rounds + _where(results) + off)
     return True

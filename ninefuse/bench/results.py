@@ -104,6 +104,15 @@ class Results:
         values = [getattr(run, field) for run in self.of(cell, row) if run.value is not None]
         return Figures.of(values) if values else None
 
+    def rounds(self, cell: Cell) -> str:
+        """Return how many rounds there were, in words: fewer than planned if interrupted."""
+        begun = {run.round for run in self.runs if self._is_of(run, cell)}
+        text = f"{len(begun)} round{'s' if len(begun) != 1 else ''}"
+        return text if len(begun) >= cell.rounds else f"{text} of {cell.rounds}"
+
+    def _is_of(self, run: Run, cell: Cell) -> bool:
+        return (run.workload, run.clients) == (cell.workload, cell.clients)
+
     def error(self, cell: Cell, row: str) -> str:
         """Return the first error among the runs, "" without one."""
         runs = self.of(cell, row)

@@ -24,12 +24,14 @@ from ninefuse.bench.mounted import ninefuse_command
 SOURCE = "source"
 NULL = "null"
 
-# The second model with nothing but hand-overs, as it was in 2010, and as it is by default.
+# The second model with nothing but hand-overs, as it was in 2010; with calls of the
+# dispatcher's own; and with io_uring, which is the default where there is one.
 PLAIN_SECOND = "second-off"
 NINEFUSE = {
     "none": ("--model", "none"),
     "first": ("--model", "first"),
     PLAIN_SECOND: ("--model", "second", "-o", "inline=off"),
+    "second-thr": ("--model", "second", "--engine", "threads"),
     "second": ("--model", "second"),
 }
 

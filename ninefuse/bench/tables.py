@@ -126,10 +126,6 @@ def _spread(figures: Figures) -> str:
     return f"{figure(figures.median)} ({figure(figures.least)}-{figure(figures.most)})"
 
 
-def _rounds(cell: Cell) -> str:
-    return f"{cell.rounds} round{'s' if cell.rounds > 1 else ''}"
-
-
 def _ratio(results: Results, cell: Cell, row: str, other: str | None) -> str:
     ratio = None if other is None else results.ratio(cell, row, other)
     return "-" if ratio is None else figure(ratio)
@@ -172,7 +168,7 @@ def headline(results: Results) -> list[Table]:
         table(
             f"{what}: throughput of all together, MB/s",
             lambda cell, row: _shown(results, cell, row, "value", _spread),
-            f"Median (least-greatest) of {_rounds(cells[0])}; blocks of each dd: {counts}.",
+            f"Median (least-greatest) of {results.rounds(cells[0])}; blocks of each dd: {counts}.",
         ),
         table(
             f"{what}: throughput as a ratio to the source / to the best peer",
@@ -328,7 +324,7 @@ def _detail(results: Results, cell: Cell) -> Table:
         ]
         for row in results.names()
     ]
-    notes = [f"{cell.command or cell.tool}  (amount {cell.amount}, {_rounds(cell)})"]
+    notes = [f"{cell.command or cell.tool}  (amount {cell.amount}, {results.rounds(cell)})"]
     notes += [cell.note] if cell.note else []
     return Table(f"{cell.title}, {cell.clients} at once, {cell.unit}", heads, lines, notes)
 
@@ -380,7 +376,7 @@ def _sections(results: Results) -> list[list[Table]]:
 
 def terminal(results: Results) -> list[str]:
     """Return what is printed at the end."""
-    lines = []
+    lines = ["", *describe(results)]
     for tables in _sections(results):
         for table in tables:
             lines += ["", *table.text()]
@@ -393,7 +389,7 @@ def terminal(results: Results) -> list[str]:
 
 def write(results: Results, directory: Path) -> list[str]:
     """Write tables.txt and tables.md, and return their names. Raises OSError."""
-    text = [*describe(results), *terminal(results), "", "Each by itself"]
+    text = [*terminal(results)[1:], "", "Each by itself"]
     for table in details(results):
         text += ["", *table.text()]
     write_file(directory / "tables.txt", "\n".join(text) + "\n")

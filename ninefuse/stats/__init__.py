@@ -23,6 +23,3 @@ class Problem(Exception):
     def __init__(self, message: str, code: int = ExitCode.INTERNAL) -> None:
         super().__init__(one_line(message))
         self.code = code
-
-
-# Snapshots.

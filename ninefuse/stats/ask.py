@@ -156,7 +156,8 @@ def explain(path: str, reply: Reply) -> Problem:
         if code == errno.ENOTSUP:
             return Problem(
                 f"{where} is mounted with -o noxattr, and so without this attribute: "
-                "kill -USR1 has its daemon log the counters"
+                "kill -USR1 has its daemon log the counters "
+                "(to syslog, or where --log says)"
             )
         return Problem(
             f"{where}: this ninefuse does not publish its counters: update it, "

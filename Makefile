@@ -2,7 +2,7 @@
 #
 # Programs replace the shell (exec): make hands signals on to them and waits for their clean-up.
 
-.PHONY: help demo bench test check clean
+.PHONY: help soak demo bench test check clean
 .DEFAULT_GOAL := help
 
 # By way of the environment: the directories' names reach the program whatever is in it.
@@ -11,11 +11,12 @@ export SRC OUT
 help:
 	@echo 'make demo    mount a directory, copy and compare a tree, time parallel dd under each model'
 	@echo '             SRC=/some/dir: on the file system of that directory'
-	@echo 'make bench   measure each model beside the source and other file servers, about 7 minutes'
+	@echo 'make bench   measure each model beside the source and other file servers, about 8 minutes'
 	@echo '             FULL=1: more and longer runs, most of an hour; OUT=/some/dir: for results;'
 	@echo '             SRC=/some/dir: on the file system of that directory'
 	@echo 'make test    the whole test suite, real mounts included'
 	@echo '             ARGS="-x -k rename": further arguments for pytest'
+	@echo 'make soak    the tests of long runs, with more files'
 	@echo 'make check   ruff check, ruff format --check and mypy --strict'
 	@echo 'make clean   remove .venv, caches and build leftovers'
 
@@ -34,6 +35,10 @@ test:
 	    'with --device /dev/fuse --cap-add SYS_ADMIN' >&2; exit 1; fi
 	@tools/setup
 	@exec .venv/bin/python -m pytest $(ARGS)
+
+soak:
+	@tools/setup
+	@exec env NINEFUSE_SOAK=1 .venv/bin/python -m pytest -s tests/test_mount_load.py $(ARGS)
 
 check:
 	@tools/setup

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import pytest
 from mounting import Mount
 
+from ninefuse.uring import Refused, Uring
+
 
 def affinities(mount: Mount) -> list[set[int]]:
     """The processors of the dispatcher and of each worker."""
@@ -19,9 +21,19 @@ def affinities(mount: Mount) -> list[set[int]]:
 def test_dispatcher_and_workers_share_one_processor(
     new_mount: Callable[..., Mount], model: str
 ) -> None:
-    found = affinities(new_mount("--model", model, "--threads", "3"))
+    found = affinities(new_mount("--model", model, "--threads", "3", "--engine", "threads"))
     assert len(found) >= 4
     assert len(set.union(*found)) == 1
+
+
+def test_with_io_uring_they_go_where_they_like(new_mount: Callable[..., Mount]) -> None:
+    """The kernel's threads go with the dispatcher, and would share its processor, too."""
+    try:
+        Uring().close()
+    except Refused as reason:
+        pytest.skip(f"no io_uring here: {reason}")
+    for cpus in affinities(new_mount()):
+        assert cpus == os.sched_getaffinity(0)
 
 
 def test_they_go_where_they_like_if_told_so(new_mount: Callable[..., Mount]) -> None:

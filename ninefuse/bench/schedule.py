@@ -89,14 +89,29 @@ class Served:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A cell with the workload that fills it. weight: about how many seconds a run takes."""
+    """A cell with the workload that fills it.
+
+    weight: about how many seconds a run takes. rows: the names of those that it is run on, None
+    for all.
+    """
 
     cell: Cell
     workload: Workload
     weight: float = 1.0
+    rows: frozenset[str] | None = None
+
+    def on(self, rows: Sequence[Served]) -> list[Served]:
+        """Return those of the rows that it is run on."""
+        return [one for one in rows if self.rows is None or one.row.name in self.rows]
 
 
-def task(workload: Workload, clients: int, rounds: int, weight: float = 1.0) -> Task:
+def task(
+    workload: Workload,
+    clients: int,
+    rounds: int,
+    weight: float = 1.0,
+    rows: frozenset[str] | None = None,
+) -> Task:
     """Return the task of a workload at a number of clients."""
     cell = Cell(
         workload.key,
@@ -109,7 +124,7 @@ def task(workload: Workload, clients: int, rounds: int, weight: float = 1.0) -> 
         workload.note,
         rounds,
     )
-    return Task(cell, workload, weight)
+    return Task(cell, workload, weight, rows)
 
 
 def steps(tasks: Sequence[Task]) -> list[tuple[int, int]]:
@@ -162,7 +177,7 @@ def measure(
     tasks = list(tasks)
     results.cells = [one.cell for one in tasks]
     order = steps(tasks)
-    left = TimeLeft(sum(tasks[position].weight for _, position in order) * len(rows))
+    left = TimeLeft(sum(tasks[at].weight * len(tasks[at].on(rows)) for _, at in order))
     for number, position in order:
         one = tasks[position]
         if one.cell.workload == HEADLINE and one.cell.amount <= 1:
@@ -170,7 +185,7 @@ def measure(
             count = _choose_count(processes, rows, one.cell.clients, headline_seconds)
             one.cell.amount = count
             tasks[position] = one = replace(one, workload=replace(one.workload, amount=count))
-        for served in rows:
+        for served in one.on(rows):
             progress(f"{left}  {one.cell.title} x{one.cell.clients}: {served.row.name}")
             results.runs.append(run_once(processes, served, one, number))
             if served.dead:

@@ -11,7 +11,7 @@ export SRC OUT
 help:
 	@echo 'make demo    mount a directory, copy and compare a tree, time parallel dd under each model'
 	@echo '             SRC=/some/dir: on the file system of that directory'
-	@echo 'make bench   measure each model beside the source and other file servers, about 8 minutes'
+	@echo 'make bench   measure each model beside the source and other file servers, 5 to 9 minutes'
 	@echo '             FULL=1: more and longer runs, most of an hour; OUT=/some/dir: for results;'
 	@echo '             SRC=/some/dir: on the file system of that directory'
 	@echo 'make test    the whole test suite, real mounts included'

@@ -223,4 +223,13 @@ def test_clients_and_amounts() -> None:
     full = command._tasks(parse("--full", "--scale", "2"), Path(), False)
     amounts = {one.cell.workload: one.cell.amount for one in full}
     usual = {one.cell.workload: one.cell.amount for one in tasks}
-    assert amounts["stat"] == 6 * usual["stat"]
+    assert amounts["stat"] == 6 * usual["stat"] / command.QUICK_SCALE
+
+
+def test_the_quick_form_measures_main_rows_beside_the_headline() -> None:
+    """Unless rows are asked for; a peer that was given is measured everywhere."""
+    quick = command._tasks(parse("--peer", "mine=x {mnt}"), Path(), False)
+    assert {one.rows for one in quick[:5]} == {None}
+    assert {one.rows for one in quick[5:]} == {command.MAIN_ROWS | {"mine"}}
+    for words in (("--full",), ("--rows", "source,bindfs")):
+        assert {one.rows for one in command._tasks(parse(*words), Path(), False)} == {None}

@@ -45,10 +45,6 @@ class MountsBelow:
             self._none = self._look()
         return self._none
 
-    def close(self) -> None:
-        """Give the descriptor back."""
-        os.close(self._table)
-
     def _look(self) -> bool:
         table = b""
         while part := os.pread(self._table, 1 << 16, len(table)):

@@ -48,10 +48,6 @@ class Counters:
         self._published = b""
         self._published_at = -_FRESH
 
-    def close(self) -> None:
-        """Give the descriptor back."""
-        os.close(self._memory)
-
     def published(self) -> bytes:
         """The counters as JSON, UTF-8, padded with blanks; the same for a second.
 

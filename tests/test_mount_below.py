@@ -1,0 +1,68 @@
+"""What is mounted in the source: the dispatcher must not be led into it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+from mounting import Child, Mount
+
+from ninefuse.mounts import MountsBelow, fields_of
+
+
+def test_mounts_below_a_directory_are_noticed_as_they_come_and_go(
+    new_mount: Callable[..., Mount], tmp_path: Path
+) -> None:
+    beside = tmp_path.with_name(f"{tmp_path.name}-beside")  # whose name begins in the same way
+    beside.mkdir()
+    below, others = MountsBelow(str(tmp_path)), MountsBelow(str(beside))
+    assert below.none()
+    mount = new_mount()
+    assert not below.none()
+    assert not below.none(), "also when the table has not changed since"
+    assert others.none()
+    assert not MountsBelow(str(tmp_path)).none()
+    mount.end()
+    assert below.none()
+
+
+def test_names_in_the_mount_table_are_unescaped() -> None:
+    line = rb"36 35 98:0 /root /mnt/with\040space\134 rw - ext3 /dev/root rw"
+    assert list(fields_of(line + b"\n")) == [(b"98:0", b"/mnt/with space\\")]
+
+
+def test_a_server_below_the_source_that_hangs_stops_nobody_else(
+    new_mount: Callable[..., Mount], tmp_path: Path
+) -> None:
+    """Though names have proved to be quick: one may lead there."""
+    source = tmp_path / "outer"
+    (source / "files").mkdir(parents=True)
+    for number in range(40):
+        (source / "files" / str(number)).write_bytes(b"x")
+    outer = new_mount(source=source)
+    for number in range(20):
+        assert (outer.path / "files" / str(number)).stat().st_size == 1
+    inner_point = source / "inner"
+    inner_point.mkdir()
+    inner = new_mount()
+    # A mount in the source itself: of another daemon, that is then stopped.
+    done = os.spawnlp(os.P_WAIT, "mount", "mount", "--bind", str(inner.path), str(inner_point))
+    assert done == 0
+    try:
+        os.kill(inner.pid, signal.SIGSTOP)
+        with Child(os.stat, outer.path / "inner" / "name") as stuck:
+            with Child(_sizes, outer.path / "files") as others:
+                assert others.result(10.0) == 40
+            assert not stuck.done(0.0)
+            os.kill(inner.pid, signal.SIGCONT)
+            assert stuck.wait() != 0, "there is no such name"
+    finally:
+        os.kill(inner.pid, signal.SIGCONT)
+        outer.end()  # it has a descriptor in there
+        os.spawnlp(os.P_WAIT, "umount", "umount", "-l", str(inner_point))
+
+
+def _sizes(directory: Path) -> int:
+    return sum((directory / str(number)).stat().st_size for number in range(40))

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Hashable
 
 from ninefuse.commands import Call
+from ninefuse.qids import is_on_own_device
 
 _SHORT = 40_000  # ns; below it a call is made here, whoever else is waiting
 _LONG = 1_500_000  # ns; above it handing over costs next to nothing
@@ -86,7 +87,7 @@ class Pace:
 
     def is_local(self, call: Call) -> bool:
         """Whether a call that uses no name is on the source's own, local file system."""
-        return self._sole and call.on is not None and not call.on >> 48
+        return self._sole and is_on_own_device(call.on)
 
     def is_here(self, call: Call) -> bool:
         """Whether the dispatcher is to make a call itself."""
@@ -129,7 +130,7 @@ class Pace:
 
     def took_there(self, call: Call, nanoseconds: int) -> None:
         """A worker, or the engine, has made a call."""
-        if call.on is None or call.on >> 48:
+        if not is_on_own_device(call.on):
             return  # which says nothing of those here
         kind = self._kind(call)
         if kind.here:

@@ -39,6 +39,11 @@ QTSYMLINK = 0x02
 QTFILE = 0x00
 
 
+def is_on_own_device(path: int | None) -> bool:
+    """Whether a qid path is of a file on the source's own device; not so if it is unknown."""
+    return path is not None and not path >> _INODE_BITS
+
+
 def qid_of(path: int, attributes: Attributes) -> Qid:
     """The qid of a file whose path is known already."""
     kind = attributes.kind

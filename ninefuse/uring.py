@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ninefuse._ring import Ring
     from ninefuse.executor import Request
 
-# What a worker is to do again from the start: nothing was done, or too little.
+# What a worker is to do from the start: nothing was done.
 _AGAIN = frozenset((-errno.EAGAIN, -errno.EINTR, -errno.ECANCELED, -errno.ENOMEM))
 
 _ENTRIES = 256  # submitted at once; more are submitted in between
@@ -126,7 +126,7 @@ class Uring:
         self._ring.fsync(request, call.args[0], True)
 
     def _finished(self, request: Request, call: Call, result: int, data: bytes | None) -> bool:
-        """Keep the outcome of a call; False if a worker is to make it again."""
+        """Keep the outcome of a call; False if a worker is to make it again, or to go on."""
         if result < 0:
             if result in _AGAIN:
                 return False
@@ -139,6 +139,9 @@ class Uring:
             request.succeed(data)
         elif len(call.args) == 3:
             if result < len(call.args[1]):
+                # What is written must not be written again: a file may be open to append.
+                rest = (*call.args, result)
+                request.call = Call(call.on, io.write_rest, rest, may_be_here=False)
                 return False
             request.succeed(result)
         else:

@@ -245,6 +245,32 @@ def test_what_a_short_result_means(
     request.body.close()
 
 
+@pytest.mark.parametrize("flags", [0, os.O_APPEND])
+@pytest.mark.parametrize("done", [0, 2, 4])
+def test_after_a_short_write_only_the_rest_is_written(
+    engine: Uring, tmp_path: Path, done: int, flags: int
+) -> None:
+    """Once more from the start would append what is there already."""
+    path = tmp_path / "file"
+    fd = os.open(path, os.O_CREAT | os.O_WRONLY | flags, 0o600)
+    try:
+        os.write(fd, b"12345"[:done])  # what the kernel did
+        request = Request(1, "write", ops.clunk(Session(SecondModel(1)), 1))
+        request.call = Call(7, io._write_fully, (fd, b"12345", 0))
+        real, engine._ring = engine._ring, FakeRing(done)  # type: ignore[assignment]
+        try:
+            engine.start(request)
+            assert engine.done() == [request]
+        finally:
+            engine._ring = real
+        request.perform()  # as a worker does
+        assert request.result() == 5
+    finally:
+        os.close(fd)
+    assert path.read_bytes() == b"12345"
+    request.body.close()
+
+
 # Where there is none
 
 

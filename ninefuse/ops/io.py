@@ -406,7 +406,11 @@ def _write_durably(fd: int, data: bytes, offset: int) -> int:
 
 
 def _write_fully(fd: int, data: bytes, offset: int) -> int:
-    written = os.pwrite(fd, data, offset)
+    return write_rest(fd, data, offset, os.pwrite(fd, data, offset))
+
+
+def write_rest(fd: int, data: bytes, offset: int, written: int) -> int:
+    """Write what is left of data after so many bytes; how many are written in all. Blocks."""
     while written < len(data):
         try:
             more = os.pwrite(fd, memoryview(data)[written:], offset + written)

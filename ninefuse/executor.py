@@ -50,6 +50,8 @@ T = TypeVar("T")
 MODELS = ("none", "first", "second")
 
 
+_BATCH = 6  # deferred calls that may wait for more of them, …
+_BATCH_TIME = 0.01  # … for so many seconds
 _MOST_BEHIND = 8  # deferred calls
 
 
@@ -251,6 +253,13 @@ class Executor(ABC):
             function = self.observer.watch_call(function)
         self._cleanups.append((function, args))
 
+    def defer_short(self, call: Call) -> None:
+        """As `defer`, for a call that waits for nothing as a rule. Any thread.
+
+        The dispatcher may make it at once, by its past.
+        """
+        self.defer(call.function, *call.args)
+
     def statistics(self) -> ExecutorStatistics:
         """Counters and queue lengths now."""
         answered = list(self.answered.values())
@@ -378,12 +387,16 @@ class Executor(ABC):
                 function, args = self._cleanups.popleft()
             except IndexError:  # another thread was quicker
                 return
-            try:
-                function(*args)
-            except BaseException as error:
-                # A close that fails has closed all the same, and nobody waits for it.
-                name = getattr(function, "__name__", function)
-                log.warning("%s%r failed: %r", name, args, error)
+            self._make_deferred(function, args)
+
+    @staticmethod
+    def _make_deferred(function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        try:
+            function(*args)
+        except BaseException as error:
+            # A close that fails has closed all the same, and nobody waits for it.
+            name = getattr(function, "__name__", function)
+            log.warning("%s%r failed: %r", name, args, error)
 
 
 class NoThreading(Executor):
@@ -435,6 +448,7 @@ class _Pooled(Executor, trio.abc.Instrument):
         super().__init__(most_cleaners=max(1, threads // 2))
         self.pool = WorkerPool(threads)
         self._token: trio.lowlevel.TrioToken | None = None
+        self._dispatcher = -1  # which thread it is
         self._completed: deque[Request] = deque()
         self._asleep = False
         self.has_waiting: Callable[[], bool] = bool  # whether the device has a request
@@ -443,6 +457,7 @@ class _Pooled(Executor, trio.abc.Instrument):
     async def run(self, name: str, body: Body[T]) -> T:
         if self._token is None:
             self._token = trio.lowlevel.current_trio_token()
+            self._dispatcher = get_ident()
             trio.lowlevel.add_instrument(self)
             if self.uring is not None:
                 trio.lowlevel.spawn_system_task(self._be_woken, self.uring)
@@ -587,6 +602,10 @@ class SecondModel(_Pooled):
 
     model = "second"
 
+    def __init__(self, threads: int) -> None:
+        super().__init__(threads)
+        self._batching = False  # whether deferred calls wait for more of them
+
     async def _drive(self, request: Request) -> None:
         request.task = trio.lowlevel.current_task()
         resume = partial(self._resume, request)
@@ -594,12 +613,41 @@ class SecondModel(_Pooled):
         if self.pace is not None and step is Step.CALL and not self._is_behind():
             step = await self._run_on(request, resume, self.pace)
         if step is Step.DONE:
-            self._after()
+            if self.pace is None or self._background or len(self._cleanups) > _BATCH:
+                self._after()
+            elif self._cleanups and not self._batching:
+                self._batching = True
+                trio.lowlevel.spawn_system_task(self._end_batch)
             return
         if step is Step.CALL:
             assert request.call is not None
             self.pool.submit(partial(self._rest, request), request.call.on)
         await trio.lowlevel.wait_task_rescheduled(_refuse)
+
+    async def _end_batch(self) -> None:
+        """Hand over what was deferred: a worker for each would cost more than the calls do."""
+        await trio.sleep(_BATCH_TIME)
+        self._batching = False
+        self._after()
+
+    def defer_short(self, call: Call) -> None:
+        pace = self.pace
+        if pace is None:
+            super().defer_short(call)
+            return
+        if self.observer is not None:
+            call.function = self.observer.watch_call(call.function)
+        if get_ident() == self._dispatcher and pace.is_here(call):
+            begin = time.monotonic_ns()
+            self._make_deferred(call.function, call.args)
+            pace.took_here(call, time.monotonic_ns() - begin, self.has_waiting)
+        else:
+            self._cleanups.append((self._make_measured, (pace, call)))
+
+    def _make_measured(self, pace: Pace, call: Call) -> None:
+        begin = time.monotonic_ns()
+        self._make_deferred(call.function, call.args)
+        pace.took_there(call, time.monotonic_ns() - begin)
 
     def _is_behind(self) -> bool:
         """Whether the workers have to catch up with what requests left them to do.
@@ -617,13 +665,15 @@ class SecondModel(_Pooled):
         while step is Step.CALL:
             call = request.call
             assert call is not None
+            engine = self.uring is not None and self.uring.takes(call)
             if call.quick is not None and request.perform_quickly():
                 pass
-            elif pace.is_here(call):
+            elif pace.is_here(call, engine):
                 begin = time.monotonic_ns()
                 request.perform()
                 pace.took_here(call, time.monotonic_ns() - begin, self.has_waiting)
-            elif self.uring is not None and pace.is_local(call) and self.uring.takes(call):
+            elif engine and pace.is_local(call):
+                assert self.uring is not None
                 begin = time.monotonic_ns()
                 self.uring.start(request)
                 await trio.lowlevel.wait_task_rescheduled(_refuse)

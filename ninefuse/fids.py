@@ -34,6 +34,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+from ninefuse.commands import Call
 from ninefuse.listing import Listing
 from ninefuse.locks import TableLock
 from ninefuse.qids import ROOT_NODEID, Qid, QidPaths, qid_of
@@ -194,14 +195,18 @@ class FidTable:
 
     Args:
         defer: ``defer(os.close, fd)`` has a descriptor closed where that may block.
+        defer_short: the same for a call that waits for nothing as a rule; by default, `defer`.
     """
 
-    def __init__(self, defer: Callable[..., None]) -> None:
+    def __init__(
+        self, defer: Callable[..., None], defer_short: Callable[[Call], None] | None = None
+    ) -> None:
         self.lock = TableLock()
         self.descriptors = 0  # nodes that have one
         self._counts = threading.Lock()
         self._fids: dict[int, Fid] = {}
         self._defer = defer
+        self._defer_short = defer_short
         self._handles = itertools.count(FIRST_HANDLE)
         self._root: tuple[tuple[int, int], int] | None = None
         self._paths: QidPaths | None = None
@@ -273,8 +278,16 @@ class FidTable:
         # Only the last one comes here: a fid in the table has the table's reference,
         # and one that has left it gets no new ones.
         if fid.opened is not None and fid.opened.fd >= 0:
-            self._defer(os.close, fid.opened.fd)
+            self._close(fid.opened.fd, fid.node)
         self.drop(fid.node)
+
+    def _close(self, fd: int, node: Node) -> None:
+        """Have an open file's descriptor closed, while the node is still there."""
+        if node.fd < 0 or self._defer_short is None:
+            self._defer(os.close, fd)
+        else:
+            # Not the last close of the file, which frees its blocks if it was unlinked.
+            self._defer_short(Call(node.path, os.close, (fd,)))
 
     def new_node(self, a: Attributes, fd: int, place: tuple[Node, bytes] | None) -> Node:
         """A node for a file just found or made, referenced by the caller (`drop` it).

@@ -2,16 +2,21 @@
 
 The second model runs a request on the dispatcher until it would block. Whether a call would
 is known beforehand for some (`Call.quick`); of the others their past says it. Handing a
-request over and back costs some 50 microseconds, so a call that takes less is best made where
+request over and back costs 50 to 150 microseconds, so a call that takes less is best made where
 the request is, and one that takes somewhat more when nobody else is waiting: a lone client
 would pay for the hand-over, and there is nobody whom it would serve.
 
 A server that does not answer must never stop the dispatcher. So calls are made here only if
 the source lies on a local file system, and nothing is mounted in it: a name may lead
 anywhere. Nor are calls that others can keep waiting (`Call.may_be_here`). A local disk may
-stall, too, or be frozen. The first call that takes long while others wait sends its kind to
-the workers, for a second, and twice as long if it happens again soon: one stall for each
-demotion.
+stall, too, or be frozen. A call that waits for a millisecond while others are there leaves
+its kind to the workers until they have shown for a while that it was an exception; one that
+waits for ten, for a second at least, and twice as long if it happens again soon: one stall
+for each demotion.
+
+Where clients take all CPUs, much of a call's time is time that the dispatcher was kept off
+the CPU; it would be no less for a worker, and the hand-over is dearer than ever. So in a crowd
+a call that took long is asked for what the kernel knows: whether the thread gave the CPU away.
 
 Locks touched: none. Workers add to the figures too; a sample lost between two threads does
 not matter.
@@ -19,15 +24,19 @@ not matter.
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Callable, Hashable
 
 from ninefuse.commands import Call
 from ninefuse.qids import is_on_own_device
 
-_SHORT = 40_000  # ns; below it a call is made here, whoever else is waiting
-_LONG = 1_500_000  # ns; above it handing over costs next to nothing
-_LONG_STALL = 100_000_000  # ns; longer than even a lone client's are to take here
+# Nanoseconds. Below these a call is made here, whoever else is waiting:
+_SHORT = 40_000  # if the engine would make it otherwise
+_SHORT_FOR_WORKER = 100_000  # if a worker would, who costs more to hand it to
+_LONG = 1_500_000  # above it handing over costs next to nothing
+_STALL = 10_000_000  # longer than others may be kept waiting
+_LONG_STALL = 100_000_000  # longer than even a lone client's are to take here
 _SAMPLES = 8  # calls on workers before a kind is tried here
 _WEIGHT = 8  # the average is over about so many calls
 _UNTRIED = -1
@@ -52,6 +61,13 @@ class _Kind:
         self.until = 0.0  # monotonic seconds: to the workers until then
         self.penalty = _FIRST_PENALTY
 
+    def add(self, nanoseconds: int) -> None:
+        """Add a call made here to the average."""
+        if self.average == _UNTRIED:
+            self.average = nanoseconds
+        else:
+            self.average += (nanoseconds - self.average) // _WEIGHT
+
 
 class Pace:
     """Measures calls and decides where the next one is made. For one driver.
@@ -70,6 +86,7 @@ class Pace:
         self._sole = False
         self._kinds: dict[Hashable, _Kind] = {}
         self._crowd = 0  # requests still to come alone
+        self._switches = 0  # the dispatcher's, when the last request came in a crowd
         self.demotions = 0
         self._longest = 0
 
@@ -84,18 +101,27 @@ class Pace:
             self._crowd = _ALONE
         elif self._crowd:
             self._crowd -= 1
+        if self._crowd:
+            self._switches = _voluntary_switches()
 
     def is_local(self, call: Call) -> bool:
         """Whether a call that uses no name is on the source's own, local file system."""
         return self._sole and is_on_own_device(call.on)
 
-    def is_here(self, call: Call) -> bool:
-        """Whether the dispatcher is to make a call itself."""
+    def is_here(self, call: Call, engine: bool = False) -> bool:
+        """Whether the dispatcher is to make a call itself.
+
+        Args:
+            call: it.
+            engine: whether the engine makes it otherwise, and not a worker.
+        """
         if not (call.may_be_here and self.is_local(call)):
             return False
         kind = self._kind(call)
         if kind.here:
-            return kind.average < (_LONG if not self._crowd else _SHORT)
+            if not self._crowd:
+                return kind.average < _LONG
+            return kind.average < (_SHORT if engine else _SHORT_FOR_WORKER)
         if kind.samples < _SAMPLES or time.monotonic() < kind.until:
             return False
         if kind.best >= _LONG:
@@ -114,18 +140,22 @@ class Pace:
             is_waited_for: whether there is another request now, which had to wait.
         """
         kind = self._kind(call)
-        if kind.average == _UNTRIED:
-            kind.average = nanoseconds
-        else:
-            kind.average += (nanoseconds - kind.average) // _WEIGHT
         if nanoseconds <= _SHORT:
+            kind.add(nanoseconds)
             return
         if nanoseconds > self._longest:
             self._longest = nanoseconds
+        if self._crowd and not self._has_blocked():
+            # It was busy, or kept off the CPU by the clients, as a worker would be.
+            kind.add(min(nanoseconds // 4, 2 * _SHORT))
+            blocked = False
+        else:
+            kind.add(nanoseconds)
+            blocked = True
         waiting = is_waited_for()
         if waiting:
             self._crowd = _ALONE
-        if nanoseconds > (_LONG if waiting else _LONG_STALL):
+        if nanoseconds > (_STALL if waiting and blocked else _LONG_STALL):
             self._demote(kind)
 
     def took_there(self, call: Call, nanoseconds: int) -> None:
@@ -142,6 +172,11 @@ class Pace:
         kind.samples += 1
         if nanoseconds < kind.best:
             kind.best = nanoseconds
+
+    def _has_blocked(self) -> bool:
+        """Whether the dispatcher gave the CPU away since the request came, or was last asked."""
+        before, self._switches = self._switches, _voluntary_switches()
+        return self._switches != before
 
     def _kind(self, call: Call) -> _Kind:
         kind = self._kinds.get(call.kind)
@@ -161,3 +196,8 @@ class Pace:
         kind.samples, kind.best = 0, _LONG_STALL
         kind.until = now + kind.penalty
         kind.penalty = min(2 * kind.penalty, _LAST_PENALTY)
+
+
+def _voluntary_switches() -> int:
+    """How often this thread has waited for something (getrusage(2))."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw

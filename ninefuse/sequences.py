@@ -30,10 +30,8 @@ _CAPABILITY = b"security.capability"
 
 
 async def lookup(session: Session, parent: int, name: bytes) -> tuple[Fid, Attributes]:
-    """walk one name to the kernel's fid, getattr."""
-    _, fid = await ops.walk(session, parent, KERNEL, [name])
-    assert fid is not None  # a walk of one name succeeds or raises
-    return fid, await _attributes(session, fid)
+    """walkgetattr of one name to the kernel's fid."""
+    return await ops.walkgetattr(session, parent, KERNEL, name)
 
 
 async def forget(session: Session, forgets: Sequence[tuple[int, int]]) -> int:
@@ -52,7 +50,7 @@ async def setattr(
 async def mkdir(
     session: Session, parent: int, name: bytes, mode: int, caller: Caller
 ) -> tuple[Fid, Attributes]:
-    """mkdir, walk, getattr."""
+    """mkdir, walkgetattr."""
     await ops.mkdir(session, parent, name, mode, caller)
     return await lookup(session, parent, name)
 
@@ -60,7 +58,7 @@ async def mkdir(
 async def mknod(
     session: Session, parent: int, name: bytes, mode: int, rdev: int, caller: Caller
 ) -> tuple[Fid, Attributes]:
-    """mknod, walk, getattr."""
+    """mknod, walkgetattr."""
     await ops.mknod(session, parent, name, mode, rdev, caller)
     return await lookup(session, parent, name)
 
@@ -68,7 +66,7 @@ async def mknod(
 async def symlink(
     session: Session, parent: int, name: bytes, target: bytes, caller: Caller
 ) -> tuple[Fid, Attributes]:
-    """symlink, walk, getattr."""
+    """symlink, walkgetattr."""
     await ops.symlink(session, parent, name, target, caller)
     return await lookup(session, parent, name)
 

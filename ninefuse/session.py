@@ -16,7 +16,7 @@ import stat
 from collections.abc import Callable
 from typing import Protocol
 
-from ninefuse.commands import Body, blocking
+from ninefuse.commands import Body, Call, blocking
 from ninefuse.fids import Fid, FidTable, Node, error
 from ninefuse.locks import RenameLock
 from ninefuse.syscalls import stat_descriptor, stat_name
@@ -32,6 +32,8 @@ class Background(Protocol):
     """What a session needs of its driver: to have things done after a body."""
 
     def defer(self, function: Callable[..., object], *args: object) -> None: ...
+
+    def defer_short(self, call: Call) -> None: ...
 
     def in_background(self, name: str, body: Body[None]) -> None: ...
 
@@ -59,7 +61,7 @@ class Session:
         attr_timeout: float = 0.0,
     ) -> None:
         self.attr_timeout = attr_timeout  # seconds for which attributes may be believed
-        self.fids = FidTable(driver.defer)
+        self.fids = FidTable(driver.defer, driver.defer_short)
         self.rename_lock = RenameLock()
         self.read_only = read_only
         self.sync_directories = sync_directories

@@ -1,4 +1,4 @@
-"""walk, clunk, remove, and the conversation around them: version, attach, flush."""
+"""walk, walkgetattr, clunk, remove, and the conversation around them: version, attach, flush."""
 
 from __future__ import annotations
 
@@ -59,6 +59,7 @@ def tree(client: Client) -> Client:
 EVERY_OPERATION: dict[str, Callable[[Session, int], Any]] = {
     "walk": lambda s, fid: ops.walk(s, fid, FIRST_HANDLE + 999, [b"a"]),
     "clone": lambda s, fid: ops.walk(s, fid, FIRST_HANDLE + 999),
+    "walkgetattr": lambda s, fid: ops.walkgetattr(s, fid, FIRST_HANDLE + 999, b"a"),
     "clunk": ops.clunk,
     "remove": ops.remove,
     "getattr": ops.getattr,
@@ -412,6 +413,45 @@ def test_the_root_found_by_the_kernel_is_fid_1(tree: Client) -> None:
     assert tree.know() is tree.fid(ROOT)
     tree.forget(tree.fid(ROOT), 100)
     assert tree.do(ops.getattr, ROOT).ino == tree.source.stat().st_ino
+
+
+# walkgetattr
+
+
+def test_walkgetattr_is_a_walk_of_one_name_and_a_getattr(tree: Client) -> None:
+    fid, attributes = tree.do(ops.walkgetattr, ROOT, KERNEL, b"top")
+    assert fid is tree.know("top")
+    assert attributes == tree.do(ops.getattr, fid.number)
+    assert (fid.lookups, attributes.size) == (2, 3)
+    tree.forget(fid, 2)
+    clone = tree.walk()
+    moved, attributes = tree.do(ops.walkgetattr, clone, clone, b"a")
+    assert moved.number == clone
+    assert attributes.ino == tree.node(clone).inode
+    tree.do(ops.clunk, clone)
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        (b"missing", errno.ENOENT),
+        (b"", errno.ENOENT),
+        (b"a/b", errno.ENOENT),
+        (b"n" * 256, errno.ENAMETOOLONG),
+    ],
+)
+def test_a_walkgetattr_that_fails_leaves_nothing(tree: Client, name: bytes, code: int) -> None:
+    with fails(code):
+        tree.do(ops.walkgetattr, ROOT, KERNEL, name)
+    top = tree.walk("top")
+    with fails(errno.ENOTDIR):
+        tree.do(ops.walkgetattr, top, KERNEL, b"a")
+    tree.do(ops.clunk, top)
+    directory = tree.open("a")
+    with fails(errno.EINVAL):
+        tree.do(ops.walkgetattr, directory, directory, b"b")
+    tree.do(ops.clunk, directory)
+    assert set(tree.session.fids._fids) == {ROOT}
 
 
 def test_hard_links_are_one_fid(tree: Client) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import threading
 import time
@@ -12,13 +13,14 @@ from types import SimpleNamespace
 
 import pytest
 import trio
-from helpers_executor import begin, drive, passed
+from helpers_executor import begin, drive, passed, until
 
-from ninefuse import pace
+from ninefuse import ops, pace, sequences
 from ninefuse.commands import Call, blocking, blocking_unless
 from ninefuse.executor import Executor, SecondModel
 from ninefuse.ops import io
 from ninefuse.pace import Pace
+from ninefuse.session import Session
 from ninefuse.syscalls import is_local
 
 MS = 1_000_000  # nanoseconds
@@ -44,9 +46,10 @@ def call(function: Callable[..., object] = os.pwrite, on: int | None = INODE) ->
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The monotonic time, in seconds, to be changed at will."""
+    """The monotonic time, in seconds, to be changed at will. Whatever takes long has waited."""
     now = [1000.0]
     monkeypatch.setattr(pace, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(pace, "_voluntary_switches", itertools.count(1).__next__)
     return now
 
 
@@ -84,7 +87,7 @@ def somebody() -> bool:
 
 @pytest.mark.parametrize(
     ("nanoseconds", "alone", "crowded"),
-    [(30 * US, True, True), (300 * US, True, False), (2 * MS, False, False)],
+    [(90 * US, True, True), (300 * US, True, False), (2 * MS, False, False)],
 )
 def test_what_takes_longer_is_made_here_for_a_lone_client_only(
     clock: list[float], nanoseconds: int, alone: bool, crowded: bool
@@ -209,6 +212,70 @@ def test_a_kind_that_gets_slower_leaves_the_dispatcher(clock: list[float]) -> No
     assert tested.is_here(one), "and comes back when it is fast again"
 
 
+def test_handing_over_to_the_engine_costs_less(clock: list[float]) -> None:
+    tested, one = alone_in_it(), call()
+    learn(tested, one, 20 * US)
+    assert tested.is_here(one)
+    tested.took_here(one, 60 * US, nobody)
+    assert tested.is_here(one, engine=True), "of a lone client"
+    crowd(tested)
+    assert tested.is_here(one)
+    assert not tested.is_here(one, engine=True)
+
+
+def test_one_call_that_waited_for_long_is_enough_in_a_crowd(clock: list[float]) -> None:
+    """Until workers have shown for a while that it was an exception."""
+    tested, one = alone_in_it(), call()
+    learn(tested, one, 20 * US)
+    assert tested.is_here(one)
+    tested.took_here(one, 20 * US, nobody)
+    crowd(tested)
+    tested.took_here(one, 5 * MS, somebody)
+    assert tested.demotions == 0
+    for _ in range(10):
+        assert not tested.is_here(one)
+        tested.took_there(one, 20 * US)
+    for _ in range(10):
+        tested.took_there(one, 20 * US)
+    assert tested.is_here(one)
+
+
+def test_a_dispatcher_kept_off_the_cpu_by_its_clients_is_not_stalled(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker would be kept off it as well. What keeps the CPU busy is handed over later."""
+    tested, one, busy = alone_in_it(), call(), call(os.fsync)
+    monkeypatch.setattr(pace, "_voluntary_switches", lambda: 7)
+    learn(tested, one, 20 * US)
+    learn(tested, busy, 20 * US)
+    assert tested.is_here(one)
+    assert tested.is_here(busy)
+    crowd(tested)
+    for number in range(100):
+        tested.took_here(one, 20 * MS if number % 10 == 9 else 20 * US, somebody)
+        assert tested.is_here(one)
+    assert tested.demotions == 0
+    assert tested.longest_stall == 0.02
+    for _ in range(100):
+        tested.took_here(busy, 300 * US, somebody)
+    assert tested.is_here(busy)
+    assert not tested.is_here(busy, engine=True)
+    tested.took_here(one, 101 * MS, somebody)
+    assert tested.demotions == 1, "whatever the reason"
+
+
+def test_waiting_shows_in_the_switches_of_the_thread() -> None:
+    tested, one = alone_in_it(), call()
+    for _ in range(8):
+        tested.took_there(one, 20 * US)
+    assert tested.is_here(one)
+    tested.took_here(one, 20 * US, nobody)
+    crowd(tested)
+    time.sleep(0.001)
+    tested.took_here(one, 11 * MS, somebody)
+    assert tested.demotions == 1
+
+
 def test_a_method_is_one_kind_whatever_it_is_bound_to(clock: list[float]) -> None:
     class Listing:
         def read(self) -> None:
@@ -298,6 +365,84 @@ def test_a_waiting_request_tells_that_a_client_is_not_alone(waiting: bool) -> No
             assert stayed > 80
 
     second(scenario, waiting)
+
+
+def test_a_short_deferred_call_is_made_by_the_dispatcher_once_it_is_known_to_be_short() -> None:
+    """Until then, and where a worker runs the body, it is left to workers."""
+    seen: list[int] = []
+
+    def short() -> None:
+        seen.append(threading.get_ident())
+
+    async def scenario(executor: SecondModel) -> None:
+        here = threading.get_ident()
+
+        async def body(at: int | None) -> None:
+            await blocking(at, time.sleep, 0)
+            count = len(seen)
+            executor.defer_short(Call(INODE, short, ()))
+            if at is not None and threading.get_ident() == here and count > 8:
+                assert len(seen) == count + 1, "at once"
+
+        for _ in range(9):
+            await executor.run("body", body(INODE))
+            await until(lambda: not executor._cleanups)
+        assert here not in seen[:8]
+        for _ in range(20):
+            await executor.run("body", body(INODE))
+        assert set(seen[-10:]) == {here}
+        await executor.run("body", body(None))
+        await until(lambda: seen[-1] != here)
+
+    second(scenario)
+
+
+def test_deferred_calls_wait_for_a_few_more_but_not_for_long() -> None:
+    """A worker for each would cost more than the calls do."""
+    seen: list[int] = []
+
+    async def scenario(executor: SecondModel) -> None:
+        here = threading.get_ident()
+
+        async def leave() -> None:
+            executor.defer(lambda: seen.append(threading.get_ident()))
+
+        for _ in range(6):
+            await executor.run("leave", leave())
+        assert len(executor._cleanups) == 6
+        assert not seen
+        await until(lambda: len(seen) == 6)
+        await until(lambda: not executor._batching)
+        for _ in range(7):
+            await executor.run("leave", leave())
+        assert here not in seen
+        await until(lambda: len(seen) == 13)
+
+        await executor.run("leave", leave())
+
+    second(scenario)
+    assert len(seen) == 14, "what is left at the end is done, too"
+
+
+def test_closing_a_file_needs_no_worker_while_its_node_has_a_descriptor(tmp_path: Path) -> None:
+    """It is not the last close of the file, which may take long."""
+    (tmp_path / "file").touch()
+
+    async def scenario(executor: SecondModel) -> None:
+        session = Session(executor)
+        await executor.run("attach", ops.attach(session, 1, str(tmp_path)))
+        fid, _ = await executor.run("lookup", sequences.lookup(session, 1, b"file"))
+        for count in range(40):
+            handle = await executor.run("open", sequences.open_fid(session, fid.number, 0))
+            opened = session.fids._fids[handle].opened
+            assert opened is not None
+            await executor.run("release", ops.clunk(session, handle))
+            if count > 30:
+                with pytest.raises(OSError, match="Bad file descriptor"):
+                    os.fstat(opened.fd)
+        session.fids.clear()
+
+    second(scenario)
 
 
 def test_what_is_under_way_tells_it_too() -> None:

@@ -6,7 +6,7 @@ and raises OSError with the errno of the reply. None knows of threads, trio or p
 a driver from executor.py runs it.
 
     attach.py      version, attach, flush
-    walk.py        walk, clunk, remove
+    walk.py        walk, walkgetattr, clunk, remove
     attributes.py  getattr (stat), setattr (wstat), readlink, statfs
     io.py          lopen, lcreate, read, write, fsync, lock, getlock
     directory.py   readdir, and its form with attributes
@@ -32,7 +32,7 @@ from ninefuse.ops.io import (
     write,
 )
 from ninefuse.ops.names import link, mkdir, mknod, rename, renameat, symlink, unlinkat
-from ninefuse.ops.walk import clunk, remove, walk
+from ninefuse.ops.walk import clunk, remove, walk, walkgetattr
 from ninefuse.ops.xattr import xattrcreate, xattrwalk
 
 __all__ = [
@@ -67,6 +67,7 @@ __all__ = [
     "unlinkat",
     "version",
     "walk",
+    "walkgetattr",
     "wstat",
     "write",
     "xattrcreate",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import random
 import shutil
@@ -55,6 +56,14 @@ LYING = (
     "import os, sys; from ninefuse import adapter, cli;"
     " os.fsync = os.fdatasync = lambda fd: None;"
     " adapter.Adapter._kept = lambda self, flags: flags & ~adapter._SYNC;"
+    " sys.exit(cli.main())",
+)
+# The same with calls that sync after they have been answered.
+LATE = (
+    sys.executable,
+    "-c",
+    "import os, sys, threading; from ninefuse import cli; sync = os.fsync;"
+    " os.fsync = lambda fd: threading.Timer(0.3, sync, (os.dup(fd),)).start();"
     " sys.exit(cli.main())",
 )
 
@@ -309,6 +318,10 @@ def test_what_was_acknowledged_as_durable_survives_a_power_failure(
             check_writers_who_wait(disk, mount.path, way, 1)
             check_writers_who_wait(disk, mount.path, way, 3)
             check_a_writer_who_goes_on(disk, mount.path, way)
+    if "uring" in SERVERS[server]:
+        done = json.loads(os.getxattr(mount.path, "user.ninefuse.stats"))["operations"]
+        syncs = done["write" if osync == "direct" else "fsync"]
+        assert syncs["crossings"] < syncs["count"] / 4, "workers have made the calls"
 
 
 def test_names_survive_a_power_failure_once_their_directory_was_synced(
@@ -373,3 +386,11 @@ def test_a_server_that_lies_about_syncs_is_found_out(
     for way in WAYS:
         with pytest.raises(AssertionError, match="0, 1, 2"):
             check_writers_who_wait(disk, mount.path, way, 1)
+
+
+def test_a_server_that_syncs_too_late_is_found_out(
+    disk: Disk, new_mount: Callable[..., Mount]
+) -> None:
+    mount = new_mount(*SERVERS["none"], source=disk.source, command=LATE)
+    with pytest.raises(AssertionError, match="0, 1, 2"):
+        check_writers_who_wait(disk, mount.path, "fsync", 1)

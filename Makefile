@@ -16,7 +16,7 @@ help:
 	@echo '             SRC=/some/dir: on the file system of that directory'
 	@echo 'make test    the whole test suite, real mounts included'
 	@echo '             ARGS="-x -k rename": further arguments for pytest'
-	@echo 'make soak    the tests of long runs, with more files'
+	@echo 'make soak    the tests of long runs, with more files and power failures'
 	@echo 'make check   ruff check, ruff format --check and mypy --strict'
 	@echo 'make clean   remove .venv, caches and build leftovers'
 
@@ -38,7 +38,7 @@ test:
 
 soak:
 	@tools/setup
-	@exec env NINEFUSE_SOAK=1 .venv/bin/python -m pytest -s tests/test_mount_load.py $(ARGS)
+	@exec env NINEFUSE_SOAK=1 .venv/bin/python -m pytest -s tests/test_mount_load.py tests/test_mount_durable.py $(ARGS)
 
 check:
 	@tools/setup

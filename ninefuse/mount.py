@@ -24,7 +24,18 @@ from collections.abc import Callable, Iterator
 import pyfuse3
 import trio
 
-from ninefuse import credentials, device, executor, logs, ops, preflight, report, signals, tracing
+from ninefuse import (
+    credentials,
+    device,
+    executor,
+    logs,
+    ops,
+    preflight,
+    report,
+    rootmount,
+    signals,
+    tracing,
+)
 from ninefuse.adapter import Adapter
 from ninefuse.exitcodes import ExitCode, Failure
 from ninefuse.mounts import MountsBelow
@@ -168,7 +179,7 @@ async def _serve(
     stopper = _Stopper(settings.mountpoint, session, trio.lowlevel.current_trio_token())
     counters = report.Counters(settings, adapter, driver, session)
     adapter.statistics = counters.published
-    _mount(adapter, settings)
+    is_ours = _mount(adapter, settings)
     stopper.number = device.connection(settings.mountpoint)
     signals.start(
         stop=stopper.stop,
@@ -185,7 +196,10 @@ async def _serve(
     finally:
         stopper.ended.set()
         device.remove()
-        pyfuse3.close(unmount=stopper.is_mounted())
+        is_mounted = stopper.is_mounted()
+        if is_ours and is_mounted:
+            rootmount.detach(settings.mountpoint)
+        pyfuse3.close(unmount=is_mounted)
 
 
 async def _announce(settings: Settings, started: trio.Event, ready: Callable[[], None]) -> None:
@@ -199,11 +213,28 @@ async def _announce(settings: Settings, started: trio.Event, ready: Callable[[],
     ready()
 
 
-def _mount(adapter: Adapter, settings: Settings) -> None:
+def _mount(adapter: Adapter, settings: Settings) -> bool:
+    """Mount, and have pyfuse3 serve it; whether it is for us to unmount in the end."""
+    fd = rootmount.mount(settings)
+    if fd is None:
+        _init(adapter, settings, settings.mountpoint)
+        return False
+    # Modes come as they were asked for, with the caller's umask beside them.
+    adapter.unmasked = True
+    try:
+        _init(adapter, settings, f"/dev/fd/{fd}")
+    except BaseException:
+        rootmount.detach(settings.mountpoint)
+        os.close(fd)
+        raise
+    return True
+
+
+def _init(adapter: Adapter, settings: Settings, mountpoint: str) -> None:
     """pyfuse3.init, with what libfuse prints on failure made part of the failure."""
     with _captured_stderr() as said:
         try:
-            pyfuse3.init(adapter, settings.mountpoint, set(settings.mount_options))
+            pyfuse3.init(adapter, mountpoint, set(settings.mount_options))
         except RuntimeError as e:
             reason = " ".join(said().split()) or str(e)
             raise Failure(

@@ -72,6 +72,15 @@ _renameat2 = _function(
     "renameat2", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint
 )
 _utimensat = _function("utimensat", ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int)
+_mount = _function(
+    "mount",
+    ctypes.c_char_p,
+    ctypes.c_char_p,
+    ctypes.c_char_p,
+    ctypes.c_ulong,
+    ctypes.c_char_p,
+)
+_umount2 = _function("umount2", ctypes.c_char_p, ctypes.c_int)
 _fstatfs = _function("fstatfs", ctypes.c_int, ctypes.c_void_p)
 _getdents64 = _function("getdents64", ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t)
 
@@ -235,6 +244,19 @@ def _timespec(ns: int | SetTime) -> tuple[int, int]:
     if isinstance(ns, SetTime):
         return ns.value
     return divmod(ns, _BILLION)
+
+
+_MNT_DETACH = 2
+
+
+def mount(source: str, target: str, kind: str, flags: int, data: str) -> None:
+    """mount(2); ``data`` is what the file system itself reads of the options."""
+    _mount(os.fsencode(source), os.fsencode(target), os.fsencode(kind), flags, os.fsencode(data))
+
+
+def detach(target: str) -> None:
+    """Take what is mounted on a path away from it; it ends with its last use (umount2(2))."""
+    _umount2(os.fsencode(target), _MNT_DETACH)
 
 
 class DirectoryEntry(NamedTuple):

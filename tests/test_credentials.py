@@ -109,7 +109,7 @@ def test_without_a_caller_it_is_the_daemons(client: Client, maker: str) -> None:
     """So it is for a caller who is the daemon's own user, and always without root's rights."""
     for who in (None, Caller(os.geteuid(), os.getegid())):
         MAKERS[maker](client, who)
-        assert owner(client.source / "new") == (os.geteuid(), os.getegid())
+        assert owner(client.source / "new") == Caller(os.geteuid(), os.getegid())
         client.do(ops.remove, client.walk("new"))
 
 
@@ -178,7 +178,7 @@ def test_other_threads_keep_their_ids(tmp_path: Path) -> None:
     (tmp_path / "ours").mkdir()
     done.set()
     thread.join(20)
-    assert owner(tmp_path / "ours") == (0, 0)
+    assert owner(tmp_path / "ours") == Caller(0, 0)
     assert owner(tmp_path / "theirs") == SOMEBODY
 
 
@@ -250,7 +250,7 @@ def test_without_the_right_to_switch_nothing_is_switched(
         assert identity() == before
         (tmp_path / "file").touch()
     monkeypatch.undo()
-    assert owner(tmp_path / "file") == (os.geteuid(), os.getegid())
+    assert owner(tmp_path / "file") == Caller(os.geteuid(), os.getegid())
 
 
 # settle

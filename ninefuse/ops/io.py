@@ -15,7 +15,7 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from ninefuse.commands import blocking, blocking_unless
-from ninefuse.credentials import Caller, acting_as
+from ninefuse.credentials import Caller, acting_as, may_have_setgid, needs_acting
 from ninefuse.fids import AttributeRead, AttributeWrite, Fid, OpenDirectory, OpenFile, error
 from ninefuse.qids import Qid
 from ninefuse.session import (
@@ -36,13 +36,14 @@ _KEPT_FLAGS = (
 )
 
 
-async def lopen(session: Session, fid: int, flags: int) -> Qid:
+async def lopen(session: Session, fid: int, flags: int, caller: Caller | None = None) -> Qid:
     """Open a fid's file or directory; the fid is an open one from then on.
 
     Args:
         session: the conversation.
         fid: unopened.
         flags: Linux open(2) flags; those that make no sense here are dropped.
+        caller: as whom the fid is to write; None: the daemon.
 
     Raises:
         OSError: EINVAL, the fid is open already; EROFS; EISDIR, a directory for
@@ -67,7 +68,7 @@ async def lopen(session: Session, fid: int, flags: int) -> Qid:
                 raise error(errno.ENOTDIR)
             kept = flags & _KEPT_FLAGS
             fd = await blocking_unless(on, _open_file_now, _open_file, use.fd, kept)
-            opened = OpenFile(fd, kept)
+            opened = OpenFile(fd, kept, _writer(kept, caller))
         else:
             raise error(errno.ENXIO)
         try:
@@ -121,7 +122,7 @@ async def lcreate(
             path_fd, attributes = await blocking(on, _path_descriptor, fd)
             node = session.fids.new_node(attributes, path_fd, (use.node, name))
             try:
-                session.fids.open(use.fid, OpenFile(fd, kept), node)
+                session.fids.open(use.fid, OpenFile(fd, kept, _writer(kept, caller)), node)
             finally:
                 session.fids.drop(node)
         except OSError:
@@ -191,9 +192,12 @@ async def write(session: Session, fid: int, offset: int, data: bytes) -> int:
         if not file.writable:
             raise error(errno.EBADF)
         check_offset(offset)
+        on = use.node.path
+        if file.writer is not None:
+            return await blocking(on, _write_as, file.writer, file.fd, data, offset)
         # Two kinds: one waits for the disk.
         pwrite = _write_durably if file.flags & os.O_DSYNC else _write_fully
-        return await blocking(use.node.path, pwrite, file.fd, data, offset)
+        return await blocking(on, pwrite, file.fd, data, offset)
     finally:
         session.fids.put(use)
 
@@ -359,7 +363,7 @@ def _create_file(
     directory: int, name: bytes, flags: int, mode: int, caller: Caller | None, exclusive: bool
 ) -> int:
     flags |= os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY
-    with acting_as(caller):
+    with acting_as(caller, keep_setgid=may_have_setgid(directory, mode, caller)):
         try:
             return os.open(name, flags & ~os.O_TRUNC, mode, dir_fd=directory)
         except FileExistsError:
@@ -399,6 +403,18 @@ def _read_now(fd: int, count: int, offset: int) -> bytes:
     if offset + got < os.fstat(fd).st_size:
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
     return bytes(memoryview(buffer)[:got])
+
+
+def _writer(flags: int, caller: Caller | None) -> Caller | None:
+    """As whom to write: the blocks that a file system reserves for root are for root only."""
+    if flags & os.O_ACCMODE == os.O_RDONLY or caller is None or not needs_acting(caller):
+        return None
+    return caller
+
+
+def _write_as(writer: Caller, fd: int, data: bytes, offset: int) -> int:
+    with acting_as(writer):
+        return _write_fully(fd, data, offset)
 
 
 def _write_durably(fd: int, data: bytes, offset: int) -> int:

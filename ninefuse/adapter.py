@@ -186,7 +186,7 @@ class Adapter(pyfuse3.Operations):
             ctime=fields.update_ctime,
         )
         handle = None if fh is None else _fid(fh)
-        body = sequences.setattr(self._session, inode, handle, changes)
+        body = sequences.setattr(self._session, inode, handle, changes, self._caller(ctx))
         return self._attributes(inode, await self._answer("setattr", body))
 
     async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:

@@ -111,21 +111,39 @@ def needs_acting(caller: Caller) -> bool:
 
 
 def is_in_group(caller: Caller, gid: int) -> bool:
-    """Whether a caller is in a group, by its supplementary groups too (proc(5)).
-
-    These do not come with a request. The process waits for its answer meanwhile; should it
-    be killed, and another have its number by now, that one is told apart by its user.
-    """
+    """Whether a caller is in a group, by its supplementary groups too."""
     if caller.gid == gid or caller.uid == 0:
         return True
+    return any(int(group) == gid for group in _status_of(caller).get(b"Groups", b"").split())
+
+
+def leaves_bits(caller: Caller | None, mode: int) -> bool:
+    """Whether a file that a caller writes to or truncates keeps its set-id bits.
+
+    Those that root's processes with CAP_FSETID change do (capabilities(7)).
+
+    Args:
+        caller: who writes; None: the daemon, which never leaves them.
+        mode: the file's.
+    """
+    if caller is None or caller.uid != 0 or not mode & (stat.S_ISUID | stat.S_ISGID):
+        return False
+    return bool(int(_status_of(caller).get(b"CapEff", b"0"), 16) >> _CAP_FSETID & 1)
+
+
+def _status_of(caller: Caller) -> dict[bytes, bytes]:
+    """What proc(5) says of a caller's process; nothing if it is gone.
+
+    Its groups and capabilities do not come with a request. It waits for its answer
+    meanwhile; should it be killed, and another have its number by now, that one is told
+    apart by its user.
+    """
     try:
         with open(f"/proc/{caller.pid}/status", "rb") as file:
             lines = dict(line.split(b":", 1) for line in file if b":" in line)
-        return int(lines[b"Uid"].split()[3]) == caller.uid and gid in map(
-            int, lines[b"Groups"].split()
-        )
+        return lines if int(lines[b"Uid"].split()[3]) == caller.uid else {}
     except (OSError, KeyError, ValueError):
-        return False
+        return {}
 
 
 def may_have_setgid(directory: int, mode: int, caller: Caller | None) -> bool:
@@ -143,7 +161,7 @@ def may_have_setgid(directory: int, mode: int, caller: Caller | None) -> bool:
 
 
 @contextlib.contextmanager
-def acting_as(caller: Caller | None, *, keep_setgid: bool = False) -> Iterator[None]:
+def acting_as(caller: Caller | None, *, keep_bits: bool = False) -> Iterator[None]:
     """Make what this thread creates inside the block belong to ``caller``.
 
     The file system ids are switched (setfsuid(2)); they are the thread's own. The
@@ -157,31 +175,31 @@ def acting_as(caller: Caller | None, *, keep_setgid: bool = False) -> Iterator[N
 
     Args:
         caller: who asks.
-        keep_setgid: let a new file have the set-group-id bit though its group, the
+        keep_bits: let a new file have the set-group-id bit though its group, the
             directory's, is neither the caller's first nor the daemon's; see `is_in_group`.
     """
     if caller is None or caller.umask is None:
-        with _ids_of(caller, keep_setgid):
+        with _ids_of(caller, keep_bits):
             yield
         return
     _have_own_umask()
     before = os.umask(caller.umask)
     try:
-        with _ids_of(caller, keep_setgid):
+        with _ids_of(caller, keep_bits):
             yield
     finally:
         os.umask(before)
 
 
 @contextlib.contextmanager
-def _ids_of(caller: Caller | None, keep_setgid: bool) -> Iterator[None]:
+def _ids_of(caller: Caller | None, keep_bits: bool) -> Iterator[None]:
     if caller is None or not needs_acting(caller):
-        with keeping_setgid() if keep_setgid else contextlib.nullcontext():
+        with keeping_bits() if keep_bits else contextlib.nullcontext():
             yield
         return
     before = _get_capabilities()
     kept = before.effective & (1 << _CAP_DAC_OVERRIDE | 1 << _CAP_DAC_READ_SEARCH | 1 << _CAP_MKNOD)
-    if keep_setgid:
+    if keep_bits:
         kept |= before.permitted & 1 << _CAP_FSETID
     try:
         # The group first: without the user id 0 it may not be changed any more.
@@ -211,7 +229,7 @@ def _have_own_umask() -> None:
 
 
 @contextlib.contextmanager
-def keeping_setgid() -> Iterator[None]:
+def keeping_bits() -> Iterator[None]:
     """Let a chmod inside the block keep the set-group-id bit of a foreign group.
 
     The kernel has cleared the bit already if the caller may not keep it; what arrives

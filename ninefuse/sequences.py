@@ -40,10 +40,14 @@ async def forget(session: Session, forgets: Sequence[tuple[int, int]]) -> int:
 
 
 async def setattr(
-    session: Session, nodeid: int, handle: int | None, changes: ops.Changes
+    session: Session,
+    nodeid: int,
+    handle: int | None,
+    changes: ops.Changes,
+    caller: Caller | None = None,
 ) -> Attributes:
     """setattr on the open fid if there is one, getattr."""
-    await ops.setattr(session, nodeid if handle is None else handle, changes)
+    await ops.setattr(session, nodeid if handle is None else handle, changes, caller)
     return await ops.getattr(session, nodeid)
 
 

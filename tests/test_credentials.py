@@ -17,7 +17,7 @@ from ops_helpers import leak_free as leak_free
 from ops_helpers import source as source
 
 from ninefuse import credentials, ops
-from ninefuse.credentials import Caller, acting_as, keeping_setgid, settle
+from ninefuse.credentials import Caller, acting_as, keeping_bits, settle
 from ninefuse.ops import Changes
 
 pytestmark = pytest.mark.usefixtures("leak_free")
@@ -311,7 +311,7 @@ def test_acting_for_somebody_does_not_bring_laid_down_capabilities_back(tmp_path
     assert not (before | inside) & (FSETID | SYS_RESOURCE)
 
 
-# keeping_setgid
+# keeping_bits
 
 
 @needs_root
@@ -337,14 +337,14 @@ def test_the_right_to_keep_the_bit_ends_with_the_block() -> None:
 
     def keep() -> None:
         before = effective()
-        with keeping_setgid():
+        with keeping_bits():
             assert effective() == before
         settle()
         before = effective()
-        with keeping_setgid():
+        with keeping_bits():
             assert effective() == before | FSETID
         assert effective() == before
-        with pytest.raises(OSError, match="broken"), keeping_setgid():
+        with pytest.raises(OSError, match="broken"), keeping_bits():
             raise OSError(errno.EIO, "broken")
         assert effective() == before
 
@@ -362,7 +362,7 @@ def test_a_right_that_is_not_permitted_is_not_asked_for() -> None:
             c._replace(effective=without & c.effective, permitted=without)
         )
         before = identity()
-        with keeping_setgid():
+        with keeping_bits():
             assert identity() == before
         assert identity() == before
 

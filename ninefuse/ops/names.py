@@ -310,7 +310,7 @@ def _mkdir(directory: int, name: bytes, mode: int, caller: Caller | None) -> Att
 
 
 def _mknod(directory: int, name: bytes, mode: int, rdev: int, caller: Caller | None) -> Attributes:
-    with acting_as(caller, keep_setgid=may_have_setgid(directory, mode, caller)):
+    with acting_as(caller, keep_bits=may_have_setgid(directory, mode, caller)):
         os.mknod(name, mode, rdev, dir_fd=directory)
     return stat_name(directory, name)
 

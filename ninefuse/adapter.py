@@ -86,9 +86,7 @@ class Adapter(pyfuse3.Operations):
         self._direct_sync = settings.direct_sync
         self._sync = settings.sync
         self._xattr = settings.xattr
-        # The group bits of a file with an ACL hold its mask: a kernel that looks at mode
-        # bits alone would let people in whom the source keeps out.
-        self.enable_acl = settings.allow_other and settings.xattr
+        self.enable_acl = settings.acl
         self._debug = log.isEnabledFor(logging.DEBUG)  # asked once, not for each request
         self.errors: Counter[tuple[str, int]] = Counter()
         self.statistics: Callable[[], bytes] = bytes

@@ -34,6 +34,7 @@ from ninefuse import (
     report,
     rootmount,
     signals,
+    syscalls,
     tracing,
 )
 from ninefuse.adapter import Adapter
@@ -43,7 +44,6 @@ from ninefuse.options import Settings
 from ninefuse.pace import Pace
 from ninefuse.qids import ROOT_NODEID
 from ninefuse.session import Session
-from ninefuse.syscalls import is_local
 from ninefuse.trace_file import TraceFile
 from ninefuse.uring import Refused, Uring
 
@@ -79,7 +79,9 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     log.debug("open files: limit raised from %d to %d", soft, hard)
-    source = os.open(settings.source, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    source = _open_source(settings)
+    if settings.allow_other and not settings.xattr:
+        log.warning("with noxattr the kernel sees mode bits only, and lets in whom ACLs keep out")
     os.chdir("/")  # so as not to keep another file system busy
     # As the kernel will name it: it is looked for in mountinfo, and resolved no more.
     if not preflight.is_descriptor(settings.mountpoint):
@@ -95,8 +97,9 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
     driver = executor.create(settings.model, settings.threads)
     if inline and isinstance(driver, executor.SecondModel):
         mounts = MountsBelow(settings.source)
-        local = is_local(source)
-        driver.pace = Pace(lambda: local and mounts.none())
+        local = syscalls.is_local(source)
+        hidden = settings.one_file_system
+        driver.pace = Pace(lambda: local and (hidden or mounts.none()))
         driver.has_waiting = device.has_request
         driver.uring = uring
     session = Session(
@@ -133,6 +136,24 @@ def _traced(
             yield tracer
         finally:
             tracer.close()
+
+
+def _open_source(settings: Settings) -> int:
+    """Open the source directory.
+
+    Raises:
+        Failure: what is mounted in it is to be hidden, and we may not.
+    """
+    source = os.open(settings.source, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    if not settings.one_file_system:
+        return source
+    try:
+        return syscalls.without_mounts(source)
+    except OSError as e:
+        text = f"-o xdev: hiding what is mounted in {settings.source} takes CAP_SYS_ADMIN"
+        raise Failure(ExitCode.USAGE, f"{text} ({e.strerror})") from None
+    finally:
+        os.close(source)
 
 
 def _engine(settings: Settings) -> Uring | None:

@@ -290,7 +290,8 @@ def read_entries(fd: int, size: int) -> list[DirectoryEntry]:
 
 # Numbers and values of the mount calls, which glibc has had only since 2.36. They are
 # the same on every architecture (include/uapi/asm-generic/unistd.h).
-_SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = 430, 431, 432
+_SYS_OPEN_TREE, _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = 428, 430, 431, 432
+_OPEN_TREE_CLONE = 1
 _FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = 1
 _FSCONFIG_CMD_CREATE = 6
 
@@ -326,3 +327,16 @@ def detached_mount(kind: bytes) -> int:
         )
     finally:
         os.close(context)
+
+
+def without_mounts(directory: int) -> int:
+    """A descriptor of the same directory, in which nothing is or will be mounted (open_tree(2)).
+
+    What a mount there has covered is seen instead. Takes CAP_SYS_ADMIN.
+    """
+    return _syscall(
+        ctypes.c_long(_SYS_OPEN_TREE),
+        ctypes.c_long(directory),
+        ctypes.c_char_p(b""),
+        ctypes.c_long(_OPEN_TREE_CLONE | os.O_CLOEXEC | _AT_EMPTY_PATH),
+    )

@@ -41,6 +41,7 @@ test:
 
 soak:
 	@tools/setup
+	@env NINEFUSE_ENGINE=threads .venv/bin/python -m pytest -k second tests/test_mount_*.py $(ARGS)
 	@exec env NINEFUSE_SOAK=1 .venv/bin/python -m pytest -s tests/test_mount_load.py tests/test_mount_durable.py $(ARGS)
 
 conformance:

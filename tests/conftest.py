@@ -116,7 +116,12 @@ def start(
     source: Path | None = None,
     command: tuple[str, ...] = NINEFUSE,
 ) -> Mount:
-    """Start a daemon in the foreground on directories below base, and wait for its mount."""
+    """Start a daemon in the foreground on directories below base, and wait for its mount.
+
+    The environment's NINEFUSE_ENGINE is the engine of those that do not ask for one.
+    """
+    if (engine := os.environ.get("NINEFUSE_ENGINE")) and "--engine" not in options:
+        options = ("--engine", engine, *options)
     source = source or base / "source"
     path = base / "mount"
     source.mkdir(exist_ok=True)

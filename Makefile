@@ -2,11 +2,11 @@
 #
 # Programs replace the shell (exec): make hands signals on to them and waits for their clean-up.
 
-.PHONY: help soak demo bench test check clean
+.PHONY: help soak conformance demo bench test check clean
 .DEFAULT_GOAL := help
 
 # By way of the environment: the directories' names reach the program whatever is in it.
-export SRC OUT
+export SRC OUT PJDFSTEST
 
 help:
 	@echo 'make demo    mount a directory, copy and compare a tree, time parallel dd under each model'
@@ -17,6 +17,9 @@ help:
 	@echo 'make test    the whole test suite, real mounts included'
 	@echo '             ARGS="-x -k rename": further arguments for pytest'
 	@echo 'make soak    the tests of long runs, with more files and power failures'
+	@echo 'make conformance PJDFSTEST=/some/dir'
+	@echo '             pjdfstest, built there, on mounts of each model and engine; as root'
+	@echo '             ARGS="--rows second --only chmod/*.t": further arguments'
 	@echo 'make check   ruff check, ruff format --check and mypy --strict'
 	@echo 'make clean   remove .venv, caches and build leftovers'
 
@@ -38,7 +41,12 @@ test:
 
 soak:
 	@tools/setup
+	@env NINEFUSE_ENGINE=threads .venv/bin/python -m pytest -k second tests/test_mount_*.py $(ARGS)
 	@exec env NINEFUSE_SOAK=1 .venv/bin/python -m pytest -s tests/test_mount_load.py tests/test_mount_durable.py $(ARGS)
+
+conformance:
+	@tools/setup
+	@exec .venv/bin/python tests/conformance.py $(if $(SRC),--source "$$SRC") $(ARGS) -- "$$PJDFSTEST"
 
 check:
 	@tools/setup

@@ -54,6 +54,7 @@ class Adapter(pyfuse3.Operations):
     Attributes:
         errors: how many there were, by callback and errno.
         statistics: what says the value of the attribute `STATISTICS`.
+        unmasked: whether the kernel leaves it to us to apply callers' umasks.
 
     Args:
         session: with the root attached as fid 1.
@@ -85,12 +86,11 @@ class Adapter(pyfuse3.Operations):
         self._direct_sync = settings.direct_sync
         self._sync = settings.sync
         self._xattr = settings.xattr
-        # The group bits of a file with an ACL hold its mask: a kernel that looks at mode
-        # bits alone would let people in whom the source keeps out.
-        self.enable_acl = settings.allow_other and settings.xattr
+        self.enable_acl = settings.acl
         self._debug = log.isEnabledFor(logging.DEBUG)  # asked once, not for each request
         self.errors: Counter[tuple[str, int]] = Counter()
         self.statistics: Callable[[], bytes] = bytes
+        self.unmasked = False
 
     def init(self) -> None:
         self._started()
@@ -119,19 +119,19 @@ class Adapter(pyfuse3.Operations):
     async def mknod(
         self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        body = sequences.mknod(self._session, parent_inode, name, mode, rdev, _caller(ctx))
+        body = sequences.mknod(self._session, parent_inode, name, mode, rdev, self._caller(ctx))
         return self._entry(*await self._answer("mknod", body))
 
     async def mkdir(
         self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        body = sequences.mkdir(self._session, parent_inode, name, mode, _caller(ctx))
+        body = sequences.mkdir(self._session, parent_inode, name, mode, self._caller(ctx))
         return self._entry(*await self._answer("mkdir", body))
 
     async def symlink(
         self, parent_inode: int, name: bytes, target: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        body = sequences.symlink(self._session, parent_inode, name, target, _caller(ctx))
+        body = sequences.symlink(self._session, parent_inode, name, target, self._caller(ctx))
         return self._entry(*await self._answer("symlink", body))
 
     async def link(
@@ -184,7 +184,7 @@ class Adapter(pyfuse3.Operations):
             ctime=fields.update_ctime,
         )
         handle = None if fh is None else _fid(fh)
-        body = sequences.setattr(self._session, inode, handle, changes)
+        body = sequences.setattr(self._session, inode, handle, changes, self._caller(ctx))
         return self._attributes(inode, await self._answer("setattr", body))
 
     async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
@@ -207,7 +207,7 @@ class Adapter(pyfuse3.Operations):
     # Files
 
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
-        body = sequences.open_fid(self._session, inode, self._kept(flags))
+        body = sequences.open_fid(self._session, inode, self._kept(flags), self._caller(ctx))
         return self._opened(await self._answer("open", body), flags)
 
     async def create(
@@ -219,7 +219,7 @@ class Adapter(pyfuse3.Operations):
         ctx: pyfuse3.RequestContext,
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         kept = self._kept(flags)
-        body = sequences.create(self._session, parent_inode, name, kept, mode, _caller(ctx))
+        body = sequences.create(self._session, parent_inode, name, kept, mode, self._caller(ctx))
         handle, fid, attributes = await self._answer("create", body)
         return self._opened(handle, flags), self._entry(fid, attributes)
 
@@ -321,6 +321,9 @@ class Adapter(pyfuse3.Operations):
         if self._debug:
             log.debug("%s: %s", callback, errno.errorcode.get(code, code))
         raise pyfuse3.FUSEError(code)
+
+    def _caller(self, ctx: pyfuse3.RequestContext) -> Caller:
+        return Caller(ctx.uid, ctx.gid, ctx.umask if self.unmasked else None, ctx.pid)
 
     def _statistics(self) -> bytes:
         try:

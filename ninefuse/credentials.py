@@ -17,8 +17,12 @@ import contextlib
 import ctypes
 import errno
 import os
+import stat
+import threading
 from collections.abc import Iterator
 from typing import NamedTuple
+
+from ninefuse.syscalls import stat_descriptor
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.setfsuid.restype = _libc.setfsgid.restype = ctypes.c_uint32
@@ -29,13 +33,18 @@ _CAP_FSETID = 4
 _CAP_SYS_RESOURCE = 24
 _CAP_MKNOD = 27
 _CAPABILITY_VERSION_3 = 0x20080522
+_CLONE_FS = 0x200
+
+_thread = threading.local()  # unshared: whether the umask is the thread's own
 
 
 class Caller(NamedTuple):
-    """Who asked: the file system ids of the process behind a request."""
+    """Who asked: the file system ids of the process behind a request, and what else counts."""
 
     uid: int
     gid: int
+    umask: int | None = None  # None: it has been applied to the mode already
+    pid: int = 0  # 0: not known
 
 
 class _Header(ctypes.Structure):
@@ -96,21 +105,102 @@ def settle() -> None:
         _set_capabilities(c._replace(effective=c.effective & ~drop))
 
 
+def needs_acting(caller: Caller) -> bool:
+    """Whether `acting_as` has anything to do for a caller."""
+    return caller[:2] != (os.geteuid(), os.getegid()) and os.geteuid() == 0
+
+
+def is_in_group(caller: Caller, gid: int) -> bool:
+    """Whether a caller is in a group, by its supplementary groups too."""
+    if caller.gid == gid or caller.uid == 0:
+        return True
+    return any(int(group) == gid for group in _status_of(caller).get(b"Groups", b"").split())
+
+
+def leaves_bits(caller: Caller | None, mode: int) -> bool:
+    """Whether a file that a caller writes to or truncates keeps its set-id bits.
+
+    Those that root's processes with CAP_FSETID change do (capabilities(7)).
+
+    Args:
+        caller: who writes; None: the daemon, which never leaves them.
+        mode: the file's.
+    """
+    if caller is None or caller.uid != 0 or not mode & (stat.S_ISUID | stat.S_ISGID):
+        return False
+    return bool(int(_status_of(caller).get(b"CapEff", b"0"), 16) >> _CAP_FSETID & 1)
+
+
+def _status_of(caller: Caller) -> dict[bytes, bytes]:
+    """What proc(5) says of a caller's process; nothing if it is gone.
+
+    Its groups and capabilities do not come with a request. It waits for its answer
+    meanwhile; should it be killed, and another have its number by now, that one is told
+    apart by its user.
+    """
+    try:
+        with open(f"/proc/{caller.pid}/status", "rb") as file:
+            lines = dict(line.split(b":", 1) for line in file if b":" in line)
+        return lines if int(lines[b"Uid"].split()[3]) == caller.uid else {}
+    except (OSError, KeyError, ValueError):
+        return {}
+
+
+def may_have_setgid(directory: int, mode: int, caller: Caller | None) -> bool:
+    """Whether a new file may have a set-group-id bit that `acting_as` would cost it.
+
+    Args:
+        directory: a descriptor of the one it is made in.
+        mode: the new file's.
+        caller: who makes it.
+    """
+    if not mode & stat.S_ISGID or caller is None:
+        return False
+    above = stat_descriptor(directory)
+    return not above.mode & stat.S_ISGID or is_in_group(caller, above.gid)
+
+
 @contextlib.contextmanager
-def acting_as(caller: Caller | None) -> Iterator[None]:
+def acting_as(caller: Caller | None, *, keep_bits: bool = False) -> Iterator[None]:
     """Make what this thread creates inside the block belong to ``caller``.
 
     The file system ids are switched (setfsuid(2)); they are the thread's own. The
     kernel has checked the caller's permissions already, with all its groups, before the
     request came (default_permissions), so the daemon's right to pass directories and to
     make nodes is kept. Without the right to switch (a daemon run by a user), and for
-    None, nothing happens.
+    None, the ids stay as they are.
+
+    The caller's umask is the thread's inside, too: it counts only where the directory has no
+    default ACL, which the source's file system knows best (umask(2)).
+
+    Args:
+        caller: who asks.
+        keep_bits: let a new file have the set-group-id bit though its group, the
+            directory's, is neither the caller's first nor the daemon's; see `is_in_group`.
     """
-    if caller is None or caller == (os.geteuid(), os.getegid()) or os.geteuid() != 0:
-        yield
+    if caller is None or caller.umask is None:
+        with _ids_of(caller, keep_bits):
+            yield
+        return
+    _have_own_umask()
+    before = os.umask(caller.umask)
+    try:
+        with _ids_of(caller, keep_bits):
+            yield
+    finally:
+        os.umask(before)
+
+
+@contextlib.contextmanager
+def _ids_of(caller: Caller | None, keep_bits: bool) -> Iterator[None]:
+    if caller is None or not needs_acting(caller):
+        with keeping_bits() if keep_bits else contextlib.nullcontext():
+            yield
         return
     before = _get_capabilities()
-    keep = 1 << _CAP_DAC_OVERRIDE | 1 << _CAP_DAC_READ_SEARCH | 1 << _CAP_MKNOD
+    kept = before.effective & (1 << _CAP_DAC_OVERRIDE | 1 << _CAP_DAC_READ_SEARCH | 1 << _CAP_MKNOD)
+    if keep_bits:
+        kept |= before.permitted & 1 << _CAP_FSETID
     try:
         # The group first: without the user id 0 it may not be changed any more.
         _libc.setfsgid(caller.gid)
@@ -119,7 +209,7 @@ def acting_as(caller: Caller | None) -> Iterator[None]:
         if _libc.setfsuid(-1) != caller.uid or _libc.setfsgid(-1) != caller.gid:
             raise OSError(errno.EPERM, os.strerror(errno.EPERM))
         now = _get_capabilities()
-        _set_capabilities(now._replace(effective=now.effective | before.effective & keep))
+        _set_capabilities(now._replace(effective=now.effective | kept))
         yield
     finally:
         _libc.setfsuid(os.geteuid())
@@ -128,8 +218,18 @@ def acting_as(caller: Caller | None) -> Iterator[None]:
         _set_capabilities(before)
 
 
+def _have_own_umask() -> None:
+    """Make the umask (and the working directory) this thread's own (unshare(2))."""
+    if getattr(_thread, "unshared", False):
+        return
+    if _libc.unshare(_CLONE_FS):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    _thread.unshared = True
+
+
 @contextlib.contextmanager
-def keeping_setgid() -> Iterator[None]:
+def keeping_bits() -> Iterator[None]:
     """Let a chmod inside the block keep the set-group-id bit of a foreign group.
 
     The kernel has cleared the bit already if the caller may not keep it; what arrives

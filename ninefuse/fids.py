@@ -35,6 +35,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from ninefuse.commands import Call
+from ninefuse.credentials import Caller
 from ninefuse.listing import Listing
 from ninefuse.locks import TableLock
 from ninefuse.qids import ROOT_NODEID, Qid, QidPaths, qid_of
@@ -106,13 +107,17 @@ class Node:
 
 
 class OpenFile:
-    """The state of a fid after lopen or lcreate of a file."""
+    """The state of a fid after lopen or lcreate of a file.
 
-    __slots__ = ("fd", "flags")
+    ``writer`` is who opened it, where a write must be made with other ids than the daemon's.
+    """
 
-    def __init__(self, fd: int, flags: int) -> None:
+    __slots__ = ("fd", "flags", "writer")
+
+    def __init__(self, fd: int, flags: int, writer: Caller | None = None) -> None:
         self.fd = fd
         self.flags = flags
+        self.writer = writer
 
     @property
     def readable(self) -> bool:

@@ -24,7 +24,19 @@ from collections.abc import Callable, Iterator
 import pyfuse3
 import trio
 
-from ninefuse import credentials, device, executor, logs, ops, preflight, report, signals, tracing
+from ninefuse import (
+    credentials,
+    device,
+    executor,
+    logs,
+    ops,
+    preflight,
+    report,
+    rootmount,
+    signals,
+    syscalls,
+    tracing,
+)
 from ninefuse.adapter import Adapter
 from ninefuse.exitcodes import ExitCode, Failure
 from ninefuse.mounts import MountsBelow
@@ -32,7 +44,6 @@ from ninefuse.options import Settings
 from ninefuse.pace import Pace
 from ninefuse.qids import ROOT_NODEID
 from ninefuse.session import Session
-from ninefuse.syscalls import is_local
 from ninefuse.trace_file import TraceFile
 from ninefuse.uring import Refused, Uring
 
@@ -68,7 +79,9 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     log.debug("open files: limit raised from %d to %d", soft, hard)
-    source = os.open(settings.source, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    source = _open_source(settings)
+    if settings.allow_other and not settings.xattr:
+        log.warning("with noxattr the kernel sees mode bits only, and lets in whom ACLs keep out")
     os.chdir("/")  # so as not to keep another file system busy
     # As the kernel will name it: it is looked for in mountinfo, and resolved no more.
     if not preflight.is_descriptor(settings.mountpoint):
@@ -84,8 +97,9 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
     driver = executor.create(settings.model, settings.threads)
     if inline and isinstance(driver, executor.SecondModel):
         mounts = MountsBelow(settings.source)
-        local = is_local(source)
-        driver.pace = Pace(lambda: local and mounts.none())
+        local = syscalls.is_local(source)
+        hidden = settings.one_file_system
+        driver.pace = Pace(lambda: local and (hidden or mounts.none()))
         driver.has_waiting = device.has_request
         driver.uring = uring
     session = Session(
@@ -122,6 +136,24 @@ def _traced(
             yield tracer
         finally:
             tracer.close()
+
+
+def _open_source(settings: Settings) -> int:
+    """Open the source directory.
+
+    Raises:
+        Failure: what is mounted in it is to be hidden, and we may not.
+    """
+    source = os.open(settings.source, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    if not settings.one_file_system:
+        return source
+    try:
+        return syscalls.without_mounts(source)
+    except OSError as e:
+        text = f"-o xdev: hiding what is mounted in {settings.source} takes CAP_SYS_ADMIN"
+        raise Failure(ExitCode.USAGE, f"{text} ({e.strerror})") from None
+    finally:
+        os.close(source)
 
 
 def _engine(settings: Settings) -> Uring | None:
@@ -168,7 +200,7 @@ async def _serve(
     stopper = _Stopper(settings.mountpoint, session, trio.lowlevel.current_trio_token())
     counters = report.Counters(settings, adapter, driver, session)
     adapter.statistics = counters.published
-    _mount(adapter, settings)
+    is_ours = _mount(adapter, settings)
     stopper.number = device.connection(settings.mountpoint)
     signals.start(
         stop=stopper.stop,
@@ -185,7 +217,10 @@ async def _serve(
     finally:
         stopper.ended.set()
         device.remove()
-        pyfuse3.close(unmount=stopper.is_mounted())
+        is_mounted = stopper.is_mounted()
+        if is_ours and is_mounted:
+            rootmount.detach(settings.mountpoint)
+        pyfuse3.close(unmount=is_mounted)
 
 
 async def _announce(settings: Settings, started: trio.Event, ready: Callable[[], None]) -> None:
@@ -199,11 +234,28 @@ async def _announce(settings: Settings, started: trio.Event, ready: Callable[[],
     ready()
 
 
-def _mount(adapter: Adapter, settings: Settings) -> None:
+def _mount(adapter: Adapter, settings: Settings) -> bool:
+    """Mount, and have pyfuse3 serve it; whether it is for us to unmount in the end."""
+    fd = rootmount.mount(settings)
+    if fd is None:
+        _init(adapter, settings, settings.mountpoint)
+        return False
+    # Modes come as they were asked for, with the caller's umask beside them.
+    adapter.unmasked = True
+    try:
+        _init(adapter, settings, f"/dev/fd/{fd}")
+    except BaseException:
+        rootmount.detach(settings.mountpoint)
+        os.close(fd)
+        raise
+    return True
+
+
+def _init(adapter: Adapter, settings: Settings, mountpoint: str) -> None:
     """pyfuse3.init, with what libfuse prints on failure made part of the failure."""
     with _captured_stderr() as said:
         try:
-            pyfuse3.init(adapter, settings.mountpoint, set(settings.mount_options))
+            pyfuse3.init(adapter, mountpoint, set(settings.mount_options))
         except RuntimeError as e:
             reason = " ".join(said().split()) or str(e)
             raise Failure(

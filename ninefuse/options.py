@@ -42,7 +42,15 @@ _KERNEL_FLAGS = {
     "nodiratime": ("diratime", False),
 }
 
-_SWITCHES = ("allow_other", "auto_unmount", "debug", "default_permissions", "noxattr")
+_SWITCHES = (
+    "acl",
+    "allow_other",
+    "auto_unmount",
+    "debug",
+    "default_permissions",
+    "noxattr",
+    "xdev",
+)
 _TIMEOUTS = ("attr_timeout", "entry_timeout", "negative_timeout")
 
 # cache= with v9fs's names as aliases.
@@ -106,8 +114,9 @@ class Settings:
     through O_SYNC and O_DSYNC opens go past the kernel's page cache. one_cpu: whether the
     dispatcher and the workers share one processor; None: unless the engine is io_uring. inline:
     whether the second model's dispatcher makes quick calls itself. xattr: whether extended
-    attributes are served. mount_options: the words for libfuse, each for an -o of its own and
-    already escaped.
+    attributes are served. acl: whether the kernel evaluates ACLs. one_file_system: whether what
+    is mounted in the source is hidden. mount_options: the words for libfuse, each for an -o of
+    its own and already escaped.
     """
 
     source: str
@@ -132,6 +141,8 @@ class Settings:
     direct_sync: bool = True
     one_cpu: bool | None = None
     inline: bool = True
+    acl: bool = False
+    one_file_system: bool = False
     mount_options: tuple[str, ...] = ()
 
 
@@ -159,6 +170,8 @@ class MountOptions:
     direct_sync: bool = True
     one_cpu: bool | None = None
     inline: bool = True
+    acl: bool = False
+    one_file_system: bool = False
 
 
 def split_words(text: str) -> list[str]:
@@ -227,6 +240,8 @@ def parse_options(words: Iterable[str]) -> MountOptions:
         else:
             raise Failure(ExitCode.USAGE, f"unknown option -o {word}")
 
+    if {"acl", "noxattr"} <= switches:
+        raise Failure(ExitCode.USAGE, "-o acl needs what -o noxattr takes away: choose one")
     seconds = _CACHE_SECONDS[cache]
     return MountOptions(
         flags=tuple(flags.values()),
@@ -249,6 +264,8 @@ def parse_options(words: Iterable[str]) -> MountOptions:
         direct_sync=values.get("osync", "cached" if cache == "none" else "direct") == "direct",
         one_cpu={"one": True, "all": False, None: None}[values.get("cpus")],
         inline=values.get("inline", "auto") == "auto",
+        acl="acl" in switches,
+        one_file_system="xdev" in switches,
     )
 
 
@@ -321,6 +338,10 @@ def make_settings(
         direct_sync=options.direct_sync,
         one_cpu=options.one_cpu,
         inline=options.inline,
+        # The group bits of a file with an ACL hold its mask: a kernel that looks at mode bits
+        # alone would let people in whom the source keeps out.
+        acl=options.acl or (options.allow_other and options.xattr),
+        one_file_system=options.one_file_system,
         mount_options=_words_for_libfuse(source, options),
     )
 

@@ -40,10 +40,14 @@ async def forget(session: Session, forgets: Sequence[tuple[int, int]]) -> int:
 
 
 async def setattr(
-    session: Session, nodeid: int, handle: int | None, changes: ops.Changes
+    session: Session,
+    nodeid: int,
+    handle: int | None,
+    changes: ops.Changes,
+    caller: Caller | None = None,
 ) -> Attributes:
     """setattr on the open fid if there is one, getattr."""
-    await ops.setattr(session, nodeid if handle is None else handle, changes)
+    await ops.setattr(session, nodeid if handle is None else handle, changes, caller)
     return await ops.getattr(session, nodeid)
 
 
@@ -79,11 +83,11 @@ async def link(session: Session, nodeid: int, parent: int, name: bytes) -> tuple
     return fid, await _attributes(session, fid)
 
 
-async def open_fid(session: Session, nodeid: int, flags: int) -> int:
+async def open_fid(session: Session, nodeid: int, flags: int, caller: Caller | None = None) -> int:
     """walk to a clone, lopen it; its number is the file handle."""
     handle = session.fids.new_number()
     await ops.walk(session, nodeid, handle)
-    return await _or_clunk(session, handle, _lopen(session, handle, flags))
+    return await _or_clunk(session, handle, _lopen(session, handle, flags, caller))
 
 
 async def create(
@@ -161,8 +165,8 @@ async def removexattr(session: Session, nodeid: int, name: bytes) -> None:
     await ops.clunk(session, clone)
 
 
-async def _lopen(session: Session, handle: int, flags: int) -> int:
-    await ops.lopen(session, handle, flags)
+async def _lopen(session: Session, handle: int, flags: int, caller: Caller | None) -> int:
+    await ops.lopen(session, handle, flags, caller)
     return handle
 
 

@@ -72,6 +72,15 @@ _renameat2 = _function(
     "renameat2", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint
 )
 _utimensat = _function("utimensat", ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int)
+_mount = _function(
+    "mount",
+    ctypes.c_char_p,
+    ctypes.c_char_p,
+    ctypes.c_char_p,
+    ctypes.c_ulong,
+    ctypes.c_char_p,
+)
+_umount2 = _function("umount2", ctypes.c_char_p, ctypes.c_int)
 _fstatfs = _function("fstatfs", ctypes.c_int, ctypes.c_void_p)
 _getdents64 = _function("getdents64", ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t)
 
@@ -237,6 +246,19 @@ def _timespec(ns: int | SetTime) -> tuple[int, int]:
     return divmod(ns, _BILLION)
 
 
+_MNT_DETACH = 2
+
+
+def mount(source: str, target: str, kind: str, flags: int, data: str) -> None:
+    """mount(2); ``data`` is what the file system itself reads of the options."""
+    _mount(os.fsencode(source), os.fsencode(target), os.fsencode(kind), flags, os.fsencode(data))
+
+
+def detach(target: str) -> None:
+    """Take what is mounted on a path away from it; it ends with its last use (umount2(2))."""
+    _umount2(os.fsencode(target), _MNT_DETACH)
+
+
 class DirectoryEntry(NamedTuple):
     """An entry as getdents64(2) gives it."""
 
@@ -268,7 +290,8 @@ def read_entries(fd: int, size: int) -> list[DirectoryEntry]:
 
 # Numbers and values of the mount calls, which glibc has had only since 2.36. They are
 # the same on every architecture (include/uapi/asm-generic/unistd.h).
-_SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = 430, 431, 432
+_SYS_OPEN_TREE, _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = 428, 430, 431, 432
+_OPEN_TREE_CLONE = 1
 _FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = 1
 _FSCONFIG_CMD_CREATE = 6
 
@@ -304,3 +327,16 @@ def detached_mount(kind: bytes) -> int:
         )
     finally:
         os.close(context)
+
+
+def without_mounts(directory: int) -> int:
+    """A descriptor of the same directory, in which nothing is or will be mounted (open_tree(2)).
+
+    What a mount there has covered is seen instead. Takes CAP_SYS_ADMIN.
+    """
+    return _syscall(
+        ctypes.c_long(_SYS_OPEN_TREE),
+        ctypes.c_long(directory),
+        ctypes.c_char_p(b""),
+        ctypes.c_long(_OPEN_TREE_CLONE | os.O_CLOEXEC | _AT_EMPTY_PATH),
+    )

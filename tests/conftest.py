@@ -53,18 +53,18 @@ def guard(watchdog: Watchdog, request: pytest.FixtureRequest) -> Iterator[Watchd
 @pytest.fixture(scope="session")
 def shared_mounts(
     watchdog: Watchdog, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[[str], Mount]]:
-    """Return the mount of a threading model that the tests share, each in its own directory."""
-    mounts: dict[str, Mount] = {}
+) -> Iterator[Callable[..., Mount]]:
+    """Return the mount with certain options that tests share, each in its own directory."""
+    mounts: dict[tuple[str, ...], Mount] = {}
 
-    def shared(model: str) -> Mount:
-        mount = mounts.get(model)
+    def shared(*options: str) -> Mount:
+        mount = mounts.get(options)
         if mount is not None and mount.process.poll() is not None:
             mount.end()  # a test's fault, which that test was told
             mount = None
         if mount is None:
-            base = tmp_path_factory.mktemp(model)
-            mount = mounts[model] = start(watchdog, base, "--model", model)
+            base = tmp_path_factory.mktemp("shared")
+            mount = mounts[options] = start(watchdog, base, *options)
         return mount
 
     with contextlib.ExitStack() as ends:
@@ -76,10 +76,10 @@ def shared_mounts(
 
 @pytest.fixture(params=MODELS)
 def place(
-    request: pytest.FixtureRequest, shared_mounts: Callable[[str], Mount], guard: Watchdog
+    request: pytest.FixtureRequest, shared_mounts: Callable[..., Mount], guard: Watchdog
 ) -> Iterator[Place]:
     """A fresh directory on a mount, under each of the threading models."""
-    mount = shared_mounts(request.param)
+    mount = shared_mounts("--model", request.param)
     name = f"test{next(_numbers)}"
     (mount.source / name).mkdir()
     yield Place(mount, mount.path / name, mount.source / name)
@@ -116,7 +116,12 @@ def start(
     source: Path | None = None,
     command: tuple[str, ...] = NINEFUSE,
 ) -> Mount:
-    """Start a daemon in the foreground on directories below base, and wait for its mount."""
+    """Start a daemon in the foreground on directories below base, and wait for its mount.
+
+    The environment's NINEFUSE_ENGINE is the engine of those that do not ask for one.
+    """
+    if (engine := os.environ.get("NINEFUSE_ENGINE")) and "--engine" not in options:
+        options = ("--engine", engine, *options)
     source = source or base / "source"
     path = base / "mount"
     source.mkdir(exist_ok=True)

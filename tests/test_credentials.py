@@ -17,7 +17,7 @@ from ops_helpers import leak_free as leak_free
 from ops_helpers import source as source
 
 from ninefuse import credentials, ops
-from ninefuse.credentials import Caller, acting_as, keeping_setgid, settle
+from ninefuse.credentials import Caller, acting_as, keeping_bits, settle
 from ninefuse.ops import Changes
 
 pytestmark = pytest.mark.usefixtures("leak_free")
@@ -109,7 +109,7 @@ def test_without_a_caller_it_is_the_daemons(client: Client, maker: str) -> None:
     """So it is for a caller who is the daemon's own user, and always without root's rights."""
     for who in (None, Caller(os.geteuid(), os.getegid())):
         MAKERS[maker](client, who)
-        assert owner(client.source / "new") == (os.geteuid(), os.getegid())
+        assert owner(client.source / "new") == Caller(os.geteuid(), os.getegid())
         client.do(ops.remove, client.walk("new"))
 
 
@@ -178,7 +178,7 @@ def test_other_threads_keep_their_ids(tmp_path: Path) -> None:
     (tmp_path / "ours").mkdir()
     done.set()
     thread.join(20)
-    assert owner(tmp_path / "ours") == (0, 0)
+    assert owner(tmp_path / "ours") == Caller(0, 0)
     assert owner(tmp_path / "theirs") == SOMEBODY
 
 
@@ -250,7 +250,7 @@ def test_without_the_right_to_switch_nothing_is_switched(
         assert identity() == before
         (tmp_path / "file").touch()
     monkeypatch.undo()
-    assert owner(tmp_path / "file") == (os.geteuid(), os.getegid())
+    assert owner(tmp_path / "file") == Caller(os.geteuid(), os.getegid())
 
 
 # settle
@@ -311,7 +311,7 @@ def test_acting_for_somebody_does_not_bring_laid_down_capabilities_back(tmp_path
     assert not (before | inside) & (FSETID | SYS_RESOURCE)
 
 
-# keeping_setgid
+# keeping_bits
 
 
 @needs_root
@@ -337,14 +337,14 @@ def test_the_right_to_keep_the_bit_ends_with_the_block() -> None:
 
     def keep() -> None:
         before = effective()
-        with keeping_setgid():
+        with keeping_bits():
             assert effective() == before
         settle()
         before = effective()
-        with keeping_setgid():
+        with keeping_bits():
             assert effective() == before | FSETID
         assert effective() == before
-        with pytest.raises(OSError, match="broken"), keeping_setgid():
+        with pytest.raises(OSError, match="broken"), keeping_bits():
             raise OSError(errno.EIO, "broken")
         assert effective() == before
 
@@ -362,7 +362,7 @@ def test_a_right_that_is_not_permitted_is_not_asked_for() -> None:
             c._replace(effective=without & c.effective, permitted=without)
         )
         before = identity()
-        with keeping_setgid():
+        with keeping_bits():
             assert identity() == before
         assert identity() == before
 

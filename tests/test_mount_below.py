@@ -7,7 +7,8 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-from mounting import Child, Mount
+import pytest
+from mounting import MODELS, Child, Mount, run
 
 from ninefuse.mounts import MountsBelow, fields_of
 
@@ -62,6 +63,33 @@ def test_a_server_below_the_source_that_hangs_stops_nobody_else(
         os.kill(inner.pid, signal.SIGCONT)
         outer.end()  # it has a descriptor in there
         os.spawnlp(os.P_WAIT, "umount", "umount", "-l", str(inner_point))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts in the source")
+@pytest.mark.parametrize("model", MODELS)
+def test_xdev_shows_what_a_mount_in_the_source_covers(
+    new_mount: Callable[..., Mount], tmp_path: Path, model: str
+) -> None:
+    source = tmp_path / "source"
+    (source / "below").mkdir(parents=True)
+    (source / "below" / "covered").write_bytes(b"x")
+    assert run("mount", "-t", "tmpfs", "none", source / "below").returncode == 0
+    try:
+        (source / "below" / "other").touch()
+        hiding = new_mount("--model", model, "-o", "xdev", source=source)
+        crossing = new_mount("--model", model, source=source)
+        assert os.listdir(crossing.path / "below") == ["other"]
+        assert os.listdir(hiding.path / "below") == ["covered"]
+        (hiding.path / "below" / "new").write_bytes(b"y")
+        assert run("mount", "-t", "tmpfs", "none", source).returncode == 0
+        try:
+            assert os.listdir(hiding.path) == ["below"], "what is mounted later, too"
+        finally:
+            run("umount", source)
+        crossing.end()
+    finally:
+        run("umount", "-l", source / "below")
+    assert (source / "below" / "new").read_bytes() == b"y"
 
 
 def _sizes(directory: Path) -> int:

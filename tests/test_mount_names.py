@@ -30,6 +30,7 @@ _libc.rewinddir.argtypes = [ctypes.c_void_p]
 _libc.closedir.argtypes = [ctypes.c_void_p]
 
 _AT_FDCWD = -100
+SOAK = os.environ.get("NINEFUSE_SOAK") == "1"  # make soak: what takes longer
 NOREPLACE = 1
 EXCHANGE = 2
 
@@ -186,7 +187,7 @@ def test_rename_exchange_swaps_a_file_and_a_directory(place: Place) -> None:
 @pytest.fixture
 def crowd(place: Place) -> list[str]:
     """Many names in the directory, ten for each file; made in the source, which is quicker."""
-    count = 10_000 if place.mount.model == "second" else 2_000
+    count = 100_000 if SOAK else 10_000 if place.mount.model == "second" else 2_000
     names = [f"name-{n:05}" for n in range(count)]
     for n, name in enumerate(names):
         if n % 10 == 0:

@@ -117,7 +117,7 @@ OPERATIONS: dict[str, Callable[[Session, Scene], Body[Any]]] = {
     "remove": lambda s, c: ops.remove(s, c.file),
     "getattr": lambda s, c: ops.getattr(s, c.file),
     "getattr without descriptor": lambda s, c: ops.getattr(s, c.below.number),
-    "setattr": lambda s, c: ops.setattr(s, c.file, Changes(0o600, *ME, 2, 1, 1)),
+    "setattr": lambda s, c: ops.setattr(s, c.file, Changes(0o600, *ME[:2], 2, 1, 1)),
     "setattr of an open file": lambda s, c: ops.setattr(s, c.writing, Changes(size=1)),
     "wstat": lambda s, c: ops.wstat(s, c.file, Changes(mode=0o600), b"new"),
     "wstat of nothing": lambda s, c: ops.wstat(s, c.file, Changes()),

@@ -286,3 +286,18 @@ def test_the_threads_share_one_processor_unless_told_otherwise() -> None:
     assert settings("cpus=all").one_cpu is False
     with pytest.raises(Failure, match="cpus=two"):
         settings("cpus=two")
+
+
+def test_lists_are_evaluated_for_others_and_on_request() -> None:
+    assert not settings().acl
+    assert settings("acl").acl
+    assert settings("allow_other").acl
+    assert not settings("allow_other,noxattr").acl
+    with pytest.raises(Failure) as caught:
+        settings("acl,noxattr")
+    assert caught.value.code == ExitCode.USAGE
+
+
+def test_xdev() -> None:
+    assert settings("xdev").one_file_system
+    assert not settings().one_file_system

@@ -15,7 +15,14 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from ninefuse.commands import blocking, blocking_unless
-from ninefuse.credentials import Caller, acting_as
+from ninefuse.credentials import (
+    Caller,
+    acting_as,
+    keeping_bits,
+    leaves_bits,
+    may_have_setgid,
+    needs_acting,
+)
 from ninefuse.fids import AttributeRead, AttributeWrite, Fid, OpenDirectory, OpenFile, error
 from ninefuse.qids import Qid
 from ninefuse.session import (
@@ -36,13 +43,14 @@ _KEPT_FLAGS = (
 )
 
 
-async def lopen(session: Session, fid: int, flags: int) -> Qid:
+async def lopen(session: Session, fid: int, flags: int, caller: Caller | None = None) -> Qid:
     """Open a fid's file or directory; the fid is an open one from then on.
 
     Args:
         session: the conversation.
         fid: unopened.
         flags: Linux open(2) flags; those that make no sense here are dropped.
+        caller: as whom the fid is to write; None: the daemon.
 
     Raises:
         OSError: EINVAL, the fid is open already; EROFS; EISDIR, a directory for
@@ -66,12 +74,14 @@ async def lopen(session: Session, fid: int, flags: int) -> Qid:
             if flags & os.O_DIRECTORY:
                 raise error(errno.ENOTDIR)
             kept = flags & _KEPT_FLAGS
-            fd = await blocking_unless(on, _open_file_now, _open_file, use.fd, kept)
+            fd = await blocking_unless(on, _open_file_now, _open_file, use.fd, kept, caller)
             opened = OpenFile(fd, kept)
         else:
             raise error(errno.ENXIO)
         try:
             attributes = await blocking(on, stat_descriptor, use.fd)
+            if isinstance(opened, OpenFile):
+                opened.writer = _writer(kept, caller, attributes.mode)
             session.fids.open(use.fid, opened)
         except OSError:
             await blocking(on, os.close, opened.fd)
@@ -121,7 +131,8 @@ async def lcreate(
             path_fd, attributes = await blocking(on, _path_descriptor, fd)
             node = session.fids.new_node(attributes, path_fd, (use.node, name))
             try:
-                session.fids.open(use.fid, OpenFile(fd, kept), node)
+                opened = OpenFile(fd, kept, _writer(kept, caller, attributes.mode))
+                session.fids.open(use.fid, opened, node)
             finally:
                 session.fids.drop(node)
         except OSError:
@@ -191,9 +202,12 @@ async def write(session: Session, fid: int, offset: int, data: bytes) -> int:
         if not file.writable:
             raise error(errno.EBADF)
         check_offset(offset)
+        on = use.node.path
+        if file.writer is not None:
+            return await blocking(on, _write_as, file.writer, file.fd, data, offset)
         # Two kinds: one waits for the disk.
         pwrite = _write_durably if file.flags & os.O_DSYNC else _write_fully
-        return await blocking(use.node.path, pwrite, file.fd, data, offset)
+        return await blocking(on, pwrite, file.fd, data, offset)
     finally:
         session.fids.put(use)
 
@@ -333,19 +347,22 @@ def _open_directory(fd: int) -> int:
     return os.open(path_of(fd), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
-def _open_file_now(fd: int, flags: int) -> int:
+def _open_file_now(fd: int, flags: int, caller: Caller | None) -> int:
     """Open a file unless somebody's lease on it keeps openers waiting (fcntl(2))."""
     if flags & os.O_TRUNC:  # which may take its time
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-    opened = _open_file(fd, flags | os.O_NONBLOCK)
+    opened = _open_file(fd, flags | os.O_NONBLOCK, caller)
     if not flags & os.O_NONBLOCK:
         os.set_blocking(opened, True)
     return opened
 
 
-def _open_file(fd: int, flags: int) -> int:
+def _open_file(fd: int, flags: int, caller: Caller | None) -> int:
     path = path_of(fd)
     flags |= os.O_CLOEXEC | os.O_NOCTTY
+    if flags & os.O_TRUNC and leaves_bits(caller, stat_descriptor(fd).mode):
+        with keeping_bits():
+            return os.open(path, flags)
     try:
         return os.open(path, flags)
     except PermissionError:
@@ -359,7 +376,7 @@ def _create_file(
     directory: int, name: bytes, flags: int, mode: int, caller: Caller | None, exclusive: bool
 ) -> int:
     flags |= os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY
-    with acting_as(caller):
+    with acting_as(caller, keep_bits=may_have_setgid(directory, mode, caller)):
         try:
             return os.open(name, flags & ~os.O_TRUNC, mode, dir_fd=directory)
         except FileExistsError:
@@ -399,6 +416,23 @@ def _read_now(fd: int, count: int, offset: int) -> bytes:
     if offset + got < os.fstat(fd).st_size:
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
     return bytes(memoryview(buffer)[:got])
+
+
+def _writer(flags: int, caller: Caller | None, mode: int) -> Caller | None:
+    """As whom to write, where it makes a difference.
+
+    The blocks that a file system reserves for root are for root only; and root, who may,
+    leaves a file its set-id bits, which the daemon's writes clear.
+    """
+    if flags & os.O_ACCMODE == os.O_RDONLY or caller is None:
+        return None
+    return caller if needs_acting(caller) or leaves_bits(caller, mode) else None
+
+
+def _write_as(writer: Caller, fd: int, data: bytes, offset: int) -> int:
+    # Another user's writes clear them, whatever that user may do otherwise.
+    with acting_as(writer, keep_bits=writer.uid == 0):
+        return _write_fully(fd, data, offset)
 
 
 def _write_durably(fd: int, data: bytes, offset: int) -> int:

@@ -12,7 +12,7 @@ import stat
 from collections.abc import Callable
 
 from ninefuse.commands import blocking
-from ninefuse.credentials import Caller, acting_as
+from ninefuse.credentials import Caller, acting_as, may_have_setgid
 from ninefuse.fids import Node, error
 from ninefuse.qids import Qid
 from ninefuse.session import (
@@ -310,7 +310,7 @@ def _mkdir(directory: int, name: bytes, mode: int, caller: Caller | None) -> Att
 
 
 def _mknod(directory: int, name: bytes, mode: int, rdev: int, caller: Caller | None) -> Attributes:
-    with acting_as(caller):
+    with acting_as(caller, keep_bits=may_have_setgid(directory, mode, caller)):
         os.mknod(name, mode, rdev, dir_fd=directory)
     return stat_name(directory, name)
 

@@ -1,0 +1,237 @@
+"""What others make and change on an `allow_other` mount is as on the source itself.
+
+Each of these does the same with a directory of the source and with one of the mount, as the
+same user, and compares what came of it in the source.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from mounting import Mount, Watchdog, become, errno_of, in_child, run
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts for others")
+
+OWNER, STRANGER, GROUP = 12345, 12346, 4321
+
+_numbers = itertools.count()
+
+WAYS = {
+    "none": ("--model", "none"),
+    "first": ("--model", "first"),
+    "second": ("--model", "second", "--engine", "threads"),
+    "default": (),
+}
+
+
+@pytest.fixture(params=WAYS)
+def both(
+    request: pytest.FixtureRequest, shared_mounts: Callable[..., Mount], guard: Watchdog
+) -> Iterator[tuple[Path, Path]]:
+    """Two directories of the source, the second one seen through the mount."""
+    mount = shared_mounts("-o", "allow_other", *WAYS[request.param])
+    for directory in (mount.source, *mount.source.parents):
+        os.chmod(directory, os.stat(directory).st_mode | 0o755)
+    name = f"test{next(_numbers)}"
+    for side in ("direct", "mounted"):
+        (mount.source / name / side).mkdir(parents=True)
+        (mount.source / name / side).chmod(0o777)
+    yield mount.source / name / "direct", mount.path / name / "mounted"
+    mount.log.check()
+    shutil.rmtree(mount.source / name)
+
+
+def as_user(
+    uid: int, function: Callable[[Path], object], top: Path, groups: tuple[int, ...]
+) -> object:
+    """Call a function with a directory as another user; what it returned."""
+
+    def act() -> object:
+        os.chdir(top.parent)  # which the user may not be able to reach
+        become(uid, groups)
+        return function(Path(top.name))
+
+    return in_child(act)
+
+
+def alike(
+    both: tuple[Path, Path],
+    function: Callable[[Path], object],
+    uid: int = OWNER,
+    groups: tuple[int, ...] = (),
+) -> object:
+    """Do something on both sides; fail if it came out differently. The result."""
+    direct, mounted = both
+    expected = as_user(uid, function, direct, groups)
+    assert as_user(uid, function, mounted, groups) == expected
+    return expected
+
+
+def look(path: Path) -> list[str]:
+    """Names, modes, owners and lists of all that is below a directory."""
+    names = sorted(str(below.relative_to(path)) for below in path.rglob("*"))
+    modes = [os.lstat(path / name) for name in names]
+    lists = run("getfacl", "-R", "-n", "-p", "--omit-header", path).stdout if names else ""
+    return [
+        f"{n} {s.st_mode:o} {s.st_uid} {s.st_gid}" for n, s in zip(names, modes, strict=True)
+    ] + [lists]
+
+
+def make_all(top: Path) -> None:
+    """One of each kind, under several umasks."""
+    for mask in (0o000, 0o022, 0o077, 0o777):
+        os.umask(mask)
+        os.close(os.open(top / f"file-{mask:o}", os.O_CREAT | os.O_WRONLY, 0o6755))
+        os.mkdir(top / f"directory-{mask:o}", 0o7777)
+        os.mkfifo(top / f"fifo-{mask:o}", 0o666)
+        os.symlink("x", top / f"link-{mask:o}")
+
+
+@pytest.mark.parametrize("acl", ["", "u:7:rwx,g::r-x,o::-", "u::rw,g::rw,o::rw"])
+def test_the_umask_counts_only_where_there_is_no_default_list(
+    both: tuple[Path, Path], acl: str
+) -> None:
+    direct, mounted = both
+    if acl:
+        if shutil.which("setfacl") is None:
+            pytest.skip("setfacl(1) is not here: no default list can be made")
+        for top in both:
+            assert run("setfacl", "-d", "-m", acl, top).returncode == 0
+    alike(both, make_all)
+    assert look(mounted) == look(direct)
+    assert len(look(direct)) == 17
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in direct.glob("file-*")}
+    assert len(modes) == (1 if acl else 3)
+
+
+@pytest.mark.parametrize("groups", [(), (GROUP,), (1, 2, GROUP, 9)])
+def test_a_set_group_id_directory_gives_its_group_and_the_bit_to_members(
+    both: tuple[Path, Path], groups: tuple[int, ...]
+) -> None:
+    """To those by a further group of theirs, too; to others the group without the bit."""
+    for top in both:
+        os.chown(top, OWNER, GROUP)
+        top.chmod(0o2777)
+    alike(both, make_all, STRANGER, groups)
+    direct, mounted = both
+    assert look(mounted) == look(direct)
+    mode = (direct / "file-0").stat().st_mode
+    assert bool(mode & stat.S_ISGID) == (GROUP in groups)
+    assert (mounted / "file-0").stat().st_gid == GROUP
+
+
+def test_root_may_keep_the_bit(both: tuple[Path, Path]) -> None:
+    for top in both:
+        os.chown(top, OWNER, GROUP)
+        top.chmod(0o2777)
+    alike(both, make_all, 0)
+    direct, mounted = both
+    assert look(mounted) == look(direct)
+    assert (direct / "file-0").stat().st_mode & stat.S_ISGID
+
+
+def change(top: Path) -> list[tuple[str, int, int]]:
+    """Change files in all the ways that may cost them their bits; what they have then."""
+    found = []
+    for mode in (0o6777, 0o2777, 0o4666):
+        for flags in (0, os.O_SYNC, os.O_DSYNC | os.O_APPEND):
+            for how in ("write", "truncate", "ftruncate", "open", "chmod", "chown", "group"):
+                name = top / f"{mode:o}-{flags}-{how}"
+                fd = -1
+                code = 0
+                try:
+                    fd = os.open(name, os.O_RDWR | flags | (os.O_TRUNC if how == "open" else 0))
+                    if how == "write":
+                        os.write(fd, b"changed")
+                    elif how == "truncate":
+                        os.truncate(name, 1)
+                    elif how == "ftruncate":
+                        os.ftruncate(fd, 1)
+                    elif how == "chmod":
+                        os.chmod(name, mode)
+                    elif how == "chown":
+                        os.chown(name, os.geteuid(), -1)
+                    elif how == "group":
+                        os.chown(name, -1, GROUP)
+                except OSError as e:
+                    code = e.errno or -1
+                finally:
+                    if fd >= 0:
+                        os.close(fd)
+                found.append((name.name, code, os.stat(name).st_mode))
+    return found
+
+
+@pytest.mark.parametrize("uid", [OWNER, STRANGER, 0])
+def test_set_user_id_and_set_group_id_go_when_the_source_would_take_them(
+    both: tuple[Path, Path], uid: int
+) -> None:
+    """By a write, a truncate and a chown; through the cache and past it."""
+    for top in (both[0], both[0].parent / "mounted"):
+        for mode in (0o6777, 0o2777, 0o4666):
+            for flags in (0, os.O_SYNC, os.O_DSYNC | os.O_APPEND):
+                for how in ("write", "truncate", "ftruncate", "open", "chmod", "chown", "group"):
+                    path = top / f"{mode:o}-{flags}-{how}"
+                    path.write_bytes(b"data")
+                    os.chown(path, OWNER, GROUP)
+                    path.chmod(mode)
+    groups = (GROUP,) if uid == OWNER else ()
+    direct, mounted = both
+    found = as_user(uid, change, direct, groups)
+    assert isinstance(found, list)
+    through = as_user(uid, change, mounted, groups)
+    assert isinstance(through, list)
+    assert [pair for pair in zip(through, found, strict=True) if pair[0] != pair[1]] == []
+    assert look(both[1]) == look(both[0])
+    writes = {
+        stat.S_IMODE(mode) for name, code, mode in found if "6777" in name and "write" in name
+    }
+    assert writes == ({0o6777} if uid == 0 else {0o777})
+
+
+@pytest.mark.parametrize("sync", [False, True])
+def test_the_blocks_reserved_for_root_are_for_root(
+    new_mount: Callable[..., Mount], tmp_path: Path, sync: bool
+) -> None:
+    """A daemon of root would get them for everybody."""
+    image, source = tmp_path / "image", tmp_path / "disk"
+    source.mkdir()
+    with open(image, "wb") as file:
+        file.truncate(16 << 20)
+    made = run("mkfs.ext4", "-q", "-m", "30", image)
+    if made.returncode or run("mount", "-o", "loop", image, source).returncode:
+        pytest.skip(f"no ext4 on a loop device here: {made.stderr}")
+    try:
+        source.chmod(0o777)
+        mount = new_mount("-o", "allow_other", source=source)
+        for directory in mount.path.parents:
+            os.chmod(directory, os.stat(directory).st_mode | 0o755)
+        flags = os.O_SYNC if sync else 0
+
+        def fill() -> int:
+            become(OWNER)
+            fd = os.open("big", os.O_WRONLY | os.O_CREAT | flags, 0o600)
+            while True:
+                code = errno_of(os.write, fd, b"x" * 65536)
+                if code:
+                    return code
+
+        def filled() -> int:
+            os.chdir(mount.path)
+            return fill()
+
+        assert in_child(filled) == errno.ENOSPC
+        left = os.statvfs(source)
+        assert left.f_bavail * left.f_frsize < 65536 + 8192
+        assert left.f_bfree * left.f_frsize > 3 << 20
+        (mount.path / "of root").write_bytes(b"x" * (1 << 20))
+        mount.end()
+    finally:
+        run("umount", "-l", source)

@@ -37,9 +37,7 @@ def fallocate(file: int, mode: int, offset: int, length: int) -> None:
         raise OSError(code, os.strerror(code))
 
 
-@pytest.mark.parametrize(
-    "mode", [0, KEEP_SIZE, KEEP_SIZE | PUNCH_HOLE, ZERO_RANGE, COLLAPSE_RANGE]
-)
+@pytest.mark.parametrize("mode", [0, KEEP_SIZE, KEEP_SIZE | PUNCH_HOLE, ZERO_RANGE, COLLAPSE_RANGE])
 def test_fallocate_is_not_supported_and_changes_nothing(place: Place, mode: int) -> None:
     path = place.path / "file"
     path.write_bytes(b"x" * 8192)

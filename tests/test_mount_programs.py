@@ -11,7 +11,8 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -66,11 +67,11 @@ def git(top: Path, *words: str | Path) -> str:
     return call("git", "-C", top, "-c", "core.autocrlf=false", *words, env=GIT)
 
 
-def make_history(top: Path) -> str:
+def make_history(top: Path, files: int) -> str:
     """Have git do what people have it do; the number of the last commit."""
     top.mkdir()
     git(top, "init", "--quiet", "--initial-branch=main")
-    for n in range(300 * SCALE):
+    for n in range(files):
         file = top / f"directory{n % 12}" / f"file {n}"
         file.parent.mkdir(exist_ok=True)
         file.write_text(f"{n}\n" * (n % 40 + 1))
@@ -86,7 +87,7 @@ def make_history(top: Path) -> str:
     git(top, "rm", "--quiet", "-r", "--force", "directory4")
     git(top, "commit", "--quiet", "--all", "--message=second")
     git(top, "checkout", "--quiet", "main")
-    assert len(os.listdir(top / "directory4")) == 25 * SCALE
+    assert len(os.listdir(top / "directory4")) == files // 12
     (top / "directory5/new").write_text("new\n")
     git(top, "add", "directory5/new")
     git(top, "commit", "--quiet", "--message=third")
@@ -95,21 +96,30 @@ def make_history(top: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def last_commit(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The number of the last commit in a directory that is no mount."""
+def last_commit(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], str]:
+    """The number of the last commit in a directory that is no mount, of so many files."""
     need("git")
-    return make_history(tmp_path_factory.mktemp("git") / "repository")
+
+    @cache
+    def find(files: int) -> str:
+        return make_history(tmp_path_factory.mktemp("git") / "repository", files)
+
+    return find
 
 
 @pytest.mark.limit(60 * SCALE)
-def test_a_git_repository_is_what_it_is_elsewhere(place: Place, last_commit: str) -> None:
+def test_a_git_repository_is_what_it_is_elsewhere(
+    place: Place, last_commit: Callable[[int], str]
+) -> None:
     here, clone = place.path / "repository", place.path / "clone"
-    assert make_history(here) == last_commit, "the same files have the same numbers"
+    files = 300 * SCALE if place.mount.model == "second" else 120 * SCALE
+    last = make_history(here, files)
+    assert last == last_commit(files), "the same files have the same numbers"
     git(here, "gc", "--quiet")
     git(here, "fsck", "--strict", "--full")
     call("git", "clone", "--quiet", here, clone, env=GIT)
     for repository in (here, clone):
-        assert git(repository, "rev-parse", "HEAD") == last_commit
+        assert git(repository, "rev-parse", "HEAD") == last
         assert git(repository, "status", "--porcelain") == ""
     if SOAK or place.mount.model == "second":
         # Packed anew on the way, where the first clone has hard links.
@@ -169,7 +179,7 @@ def make_database(path: Path, mode: str) -> None:
 @pytest.mark.limit(60 * SCALE)
 @pytest.mark.parametrize("mode", ["delete", "wal"])
 def test_two_processes_write_to_an_sqlite_database_at_once(place: Place, mode: str) -> None:
-    path, count = place.path / "base", 50 * SCALE
+    path, count = place.path / "base", 40 * SCALE
     in_child(make_database, path, mode)
     told, answers = os.pipe()
     try:

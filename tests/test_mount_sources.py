@@ -278,10 +278,15 @@ def test_a_big_directory_is_listed_whole_and_any_place_in_it_found_again(spot: P
     assert len(set(found.values())) == 2000
     for name in list(names)[:100]:
         assert (spot.path / name).lstat().st_ino == found[name]
-    done = run("rm", "-r", spot.path / ".." / spot.path.name)
-    assert done.returncode == 0, done.stderr
-    assert not spot.source.exists()
-    spot.source.mkdir()
+    with directory(spot.path) as stream:  # and is not upset by names that go meanwhile
+        rest = [stream.read() for _ in range(100)]
+        gone = [name for name in order[2:500] if name not in rest]
+        for name_gone in gone:
+            os.unlink(bytes(spot.path) + b"/" + name_gone)
+        rest += stream.rest()
+    assert len(rest) == len(set(rest))
+    assert set(rest) >= expected - set(gone)
+    assert set(os.listdir(bytes(spot.path))) == expected - set(gone) - {b".", b".."}
 
 
 def test_an_open_file_is_followed_through_renames_and_without_any_name(spot: Place) -> None:
@@ -338,14 +343,14 @@ def test_the_figures_of_the_file_system_are_those_of_the_source(spot: Place) -> 
 
 
 def test_numbers_are_unique_and_stay(spot: Place) -> None:
-    for n in range(30):
+    for n in range(15):
         (spot.path / f"directory{n}").mkdir()
         (spot.path / f"directory{n}/file").write_bytes(b"%d" % n)
         (spot.path / f"symlink{n}").symlink_to("x")
     before = numbers(spot.path)
-    assert len({number for _, number in before.values()}) == len(before) == 91
+    assert len({number for _, number in before.values()}) == len(before) == 46
     assert {device for device, _ in before.values()} == {spot.mount.path.stat().st_dev}
-    for n in range(30):
+    for n in range(15):
         with open(spot.path / f"directory{n}/file", "ab") as file:
             file.write(b"more")
         os.utime(spot.path / f"directory{n}")

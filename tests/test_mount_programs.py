@@ -48,6 +48,12 @@ def need(program: str) -> None:
         pytest.skip(f"there is no {program}")
 
 
+def expire(place: Place) -> None:
+    """Have what the kernel believes of the files expire; with one model, it is all the same."""
+    if place.mount.model == "second":
+        time.sleep(1.1)
+
+
 # git
 
 GIT = {
@@ -132,7 +138,7 @@ def test_a_git_repository_is_what_it_is_elsewhere(
     git(here, "pull", "--quiet", "--ff-only", clone, "main")
     git(clone, "fsck", "--strict", "--full")
     assert (place.source / "repository/directory1/file 1").read_text() == "pulled\n"
-    time.sleep(1.1)  # what the kernel believes of the files has expired
+    expire(place)
     # Unlike status this does not look into files whose times or numbers have changed.
     git(here, "diff-files", "--quiet")
     assert git(place.source / "repository", "status", "--porcelain") == ""
@@ -376,7 +382,7 @@ def test_a_program_is_built_once_and_runs(place: Place, tmp_path: Path) -> None:
     assert call(*words, cwd=top, env=temporary).count("gcc") == count + 2
     assert call(top / "program") == f"{sum(range(count))}\n"
     assert call(*words, cwd=top, env=temporary) == "make: 'program' is up to date.\n"
-    time.sleep(1.1)  # what the kernel believes of the files has expired
+    expire(place)
     assert call(*words, cwd=top, env=temporary) == "make: 'program' is up to date.\n"
     (top / "part1.c").write_text('#include "parts.h"\nint part1(void) { return 1001; }\n')
     assert call(*words, cwd=top, env=temporary).count("gcc") == 2

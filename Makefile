@@ -5,6 +5,8 @@
 .PHONY: help soak conformance demo bench test check clean
 .DEFAULT_GOAL := help
 
+LONG = load.py durable.py names.py programs.py
+
 # By way of the environment: the directories' names reach the program whatever is in it.
 export SRC OUT PJDFSTEST
 
@@ -16,7 +18,7 @@ help:
 	@echo '             SRC=/some/dir: on the file system of that directory'
 	@echo 'make test    the whole test suite, real mounts included'
 	@echo '             ARGS="-x -k rename": further arguments for pytest'
-	@echo 'make soak    the tests of long runs, with more files and power failures'
+	@echo 'make soak    the tests of long runs, with more files and power failures, bigger repositories'
 	@echo 'make conformance PJDFSTEST=/some/dir'
 	@echo '             pjdfstest, built there, on mounts of each model and engine; as root'
 	@echo '             ARGS="--rows second --only chmod/*.t": further arguments'
@@ -42,7 +44,7 @@ test:
 soak:
 	@tools/setup
 	@env NINEFUSE_ENGINE=threads .venv/bin/python -m pytest -k second tests/test_mount_*.py $(ARGS)
-	@exec env NINEFUSE_SOAK=1 .venv/bin/python -m pytest -s tests/test_mount_load.py tests/test_mount_durable.py $(ARGS)
+	@exec env NINEFUSE_SOAK=1 .venv/bin/python -m pytest -s $(addprefix tests/test_mount_,$(LONG)) $(ARGS)
 
 conformance:
 	@tools/setup

@@ -233,7 +233,8 @@ class FidTable:
         Args:
             root: its attributes.
             births: whether a birth time is a file's for life, and tells it from a later
-                one that has its inode number.
+                one that has its inode number. On other devices below the directory it is
+                not asked: an overlayfs may be among them.
         """
         self._births = births
         new = (root.dev_major, root.dev_minor), root.ino
@@ -247,6 +248,9 @@ class FidTable:
             return a.ino
         assert self._paths is not None
         return self._paths.path(a)
+
+    def _is_on_root_device(self, a: Attributes) -> bool:
+        return self._root is not None and self._root[0] == (a.dev_major, a.dev_minor)
 
     def number_apart(self, device: tuple[int, int], inode: int) -> int:
         """A number to show a file with of which nothing but its inode number is known."""
@@ -311,7 +315,7 @@ class FidTable:
             if fd >= 0:
                 self._defer(os.close, fd)
             raise
-        node = Node(path, a, place, self._births)
+        node = Node(path, a, place, self._births and self._is_on_root_device(a))
         if fd >= 0:
             self.give_descriptor(node, fd)
         return node

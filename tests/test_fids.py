@@ -448,6 +448,14 @@ def test_births_are_not_asked_where_they_change() -> None:
     assert table.looked_up(made_up(3, kind=stat.S_IFDIR)).generation == 1
 
 
+def test_births_are_not_asked_of_files_on_other_devices(table: Table) -> None:
+    """What is mounted below the source may be an overlayfs."""
+    fid = table.looked_up(made_up(3, birth=1, device=(8, 7)), 30)
+    assert table.looked_up(made_up(3, birth=2, device=(8, 7))) is fid
+    assert fid.generation == 0
+    assert fid.node.shows(made_up(3, birth=3, device=(8, 7)))
+
+
 # Threads
 
 

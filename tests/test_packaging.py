@@ -334,7 +334,7 @@ STAMPED = ("requirements.txt", "setup.cfg", "setup.py", "pyproject.toml", "ninef
 BASICS = "sh cat cksum cp cut dirname env flock grep id ln mkdir mktemp mv rm sed sleep"
 TEST_TOOLS = (
     "fusermount3 getfattr setfattr getfacl setfacl mount umount unshare setpriv ps pgrep"
-    " pkg-config gcc"
+    " pkg-config gcc git rsync mkfs.xfs mkfs.btrfs"
 )
 
 

@@ -1,0 +1,394 @@
+"""Real programs on a mount: each compared with what it does without, or by its own checker."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import sqlite3
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+
+import pytest
+from mounting import ENVIRONMENT, Child, Place, in_child
+from test_mount_attributes import plant, tree
+
+SOAK = os.environ.get("NINEFUSE_SOAK") == "1"  # make soak: what takes longer
+SCALE = 8 if SOAK else 1
+NOTHING: Mapping[str, str] = {}
+
+default_model = pytest.mark.parametrize("place", ["second"], indirect=True)
+
+
+def call(*words: str | Path, cwd: Path | None = None, env: Mapping[str, str] = NOTHING) -> str:
+    """Run a program that must succeed; what it printed."""
+    done = subprocess.run(
+        [str(word) for word in words],
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        errors="surrogateescape",
+        env={**ENVIRONMENT, "LC_ALL": "C", **env},
+        timeout=50 * SCALE,
+        check=False,
+    )
+    assert done.returncode == 0, f"{words} ended with {done.returncode}:\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def need(program: str) -> None:
+    if shutil.which(program) is None:
+        pytest.skip(f"there is no {program}")
+
+
+def expire(place: Place) -> None:
+    """Have what the kernel believes of the files expire; with one model, it is all the same."""
+    if place.mount.model == "second":
+        time.sleep(1.1)
+
+
+# git
+
+GIT = {
+    "GIT_CONFIG_GLOBAL": "/dev/null",
+    "GIT_CONFIG_NOSYSTEM": "1",
+    "GIT_AUTHOR_NAME": "a",
+    "GIT_AUTHOR_EMAIL": "a@example.org",
+    "GIT_AUTHOR_DATE": "1700000000 +0000",
+    "GIT_COMMITTER_NAME": "c",
+    "GIT_COMMITTER_EMAIL": "c@example.org",
+    "GIT_COMMITTER_DATE": "1700000000 +0000",
+    "GIT_TERMINAL_PROMPT": "0",
+}
+
+
+def git(top: Path, *words: str | Path) -> str:
+    return call("git", "-C", top, "-c", "core.autocrlf=false", *words, env=GIT)
+
+
+def make_history(top: Path, files: int) -> str:
+    """Have git do what people have it do; the number of the last commit."""
+    top.mkdir()
+    git(top, "init", "--quiet", "--initial-branch=main")
+    for n in range(files):
+        file = top / f"directory{n % 12}" / f"file {n}"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(f"{n}\n" * (n % 40 + 1))
+        if n % 7 == 0:
+            file.chmod(0o755)
+    (top / "symlink").symlink_to("directory0/file 0")
+    git(top, "add", "--all")
+    git(top, "commit", "--quiet", "--message=first")
+    git(top, "checkout", "--quiet", "-b", "branch")
+    for n in range(0, 60, 5):
+        (top / f"directory{n % 12}/file {n}").write_text("changed\n")
+    git(top, "mv", "directory3", "moved")
+    git(top, "rm", "--quiet", "-r", "--force", "directory4")
+    git(top, "commit", "--quiet", "--all", "--message=second")
+    git(top, "checkout", "--quiet", "main")
+    assert len(os.listdir(top / "directory4")) == files // 12
+    (top / "directory5/new").write_text("new\n")
+    git(top, "add", "directory5/new")
+    git(top, "commit", "--quiet", "--message=third")
+    git(top, "merge", "--quiet", "--message=merged", "branch")
+    return git(top, "rev-parse", "HEAD")
+
+
+@pytest.fixture(scope="module")
+def last_commit(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], str]:
+    """The number of the last commit in a directory that is no mount, of so many files."""
+    need("git")
+
+    @cache
+    def find(files: int) -> str:
+        return make_history(tmp_path_factory.mktemp("git") / "repository", files)
+
+    return find
+
+
+@pytest.mark.limit(60 * SCALE)
+def test_a_git_repository_is_what_it_is_elsewhere(
+    place: Place, last_commit: Callable[[int], str]
+) -> None:
+    here, clone = place.path / "repository", place.path / "clone"
+    files = 300 * SCALE if place.mount.model == "second" else 120 * SCALE
+    last = make_history(here, files)
+    assert last == last_commit(files), "the same files have the same numbers"
+    git(here, "gc", "--quiet")
+    git(here, "fsck", "--strict", "--full")
+    call("git", "clone", "--quiet", here, clone, env=GIT)
+    for repository in (here, clone):
+        assert git(repository, "rev-parse", "HEAD") == last
+        assert git(repository, "status", "--porcelain") == ""
+    if SOAK or place.mount.model == "second":
+        # Packed anew on the way, where the first clone has hard links.
+        call("git", "clone", "--quiet", "--no-local", here, place.path / "other", env=GIT)
+        git(place.path / "other", "fsck", "--strict", "--full")
+        git(place.path / "other", "gc", "--quiet", "--aggressive", "--prune=now")
+        assert git(place.path / "other", "status", "--porcelain") == ""
+    (clone / "directory1/file 1").write_text("pulled\n")
+    git(clone, "commit", "--quiet", "--all", "--message=fourth")
+    git(here, "pull", "--quiet", "--ff-only", clone, "main")
+    git(clone, "fsck", "--strict", "--full")
+    assert (place.source / "repository/directory1/file 1").read_text() == "pulled\n"
+    expire(place)
+    # Unlike status this does not look into files whose times or numbers have changed.
+    git(here, "diff-files", "--quiet")
+    assert git(place.source / "repository", "status", "--porcelain") == ""
+
+
+# SQLite
+
+
+def transactions(path: Path, mode: str, who: int, count: int, told: int) -> bool:
+    """Write to a database, a transaction at a time; whether a shared file of it is mapped."""
+    base = sqlite3.connect(path, timeout=30.0, isolation_level=None)
+    assert base.execute(f"PRAGMA journal_mode={mode}").fetchone() == (mode,)
+    for n in range(count):
+        base.execute("BEGIN IMMEDIATE")
+        base.execute("INSERT INTO t VALUES (?, ?, ?)", (who, n, "x" * (n * 37 % 3000)))
+        base.execute("UPDATE total SET n = n + 1")
+        base.execute("COMMIT")
+        os.write(told, b".")
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    mapped = any(line.endswith("-shm") and line.split()[1] == "rw-s" for line in maps)
+    base.close()
+    return mapped
+
+
+def check_database(path: Path, mode: str) -> tuple[int, int]:
+    """Rows, and how many the database believes to have."""
+    with contextlib.closing(sqlite3.connect(path)) as base:
+        assert base.execute("PRAGMA journal_mode").fetchone() == (mode,)
+        assert base.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        (rows,) = base.execute("SELECT count(*) FROM t").fetchone()
+        (total,) = base.execute("SELECT n FROM total").fetchone()
+    return rows, total
+
+
+def make_database(path: Path, mode: str) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as base:
+        base.execute(f"PRAGMA journal_mode={mode}")
+        base.execute("CREATE TABLE t (who INT, n INT, x TEXT, PRIMARY KEY (who, n))")
+        base.execute("CREATE TABLE total (n INT)")
+        base.execute("INSERT INTO total VALUES (0)")
+        base.commit()
+
+
+@pytest.mark.limit(60 * SCALE)
+@pytest.mark.parametrize("mode", ["delete", "wal"])
+def test_two_processes_write_to_an_sqlite_database_at_once(place: Place, mode: str) -> None:
+    path, count = place.path / "base", 40 * SCALE
+    in_child(make_database, path, mode)
+    told, answers = os.pipe()
+    try:
+        with (
+            Child(transactions, path, mode, 1, count, answers) as one,
+            Child(transactions, path, mode, 2, count, answers) as other,
+        ):
+            # Only in WAL mode there is a file that all map: the index of the log.
+            assert one.result(50 * SCALE) == other.result(50 * SCALE) == (mode == "wal")
+        assert in_child(check_database, path, mode) == (2 * count, 2 * count)
+        assert sorted(os.listdir(place.source)) == ["base"], "journals are gone with the last user"
+        assert in_child(check_database, place.source / "base", mode) == (2 * count, 2 * count)
+    finally:
+        os.close(told)
+        os.close(answers)
+
+
+@default_model
+@pytest.mark.limit(60 * SCALE)
+@pytest.mark.parametrize("mode", ["delete", "wal"])
+def test_an_sqlite_database_survives_writers_that_are_killed(place: Place, mode: str) -> None:
+    path = place.path / "base"
+    in_child(make_database, path, mode)
+    done = 0
+    for who in range(2 * SCALE):
+        told, answers = os.pipe()
+        try:
+            with Child(transactions, path, mode, who, 1_000_000, answers) as writer:
+                for _ in range(10):
+                    done += len(os.read(told, 1))
+                os.kill(writer.pid, signal.SIGKILL)
+            os.close(answers)
+            while more := os.read(told, 4096):
+                done += len(more)
+        finally:
+            os.close(told)
+        rows, total = in_child(check_database, path, mode)
+        assert rows == total >= done, "a transaction is there as a whole, or not at all"
+        done = rows
+
+
+# Trees
+
+ODD_NAMES = (
+    *(b"-rf", b"--", b" ", b"trailing ", b"new\nline", b"back\\slash", b"*?[a]", b"'\"$(x)"),
+    *(b"\xff\xfe not UTF-8", b"tab\there", b"n" * 255, "日本語".encode(), b"...", b"#x#", b"~"),
+)
+
+
+def plant_all(top: Path) -> None:
+    """One of everything, with names that programs stumble over."""
+    plant(top)
+    (top / "odd").mkdir()
+    for number, name in enumerate(ODD_NAMES):
+        path = Path(os.fsdecode(bytes(top / "odd") + b"/" + name))
+        path.write_bytes(b"%d" % number)
+        os.utime(path, ns=(10**18, 10**18 + number))
+    os.symlink("../holes", top / "odd/link")
+    deep = top / "deep"
+    for _ in range(12):
+        deep = deep / ("d" * 100)
+    deep.mkdir(parents=True)
+    (deep / "file").write_bytes(b"deep")
+    for path in [*top.glob("deep/**/"), top / "odd", top]:
+        os.utime(path, ns=(10**18, 10**18 + 7))
+
+
+TAR = ("tar", "--xattrs", "--xattrs-include=user.*", "--numeric-owner", "--sort=name")
+# So that two archives of one tree are the same, byte for byte.
+PAX = ("--format=posix", "--pax-option=exthdr.name=%d/%f,delete=atime,delete=ctime")
+
+
+@default_model
+@pytest.mark.parametrize("sparse", [(), ("--sparse",)], ids=["plain", "sparse"])
+def test_a_tree_packed_and_unpacked_by_tar_is_the_same(
+    place: Place, tmp_path: Path, sparse: tuple[str, ...]
+) -> None:
+    need("tar")
+    plant_all(tmp_path / "tree")
+    expected = tree(tmp_path / "tree")
+    archive, other = tmp_path / "archive", tmp_path / "other"
+    (place.path / "unpacked").mkdir()
+    call(*TAR, *PAX, *sparse, "-cf", archive, "-C", tmp_path / "tree", ".")
+    call(*TAR, "-xpf", archive, "-C", place.path / "unpacked")
+    assert tree(place.source / "unpacked") == expected
+    assert tree(place.path / "unpacked") == expected
+    call(*TAR, "--compare", "-f", archive, "-C", place.path / "unpacked")
+    # The other way; the archive is on the mount, too.
+    call(*TAR, *PAX, *sparse, "-cf", place.path / "archive", "-C", place.path / "unpacked", ".")
+    call(*TAR, *PAX, *sparse, "-cf", other, "-C", place.source / "unpacked", ".")
+    (tmp_path / "unpacked").mkdir()
+    call(*TAR, "-xpf", place.path / "archive", "-C", tmp_path / "unpacked")
+    assert tree(tmp_path / "unpacked") == expected
+    if not sparse:  # holes are found in another way
+        assert (place.path / "archive").read_bytes() == other.read_bytes()
+
+
+# Times are compared to the nanosecond, not to the second.
+RSYNC = ("rsync", "-aHAX", "--modify-window=-1")
+
+
+@default_model
+def test_rsync_finds_nothing_to_do_the_second_time(place: Place, tmp_path: Path) -> None:
+    need("rsync")
+    plant_all(tmp_path / "tree")
+    os.mknod(tmp_path / "tree/socket", stat.S_IFSOCK | 0o640)
+    os.utime(tmp_path / "tree/socket", ns=(5, 6))
+    os.utime(tmp_path / "tree", ns=(5, 6))
+    expected = tree(tmp_path / "tree")
+    for source, target in (
+        (tmp_path / "tree", place.path / "copy"),
+        (place.path / "copy", place.path / "second"),
+        (place.path / "second", tmp_path / "back"),
+    ):
+        words = (*RSYNC, "--sparse", "--itemize-changes")
+        first = call(*words, f"{source}/", f"{target}/")
+        assert len(first.splitlines()) > 70
+        assert call(*words, f"{source}/", f"{target}/") == ""
+        assert tree(target) == expected
+    assert call(*words, "--checksum", "--delete", f"{tmp_path}/tree/", f"{place.path}/copy/") == ""
+    # In place, and by blocks that have changed.
+    with open(tmp_path / "tree/holes", "r+b") as file:
+        file.seek(500_000)
+        file.write(b"changed")
+    for inplace in ((), ("--inplace",)):
+        words = (*RSYNC, "--no-whole-file", "--delete", *inplace)
+        (tmp_path / "tree/odd/~").unlink(missing_ok=True)
+        call(*words, f"{tmp_path}/tree/", f"{place.path}/copy/")
+        assert tree(place.source / "copy") == tree(tmp_path / "tree")
+
+
+# Python
+
+
+@default_model
+@pytest.mark.parametrize("how", ["--symlinks", "--copies"])
+def test_a_virtual_environment_of_python_is_made_and_used(place: Place, how: str) -> None:
+    """With --copies the interpreter itself is run from the mount."""
+    top = place.path / "environment"
+    call(sys.executable, "-I", "-m", "venv", "--without-pip", how, top)
+    python = top / "bin/python"
+    (packages,) = top.glob("lib/python*/site-packages")
+    (packages / "package").mkdir()
+    (packages / "package/__init__.py").write_text("from .below import answer\n")
+    (packages / "package/below.py").write_text("answer = 6 * 7\n")
+    script = place.path / "script.py"
+    script.write_text(f"#!{python}\nimport sys, package\nprint(sys.prefix, package.answer)\n")
+    script.chmod(0o755)
+    env = {"PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": ""}
+    for _ in range(2):
+        assert call(script, env=env) == f"{top} 42\n"
+    cached = list((place.source / packages.relative_to(place.path)).glob("package/__pycache__/*"))
+    assert len(cached) == 2
+    (packages / "package/below.py").write_text("answer = 'another'\n")
+    assert call(script, env=env) == f"{top} another\n"
+
+
+# make and gcc
+
+MAKEFILE = """
+CFLAGS = -O1 -Wall -Werror
+parts = $(patsubst %.c,%.o,$(wildcard part*.c))
+program: main.o libparts.a
+\t$(CC) -o $@ main.o libparts.a
+libparts.a: $(parts)
+\t$(AR) rcs $@ $(parts)
+%.o: %.c parts.h
+\t$(CC) $(CFLAGS) -c -o $@ $<
+clean:
+\trm -f program *.o *.a
+"""
+
+
+@pytest.mark.limit(60 * SCALE)
+def test_a_program_is_built_once_and_runs(place: Place, tmp_path: Path) -> None:
+    need("make")
+    need("gcc")
+    top, count = place.path / "project", 18 * SCALE
+    top.mkdir()
+    (place.path / "temporary").mkdir()
+    (top / "Makefile").write_text(MAKEFILE)
+    for n in range(count):
+        (top / f"part{n}.c").write_text(
+            f'#include "parts.h"\nint part{n}(void) {{ return {n}; }}\n'
+        )
+    (top / "parts.h").write_text("".join(f"int part{n}(void);\n" for n in range(count)))
+    terms = " + ".join(f"part{n}()" for n in range(count))
+    (top / "main.c").write_text(
+        '#include <stdio.h>\n#include "parts.h"\n'
+        f'int main(void) {{ return !printf("%d\\n", {terms}); }}\n'
+    )
+    words = ("make", "-j4", "CC=gcc", "program")
+    temporary = {"TMPDIR": str(place.path / "temporary")}
+    assert call(*words, cwd=top, env=temporary).count("gcc") == count + 2
+    assert call(top / "program") == f"{sum(range(count))}\n"
+    assert call(*words, cwd=top, env=temporary) == "make: 'program' is up to date.\n"
+    expire(place)
+    assert call(*words, cwd=top, env=temporary) == "make: 'program' is up to date.\n"
+    (top / "part1.c").write_text('#include "parts.h"\nint part1(void) { return 1001; }\n')
+    assert call(*words, cwd=top, env=temporary).count("gcc") == 2
+    assert call(top / "program") == f"{sum(range(count)) + 1000}\n"
+    assert os.listdir(place.path / "temporary") == []
+    shutil.copytree(place.source / "project", tmp_path / "project", symlinks=True)
+    assert call(*words, cwd=tmp_path / "project") == "make: 'program' is up to date.\n"
+    call("make", "clean", cwd=top)
+    assert len(os.listdir(place.source / "project")) == count + 3

@@ -626,8 +626,10 @@ class SecondModel(_Pooled):
 
     async def _end_batch(self) -> None:
         """Hand over what was deferred: a worker for each would cost more than the calls do."""
-        await trio.sleep(_BATCH_TIME)
-        self._batching = False
+        try:
+            await trio.sleep(_BATCH_TIME)
+        finally:
+            self._batching = False
         self._after()
 
     def defer_short(self, call: Call) -> None:
@@ -638,6 +640,7 @@ class SecondModel(_Pooled):
         if self.observer is not None:
             call.function = self.observer.watch_call(call.function)
         if get_ident() == self._dispatcher and pace.is_here(call):
+            pace.begins()
             begin = time.monotonic_ns()
             self._make_deferred(call.function, call.args)
             pace.took_here(call, time.monotonic_ns() - begin, self.has_waiting)
@@ -669,6 +672,7 @@ class SecondModel(_Pooled):
             if call.quick is not None and request.perform_quickly():
                 pass
             elif pace.is_here(call, engine):
+                pace.begins()
                 begin = time.monotonic_ns()
                 request.perform()
                 pace.took_here(call, time.monotonic_ns() - begin, self.has_waiting)

@@ -56,6 +56,7 @@ class Node:
         "bare",
         "birth",
         "device",
+        "emptied",
         "fd",
         "inode",
         "kind",
@@ -83,6 +84,7 @@ class Node:
         # Monotonic seconds until which it is known to have no security.capability; while
         # that is asked, minus the time of asking.
         self.bare = 0.0
+        self.emptied = False  # whether it was truncated, by way of this node
 
     def __repr__(self) -> str:
         name = self.place[1] if self.place else b"/"
@@ -287,15 +289,18 @@ class FidTable:
         # Only the last one comes here: a fid in the table has the table's reference,
         # and one that has left it gets no new ones.
         if fid.opened is not None and fid.opened.fd >= 0:
-            self._close(fid.opened.fd, fid.node)
+            self._close(fid.opened, fid.node)
         self.drop(fid.node)
 
-    def _close(self, fd: int, node: Node) -> None:
+    def _close(self, opened: Opened, node: Node) -> None:
         """Have an open file's descriptor closed, while the node is still there."""
-        if node.fd < 0 or self._defer_short is None:
+        fd = opened.fd
+        # The last close of an unlinked file frees its blocks, which takes its time; and ext4 has
+        # any close of a file that was emptied and written anew begin to write it to the disk.
+        writable = isinstance(opened, OpenFile) and opened.writable
+        if node.fd < 0 or writable or node.emptied or self._defer_short is None:
             self._defer(os.close, fd)
         else:
-            # Not the last close of the file, which frees its blocks if it was unlinked.
             self._defer_short(Call(node.path, os.close, (fd,)))
 
     def new_node(self, a: Attributes, fd: int, place: tuple[Node, bytes] | None) -> Node:

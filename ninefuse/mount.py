@@ -115,6 +115,8 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
         try:
             trio.run(_serve, settings, driver, session, source, ready, tracer)
         finally:
+            # From here on everything is left to workers: there is no device to ask any more.
+            driver.pace = None
             session.fids.clear()
             driver.close()
             os.close(source)

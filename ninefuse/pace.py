@@ -9,14 +9,16 @@ would pay for the hand-over, and there is nobody whom it would serve.
 A server that does not answer must never stop the dispatcher. So calls are made here only if
 the source lies on a local file system, and nothing is mounted in it: a name may lead
 anywhere. Nor are calls that others can keep waiting (`Call.may_be_here`). A local disk may
-stall, too, or be frozen. A call that waits for a millisecond while others are there leaves
-its kind to the workers until they have shown for a while that it was an exception; one that
-waits for ten, for a second at least, and twice as long if it happens again soon: one stall
-for each demotion.
+stall, too, or be frozen. Each call that waits for a millisecond or more while others are there
+sends its kind to the workers, for 32 times as long as it took: of some calls that need the disk
+and others that do not, the dispatcher meets so few that it loses three hundredths of its time. If
+it took ten milliseconds, it is for a second at least, and twice as long if it happens again
+soon.
 
 Where clients take all CPUs, much of a call's time is time that the dispatcher was kept off
 the CPU; it would be no less for a worker, and the hand-over is dearer than ever. So in a crowd
-a call that took long is asked for what the kernel knows: whether the thread gave the CPU away.
+a call that took long is asked for what the kernel knows: whether the thread gave the CPU away,
+and if not, how long it had it.
 
 Locks touched: none. Workers add to the figures too; a sample lost between two threads does
 not matter.
@@ -35,12 +37,14 @@ from ninefuse.qids import is_on_own_device
 _SHORT = 40_000  # if the engine would make it otherwise
 _SHORT_FOR_WORKER = 100_000  # if a worker would, who costs more to hand it to
 _LONG = 1_500_000  # above it handing over costs next to nothing
-_STALL = 10_000_000  # longer than others may be kept waiting
+_STALL = 1_000_000  # longer than others may be kept waiting
+_BAD_STALL = 10_000_000
 _LONG_STALL = 100_000_000  # longer than even a lone client's are to take here
 _SAMPLES = 8  # calls on workers before a kind is tried here
 _WEIGHT = 8  # the average is over about so many calls
 _UNTRIED = -1
-_FIRST_PENALTY = 1.0  # seconds
+_SHARE = 32  # of the time, the one part that stalls may take
+_FIRST_PENALTY = 1.0  # seconds, for a bad one
 _LAST_PENALTY = 64.0
 _FORGIVEN = 5  # times the penalty
 
@@ -86,7 +90,8 @@ class Pace:
         self._sole = False
         self._kinds: dict[Hashable, _Kind] = {}
         self._crowd = 0  # requests still to come alone
-        self._switches = 0  # the dispatcher's, when the last request came in a crowd
+        # In a crowd, the dispatcher's figures when the call began.
+        self._before: resource.struct_rusage | None = None
         self.demotions = 0
         self._longest = 0
 
@@ -101,8 +106,6 @@ class Pace:
             self._crowd = _ALONE
         elif self._crowd:
             self._crowd -= 1
-        if self._crowd:
-            self._switches = _voluntary_switches()
 
     def is_local(self, call: Call) -> bool:
         """Whether a call that uses no name is on the source's own, local file system."""
@@ -131,6 +134,10 @@ class Pace:
         kind.here, kind.average = True, _UNTRIED
         return True
 
+    def begins(self) -> None:
+        """The dispatcher is about to make a call."""
+        self._before = _usage() if self._crowd else None
+
     def took_here(self, call: Call, nanoseconds: int, is_waited_for: Callable[[], bool]) -> None:
         """The dispatcher has made a call.
 
@@ -145,18 +152,16 @@ class Pace:
             return
         if nanoseconds > self._longest:
             self._longest = nanoseconds
-        if self._crowd and not self._has_blocked():
-            # It was busy, or kept off the CPU by the clients, as a worker would be.
-            kind.add(min(nanoseconds // 4, 2 * _SHORT))
-            blocked = False
-        else:
-            kind.add(nanoseconds)
-            blocked = True
+        if self._before is not None:
+            after = _usage()
+            if after.ru_nvcsw == self._before.ru_nvcsw:
+                nanoseconds = min(nanoseconds, _cpu_time(after) - _cpu_time(self._before))
+        kind.add(nanoseconds)
         waiting = is_waited_for()
         if waiting:
             self._crowd = _ALONE
-        if nanoseconds > (_STALL if waiting and blocked else _LONG_STALL):
-            self._demote(kind)
+        if nanoseconds > (_STALL if waiting else _LONG_STALL):
+            self._demote(kind, nanoseconds)
 
     def took_there(self, call: Call, nanoseconds: int) -> None:
         """A worker, or the engine, has made a call."""
@@ -173,11 +178,6 @@ class Pace:
         if nanoseconds < kind.best:
             kind.best = nanoseconds
 
-    def _has_blocked(self) -> bool:
-        """Whether the dispatcher gave the CPU away since the request came, or was last asked."""
-        before, self._switches = self._switches, _voluntary_switches()
-        return self._switches != before
-
     def _kind(self, call: Call) -> _Kind:
         kind = self._kinds.get(call.kind)
         if kind is None:
@@ -186,18 +186,26 @@ class Pace:
             kind = self._kinds.setdefault(function, _Kind())
         return kind
 
-    def _demote(self, kind: _Kind) -> None:
+    def _demote(self, kind: _Kind, nanoseconds: int) -> None:
         now = time.monotonic()
-        # After a good time it is a first offence again.
-        if now > kind.until + _FORGIVEN * kind.penalty:
-            kind.penalty = _FIRST_PENALTY
         self.demotions += 1
         kind.here = False
         kind.samples, kind.best = 0, _LONG_STALL
+        if nanoseconds <= _BAD_STALL:
+            kind.until = max(kind.until, now + nanoseconds * _SHARE / 1e9)
+            return
+        # After a good time it is a first offence again.
+        if now > kind.until + _FORGIVEN * kind.penalty:
+            kind.penalty = _FIRST_PENALTY
         kind.until = now + kind.penalty
         kind.penalty = min(2 * kind.penalty, _LAST_PENALTY)
 
 
-def _voluntary_switches() -> int:
-    """How often this thread has waited for something (getrusage(2))."""
-    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+def _usage() -> resource.struct_rusage:
+    """What this thread has used, and how often it has waited for something (getrusage(2))."""
+    return resource.getrusage(resource.RUSAGE_THREAD)
+
+
+def _cpu_time(usage: resource.struct_rusage) -> int:
+    """Nanoseconds on the CPU."""
+    return int((usage.ru_utime + usage.ru_stime) * 1e9)

@@ -133,3 +133,21 @@ def test_a_dead_mount_in_the_source_hides_nothing_but_itself(
     finally:
         subprocess.run(["umount", "-l", mount.source / "dead"], check=True)
         run("fusermount3", "-u", "-z", below.path)
+
+
+@needs_root
+def test_a_daemon_ends_well_with_files_open(new_mount: Callable[..., Mount]) -> None:
+    """Those of the second model's that are closed at once, too: there is no device any more."""
+    mount = new_mount()
+    (mount.source / "file").write_bytes(b"x")
+
+    def hold() -> None:
+        for _ in range(400):
+            os.close(os.open(mount.path / "file", os.O_RDONLY))
+        files = [os.open(mount.path / "file", os.O_RDONLY) for _ in range(3000)]
+        run("umount", "-f", "-l", mount.path)
+        for file in files:
+            errno_of(os.close, file)
+
+    in_child(hold)
+    assert mount.wait() == 0

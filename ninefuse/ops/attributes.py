@@ -87,6 +87,7 @@ async def setattr(
             await blocking(on, os.chown, path, uid, gid)
         if changes.size is not None:
             check_offset(changes.size)
+            use.node.emptied = True
             if isinstance(use.fid.opened, OpenFile) and use.fid.opened.writable:
                 fd = use.fid.opened.fd
                 await blocking(on, _truncate, os.ftruncate, fd, changes.size, use.fd, caller)

@@ -74,6 +74,8 @@ async def lopen(session: Session, fid: int, flags: int, caller: Caller | None = 
             if flags & os.O_DIRECTORY:
                 raise error(errno.ENOTDIR)
             kept = flags & _KEPT_FLAGS
+            if kept & os.O_TRUNC:
+                use.node.emptied = True
             fd = await blocking_unless(on, _open_file_now, _open_file, use.fd, kept, caller)
             opened = OpenFile(fd, kept)
         else:

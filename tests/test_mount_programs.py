@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from mounting import ENVIRONMENT, Child, Place, in_child
+from mounting import ENVIRONMENT, MODELS, Child, Place, in_child
 from test_mount_attributes import plant, tree
 
 SOAK = os.environ.get("NINEFUSE_SOAK") == "1"  # make soak: what takes longer
@@ -24,6 +24,7 @@ SCALE = 8 if SOAK else 1
 NOTHING: Mapping[str, str] = {}
 
 default_model = pytest.mark.parametrize("place", ["second"], indirect=True)
+each_model = pytest.mark.parametrize("place", MODELS if SOAK else ["second"], indirect=True)
 
 
 def call(*words: str | Path, cwd: Path | None = None, env: Mapping[str, str] = NOTHING) -> str:
@@ -113,12 +114,13 @@ def last_commit(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], str
     return find
 
 
+@each_model
 @pytest.mark.limit(60 * SCALE)
 def test_a_git_repository_is_what_it_is_elsewhere(
     place: Place, last_commit: Callable[[int], str]
 ) -> None:
     here, clone = place.path / "repository", place.path / "clone"
-    files = 300 * SCALE if place.mount.model == "second" else 120 * SCALE
+    files = 204 * SCALE
     last = make_history(here, files)
     assert last == last_commit(files), "the same files have the same numbers"
     git(here, "gc", "--quiet")
@@ -360,6 +362,7 @@ clean:
 
 
 @pytest.mark.limit(60 * SCALE)
+@each_model
 def test_a_program_is_built_once_and_runs(place: Place, tmp_path: Path) -> None:
     need("make")
     need("gcc")

@@ -16,7 +16,7 @@ help:
 	@echo '             SRC=/some/dir: on the file system of that directory'
 	@echo 'make test    the whole test suite, real mounts included'
 	@echo '             ARGS="-x -k rename": further arguments for pytest'
-	@echo 'make soak    the tests of long runs, with more files and power failures'
+	@echo 'make soak    the tests of long runs, with more files, power failures and random calls'
 	@echo 'make conformance PJDFSTEST=/some/dir'
 	@echo '             pjdfstest, built there, on mounts of each model and engine; as root'
 	@echo '             ARGS="--rows second --only chmod/*.t": further arguments'
@@ -41,7 +41,7 @@ test:
 
 soak:
 	@tools/setup
-	@exec env NINEFUSE_SOAK=1 .venv/bin/python -m pytest -s tests/test_mount_load.py tests/test_mount_durable.py $(ARGS)
+	@exec env NINEFUSE_SOAK=1 .venv/bin/python -m pytest -s tests/test_mount_load.py tests/test_mount_durable.py tests/test_mount_random.py $(ARGS)
 
 conformance:
 	@tools/setup

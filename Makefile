@@ -5,7 +5,7 @@
 .PHONY: help soak conformance demo bench test check clean
 .DEFAULT_GOAL := help
 
-LONG = load.py durable.py names.py programs.py
+LONG = load.py durable.py names.py programs.py random.py
 
 # By way of the environment: the directories' names reach the program whatever is in it.
 export SRC OUT PJDFSTEST

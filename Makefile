@@ -18,7 +18,7 @@ help:
 	@echo '             SRC=/some/dir: on the file system of that directory'
 	@echo 'make test    the whole test suite, real mounts included'
 	@echo '             ARGS="-x -k rename": further arguments for pytest'
-	@echo 'make soak    the tests of long runs, with more files and power failures, bigger repositories'
+	@echo 'make soak    the tests of long runs: more files, power failures, random calls, no io_uring'
 	@echo 'make conformance PJDFSTEST=/some/dir'
 	@echo '             pjdfstest, built there, on mounts of each model and engine; as root'
 	@echo '             ARGS="--rows second --only chmod/*.t": further arguments'

@@ -414,10 +414,6 @@ def _handle(fid: int) -> int:
     return fid - FIRST_HANDLE
 
 
-def _caller(ctx: pyfuse3.RequestContext) -> Caller:
-    return Caller(ctx.uid, ctx.gid)
-
-
 def _errno_for_kernel(failure: OSError) -> int:
     code = failure.errno
     if code == errno.ENOSYS:

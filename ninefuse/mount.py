@@ -75,7 +75,7 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
     """
     signals.block()
     credentials.settle()
-    os.umask(0)  # the kernel has applied the caller's
+    os.umask(0)  # the callers' count; see credentials.py
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     log.debug("open files: limit raised from %d to %d", soft, hard)

@@ -301,7 +301,7 @@ def make_settings(
     or absolute; options, from parse_options; the rest as flags on the command line gave it (None:
     not given), which wins over options. debug on either side means foreground too, as it does
     for all FUSE commands (mount.fuse3(8)).
-    Raises Failure(USAGE) when a path is empty.
+    Raises Failure(USAGE) when a path is empty, or the engine is not to be had with the model.
     """
     for name, path in (
         ("SRC", source),
@@ -315,11 +315,16 @@ def make_settings(
             raise Failure(ExitCode.USAGE, f"{name} is empty: give a path")
     source = os.path.abspath(source)
     debug = debug or options.debug
+    model = model or options.model or DEFAULT_MODEL
+    engine = engine or options.engine or DEFAULT_ENGINE
+    if engine == "uring" and (model != "second" or not options.inline):
+        text = "--engine uring is beneath the second model only, with -o inline=auto"
+        raise Failure(ExitCode.USAGE, text)
     return Settings(
         source=source,
         mountpoint=os.path.abspath(mountpoint),
-        model=model or options.model or DEFAULT_MODEL,
-        engine=engine or options.engine or DEFAULT_ENGINE,
+        model=model,
+        engine=engine,
         threads=threads or options.threads or DEFAULT_THREADS,
         foreground=foreground or debug,
         debug=debug,

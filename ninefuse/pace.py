@@ -197,7 +197,7 @@ class Pace:
         # After a good time it is a first offence again.
         if now > kind.until + _FORGIVEN * kind.penalty:
             kind.penalty = _FIRST_PENALTY
-        kind.until = now + kind.penalty
+        kind.until = now + max(kind.penalty, nanoseconds * _SHARE / 1e9)
         kind.penalty = min(2 * kind.penalty, _LAST_PENALTY)
 
 

@@ -301,3 +301,12 @@ def test_lists_are_evaluated_for_others_and_on_request() -> None:
 def test_xdev() -> None:
     assert settings("xdev").one_file_system
     assert not settings().one_file_system
+
+
+@pytest.mark.parametrize("words", ["model=first", "model=none", "inline=off"])
+def test_io_uring_is_refused_where_it_would_not_be_used(words: str) -> None:
+    with pytest.raises(Failure) as caught:
+        settings("engine=uring," + words)
+    assert caught.value.code == ExitCode.USAGE
+    assert settings("engine=threads," + words).engine == "threads"
+    assert settings("engine=uring").engine == "uring"

@@ -103,7 +103,7 @@ async def lcreate(
         fid: an unopened directory.
         name: the new file's.
         flags: Linux open(2) flags.
-        mode: permission bits, the caller's umask applied.
+        mode: permission bits; the caller's umask is yet to be applied.
         caller: whose file it is to be; None: the daemon's.
 
     Raises:

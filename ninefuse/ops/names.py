@@ -43,7 +43,7 @@ async def mkdir(
         session: the conversation.
         dirfid: where.
         name: the new directory's.
-        mode: permission bits, the caller's umask applied.
+        mode: permission bits; the caller's umask is yet to be applied.
         caller: whose it is to be; None: the daemon's.
 
     Raises:
@@ -70,7 +70,7 @@ async def mknod(
         session: the conversation.
         dirfid: where.
         name: the new node's.
-        mode: type and permission bits, the caller's umask applied.
+        mode: type and permission bits; the caller's umask is yet to be applied.
         rdev: the device a device node stands for.
         caller: whose it is to be; None: the daemon's.
 

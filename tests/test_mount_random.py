@@ -461,7 +461,7 @@ steps = st.one_of(
 )  # fmt: skip
 # Lists of lists: hypothesis makes these longer, and one alone would not get shorter than its
 # least size.
-sequences = st.lists(st.lists(steps, min_size=1, max_size=15), min_size=1, max_size=15).map(
+sequences = st.lists(st.lists(steps, min_size=1, max_size=9), min_size=1, max_size=15).map(
     lambda parts: [step for part in parts for step in part]
 )
 

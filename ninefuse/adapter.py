@@ -25,7 +25,7 @@ import pyfuse3
 
 from ninefuse import ops, sequences
 from ninefuse.commands import Body
-from ninefuse.credentials import Caller
+from ninefuse.credentials import Caller, may_see_trusted
 from ninefuse.executor import Executor
 from ninefuse.fids import FIRST_HANDLE, Fid
 from ninefuse.ops.directory import fitted
@@ -137,7 +137,8 @@ class Adapter(pyfuse3.Operations):
     async def link(
         self, inode: int, new_parent_inode: int, new_name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        body = sequences.link(self._session, inode, new_parent_inode, new_name)
+        caller = self._caller(ctx)
+        body = sequences.link(self._session, inode, new_parent_inode, new_name, caller)
         return self._entry(*await self._answer("link", body))
 
     async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
@@ -156,7 +157,13 @@ class Adapter(pyfuse3.Operations):
         ctx: pyfuse3.RequestContext,
     ) -> None:
         body = ops.renameat(
-            self._session, parent_inode_old, name_old, parent_inode_new, name_new, flags
+            self._session,
+            parent_inode_old,
+            name_old,
+            parent_inode_new,
+            name_new,
+            flags,
+            self._caller(ctx),
         )
         await self._answer("rename", body)
 
@@ -183,8 +190,10 @@ class Adapter(pyfuse3.Operations):
             mtime=attr.st_mtime_ns if fields.update_mtime else None,
             ctime=fields.update_ctime,
         )
+        if changes == ops.Changes():
+            changes = changes._replace(ctime=True)  # a chown to nobody: it moves that at least
         handle = None if fh is None else _fid(fh)
-        body = sequences.setattr(self._session, inode, handle, changes, self._caller(ctx))
+        body = sequences.setattr(self._session, inode, handle, changes)
         return self._attributes(inode, await self._answer("setattr", body))
 
     async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
@@ -286,17 +295,19 @@ class Adapter(pyfuse3.Operations):
         if inode == ROOT_NODEID:
             # Where the source has an attribute of that name it cannot be reached.
             names = [name for name in names if name != STATISTICS]
-        if ctx.uid == 0:
+        others = [name for name in names if not name.startswith(b"trusted.")]
+        # A daemon of root sees all; the source shows these to those who have CAP_SYS_ADMIN.
+        if len(others) == len(names) or may_see_trusted(self._caller(ctx)):
             return names
-        # A daemon of root sees these; the source shows them to root only (xattr(7)).
-        return [name for name in names if not name.startswith(b"trusted.")]
+        return others
 
     async def setxattr(
         self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext
     ) -> None:
         self._need_xattr()
         _refuse_statistics(inode, name)
-        await self._answer("setxattr", sequences.setxattr(self._session, inode, name, value))
+        body = sequences.setxattr(self._session, inode, name, value, self._caller(ctx))
+        await self._answer("setxattr", body)
 
     async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
         self._need_xattr()

@@ -30,10 +30,15 @@ _libc.setfsuid.restype = _libc.setfsgid.restype = ctypes.c_uint32
 _CAP_DAC_OVERRIDE = 1
 _CAP_DAC_READ_SEARCH = 2
 _CAP_FSETID = 4
+_CAP_SYS_ADMIN = 21
 _CAP_SYS_RESOURCE = 24
 _CAP_MKNOD = 27
 _CAPABILITY_VERSION_3 = 0x20080522
 _CLONE_FS = 0x200
+
+# What of the daemon's capabilities is kept: to make something, and to change something.
+_FOR_MAKING = 1 << _CAP_DAC_OVERRIDE | 1 << _CAP_DAC_READ_SEARCH | 1 << _CAP_MKNOD
+_ALL = -1
 
 _thread = threading.local()  # unshared: whether the umask is the thread's own
 
@@ -105,42 +110,56 @@ def settle() -> None:
         _set_capabilities(c._replace(effective=c.effective & ~drop))
 
 
+def leave_groups() -> None:
+    """Leave all groups but the first: what they may do is not for callers."""
+    if os.geteuid() == 0:
+        with contextlib.suppress(PermissionError):
+            os.setgroups([])
+
+
 def needs_acting(caller: Caller) -> bool:
     """Whether `acting_as` has anything to do for a caller."""
     return caller[:2] != (os.geteuid(), os.getegid()) and os.geteuid() == 0
 
 
-def is_in_group(caller: Caller, gid: int) -> bool:
-    """Whether a caller is in a group, by its supplementary groups too."""
-    if caller.gid == gid or caller.uid == 0:
-        return True
-    return any(int(group) == gid for group in _status_of(caller).get(b"Groups", b"").split())
+def may_set_gid_bit(caller: Caller, gid: int) -> bool:
+    """Whether a caller may have the set-group-id bit on a file of a group.
 
-
-def leaves_bits(caller: Caller | None, mode: int) -> bool:
-    """Whether a file that a caller writes to or truncates keeps its set-id bits.
-
-    Those that root's processes with CAP_FSETID change do (capabilities(7)).
-
-    Args:
-        caller: who writes; None: the daemon, which never leaves them.
-        mode: the file's.
+    Its members may, by their further groups too, and who has CAP_FSETID (capabilities(7)).
     """
-    if caller is None or caller.uid != 0 or not mode & (stat.S_ISUID | stat.S_ISGID):
-        return False
-    return bool(int(_status_of(caller).get(b"CapEff", b"0"), 16) >> _CAP_FSETID & 1)
+    if caller.gid == gid:
+        return True
+    status = _status_of(caller)
+    groups = map(int, status.get(b"Groups", b"").split())
+    return gid in groups or _has(status, _CAP_FSETID)
+
+
+def may_see_trusted(caller: Caller) -> bool:
+    """Whether the source would list a caller the attributes named trusted.* (xattr(7))."""
+    return _has(_status_of(caller), _CAP_SYS_ADMIN)
+
+
+def _has(status: dict[bytes, bytes], capability: int) -> bool:
+    return bool(int(status.get(b"CapEff", b"0"), 16) >> capability & 1)
 
 
 def _status_of(caller: Caller) -> dict[bytes, bytes]:
-    """What proc(5) says of a caller's process; nothing if it is gone.
+    """What proc(5) says of a caller's process; nothing if that cannot be relied on.
 
     Its groups and capabilities do not come with a request. It waits for its answer
     meanwhile; should it be killed, and another have its number by now, that one is told
-    apart by its user.
+    apart by its user. Capabilities in another user namespace are none here. And /proc may be
+    that of other process numbers than requests have.
     """
+    process = f"/proc/{caller.pid}"
     try:
-        with open(f"/proc/{caller.pid}/status", "rb") as file:
+        if os.readlink("/proc/self") != str(os.getpid()):
+            return {}
+        theirs, ours = os.stat(f"{process}/ns/user"), os.stat("/proc/self/ns/user")
+        with open(f"{process}/status", "rb") as file:
             lines = dict(line.split(b":", 1) for line in file if b":" in line)
+        if (theirs.st_dev, theirs.st_ino) != (ours.st_dev, ours.st_ino):
+            lines.pop(b"CapEff", None)
         return lines if int(lines[b"Uid"].split()[3]) == caller.uid else {}
     except (OSError, KeyError, ValueError):
         return {}
@@ -157,7 +176,7 @@ def may_have_setgid(directory: int, mode: int, caller: Caller | None) -> bool:
     if not mode & stat.S_ISGID or caller is None:
         return False
     above = stat_descriptor(directory)
-    return not above.mode & stat.S_ISGID or is_in_group(caller, above.gid)
+    return not above.mode & stat.S_ISGID or may_set_gid_bit(caller, above.gid)
 
 
 @contextlib.contextmanager
@@ -176,29 +195,45 @@ def acting_as(caller: Caller | None, *, keep_bits: bool = False) -> Iterator[Non
     Args:
         caller: who asks.
         keep_bits: let a new file have the set-group-id bit though its group, the
-            directory's, is neither the caller's first nor the daemon's; see `is_in_group`.
+            directory's, is neither the caller's first nor the daemon's; see `may_set_gid_bit`.
     """
     if caller is None or caller.umask is None:
-        with _ids_of(caller, keep_bits):
+        with _ids_of(caller, _FOR_MAKING, keep_bits):
             yield
         return
     _have_own_umask()
     before = os.umask(caller.umask)
     try:
-        with _ids_of(caller, keep_bits):
+        with _ids_of(caller, _FOR_MAKING, keep_bits):
             yield
     finally:
         os.umask(before)
 
 
 @contextlib.contextmanager
-def _ids_of(caller: Caller | None, keep_bits: bool) -> Iterator[None]:
+def spending_as(caller: Caller | None, *, keep_bits: bool = False) -> Iterator[None]:
+    """Let what is done inside the block take blocks as ``caller`` does, not as root.
+
+    For changes that are the daemon's to make, and that may need room: with all of its
+    capabilities, but with the caller's file system ids, by which a file system tells for
+    whom it reserves blocks.
+
+    Args:
+        caller: who asks.
+        keep_bits: let the file keep a set-group-id bit; see `may_set_gid_bit`.
+    """
+    with _ids_of(caller, _ALL, keep_bits):
+        yield
+
+
+@contextlib.contextmanager
+def _ids_of(caller: Caller | None, kept: int, keep_bits: bool) -> Iterator[None]:
     if caller is None or not needs_acting(caller):
         with keeping_bits() if keep_bits else contextlib.nullcontext():
             yield
         return
     before = _get_capabilities()
-    kept = before.effective & (1 << _CAP_DAC_OVERRIDE | 1 << _CAP_DAC_READ_SEARCH | 1 << _CAP_MKNOD)
+    kept &= before.effective
     if keep_bits:
         kept |= before.permitted & 1 << _CAP_FSETID
     try:

@@ -155,11 +155,14 @@ class AttributeRead:
 class AttributeWrite:
     """The state of a fid after xattrcreate: what clunk is going to set, or remove."""
 
-    __slots__ = ("data", "flags", "name", "remove", "size")
+    __slots__ = ("caller", "data", "flags", "name", "remove", "size")
 
     fd = -1
 
-    def __init__(self, name: bytes, size: int, flags: int, remove: bool) -> None:
+    def __init__(
+        self, name: bytes, size: int, flags: int, remove: bool, caller: Caller | None = None
+    ) -> None:
+        self.caller = caller
         self.name = name
         self.size = size  # declared by xattrcreate
         self.flags = flags

@@ -40,14 +40,10 @@ async def forget(session: Session, forgets: Sequence[tuple[int, int]]) -> int:
 
 
 async def setattr(
-    session: Session,
-    nodeid: int,
-    handle: int | None,
-    changes: ops.Changes,
-    caller: Caller | None = None,
+    session: Session, nodeid: int, handle: int | None, changes: ops.Changes
 ) -> Attributes:
     """setattr on the open fid if there is one, getattr."""
-    await ops.setattr(session, nodeid if handle is None else handle, changes, caller)
+    await ops.setattr(session, nodeid if handle is None else handle, changes)
     return await ops.getattr(session, nodeid)
 
 
@@ -75,9 +71,11 @@ async def symlink(
     return await lookup(session, parent, name)
 
 
-async def link(session: Session, nodeid: int, parent: int, name: bytes) -> tuple[Fid, Attributes]:
+async def link(
+    session: Session, nodeid: int, parent: int, name: bytes, caller: Caller | None = None
+) -> tuple[Fid, Attributes]:
     """link, walk from the file to itself (a lookup is counted), getattr."""
-    await ops.link(session, parent, nodeid, name)
+    await ops.link(session, parent, nodeid, name, caller)
     _, fid = await ops.walk(session, nodeid, KERNEL)
     assert fid is not None
     return fid, await _attributes(session, fid)
@@ -148,11 +146,13 @@ async def listxattr(session: Session, nodeid: int) -> list[bytes]:
     return (await _read_attribute(session, nodeid, b"")).split(b"\0")[:-1]
 
 
-async def setxattr(session: Session, nodeid: int, name: bytes, value: bytes) -> None:
+async def setxattr(
+    session: Session, nodeid: int, name: bytes, value: bytes, caller: Caller | None = None
+) -> None:
     """walk to a clone, xattrcreate, write, clunk: which sets it."""
     clone = session.fids.new_number()
     await ops.walk(session, nodeid, clone)
-    await _or_clunk(session, clone, _fill_attribute(session, clone, name, value))
+    await _or_clunk(session, clone, _fill_attribute(session, clone, name, value, caller))
     await ops.clunk(session, clone)
 
 
@@ -188,8 +188,10 @@ async def _read_attribute(session: Session, nodeid: int, name: bytes) -> bytes:
         await ops.clunk(session, attribute)
 
 
-async def _fill_attribute(session: Session, clone: int, name: bytes, value: bytes) -> None:
-    await ops.xattrcreate(session, clone, name, len(value))
+async def _fill_attribute(
+    session: Session, clone: int, name: bytes, value: bytes, caller: Caller | None
+) -> None:
+    await ops.xattrcreate(session, clone, name, len(value), caller=caller)
     if value and await ops.write(session, clone, 0, value) != len(value):
         raise error(errno.EIO)
 

@@ -575,7 +575,7 @@ def test_a_rename_keeps_names_still_while_it_is_under_way(tree: Client) -> None:
     making = Stepper(ops.mkdir(tree.session, ROOT, b"new", 0o755))
     making.to_lock()
     assert walking.finish()[1] is not None
-    moving.before("rename")
+    moving.before("_rename")
     assert making.waiting
     moving.finish()
     making.finish()
@@ -587,7 +587,7 @@ def test_a_rename_does_not_hold_up_data(tree: Client) -> None:
     fid = tree.open("one", flags=os.O_RDWR)
     directory = tree.open("d")
     moving = Stepper(ops.renameat(tree.session, ROOT, b"one", ROOT, b"new"))
-    moving.before("rename")
+    moving.before("_rename")
     assert tree.do(ops.read, fid, 0, 1) == b"1"
     assert tree.do(ops.write, fid, 0, b"x") == 1
     tree.do(ops.fsync, fid)

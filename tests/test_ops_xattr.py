@@ -318,7 +318,7 @@ def test_an_attribute_is_set_once(client: Client, path: Path) -> None:
     fid = client.walk("file")
     client.do(ops.xattrcreate, fid, b"user.a", 0)
     clunking = Stepper(ops.clunk(client.session, fid))
-    clunking.before("setxattr")
+    clunking.before("_setxattr")
     with fails(errno.EBADF):
         client.do(ops.clunk, fid)
     with fails(errno.EBADF):

@@ -9,11 +9,10 @@ import errno
 import os
 import stat as st
 import time
-from collections.abc import Callable
 from typing import NamedTuple
 
 from ninefuse.commands import blocking, blocking_elsewhere
-from ninefuse.credentials import Caller, keeping_bits, leaves_bits
+from ninefuse.credentials import keeping_bits
 from ninefuse.fids import OpenFile, error
 from ninefuse.ops.io import sync_path
 from ninefuse.ops.names import rename_within
@@ -55,9 +54,7 @@ async def getattr(session: Session, fid: int, on: int | None = None) -> Attribut
 stat = getattr  # Tstat of 9P2000.u: the same question
 
 
-async def setattr(
-    session: Session, fid: int, changes: Changes, caller: Caller | None = None
-) -> None:
+async def setattr(session: Session, fid: int, changes: Changes) -> None:
     """Change attributes, in this order: mode, owner, size, times.
 
     The size comes before the times, since it moves them. Steps done before one that
@@ -67,7 +64,6 @@ async def setattr(
         session: the conversation.
         fid: the file; an open fid changes the file it has open.
         changes: what to change.
-        caller: who truncates; None: the daemon.
 
     Raises:
         OSError: EROFS; unknown fid; the errors of chmod(2), chown(2), truncate(2) and
@@ -84,18 +80,15 @@ async def setattr(
         if changes.uid is not None or changes.gid is not None or changes.ctime:
             uid = -1 if changes.uid is None else changes.uid
             gid = -1 if changes.gid is None else changes.gid
-            await blocking(on, os.chown, path, uid, gid)
+            await blocking(on, _chown, path, uid, gid)
         if changes.size is not None:
             check_offset(changes.size)
             use.node.emptied = True
             if isinstance(use.fid.opened, OpenFile) and use.fid.opened.writable:
-                fd = use.fid.opened.fd
-                await blocking(on, _truncate, os.ftruncate, fd, changes.size, use.fd, caller)
+                await blocking(on, os.ftruncate, use.fid.opened.fd, changes.size)
             else:
                 # Whoever holds a lease on the file has it wait (fcntl(2), F_SETLEASE).
-                await blocking_elsewhere(
-                    on, _truncate, os.truncate, path, changes.size, use.fd, caller
-                )
+                await blocking_elsewhere(on, os.truncate, path, changes.size)
         if changes.atime is not None or changes.mtime is not None:
             atime = SetTime.OMIT if changes.atime is None else changes.atime
             mtime = SetTime.OMIT if changes.mtime is None else changes.mtime
@@ -156,14 +149,10 @@ def _chmod(path: str, mode: int) -> None:
         os.chmod(path, mode)
 
 
-def _truncate(
-    truncate: Callable[..., None], file: int | str, size: int, fd: int, caller: Caller | None
-) -> None:
-    if leaves_bits(caller, stat_descriptor(fd).mode):
-        with keeping_bits():
-            truncate(file, size)
-    else:
-        truncate(file, size)
+def _chown(path: str, uid: int, gid: int) -> None:
+    # The kernel has said which bits go; a set-group-id bit without group execution stays.
+    with keeping_bits():
+        os.chown(path, uid, gid)
 
 
 def _set_times(fd: int, atime: int | SetTime, mtime: int | SetTime) -> None:

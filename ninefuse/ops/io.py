@@ -18,8 +18,6 @@ from ninefuse.commands import blocking, blocking_unless
 from ninefuse.credentials import (
     Caller,
     acting_as,
-    keeping_bits,
-    leaves_bits,
     may_have_setgid,
     needs_acting,
 )
@@ -76,14 +74,12 @@ async def lopen(session: Session, fid: int, flags: int, caller: Caller | None = 
             kept = flags & _KEPT_FLAGS
             if kept & os.O_TRUNC:
                 use.node.emptied = True
-            fd = await blocking_unless(on, _open_file_now, _open_file, use.fd, kept, caller)
-            opened = OpenFile(fd, kept)
+            fd = await blocking_unless(on, _open_file_now, _open_file, use.fd, kept)
+            opened = OpenFile(fd, kept, _writer(kept, caller))
         else:
             raise error(errno.ENXIO)
         try:
             attributes = await blocking(on, stat_descriptor, use.fd)
-            if isinstance(opened, OpenFile):
-                opened.writer = _writer(kept, caller, attributes.mode)
             session.fids.open(use.fid, opened)
         except OSError:
             await blocking(on, os.close, opened.fd)
@@ -133,7 +129,7 @@ async def lcreate(
             path_fd, attributes = await blocking(on, _path_descriptor, fd)
             node = session.fids.new_node(attributes, path_fd, (use.node, name))
             try:
-                opened = OpenFile(fd, kept, _writer(kept, caller, attributes.mode))
+                opened = OpenFile(fd, kept, _writer(kept, caller))
                 session.fids.open(use.fid, opened, node)
             finally:
                 session.fids.drop(node)
@@ -349,22 +345,19 @@ def _open_directory(fd: int) -> int:
     return os.open(path_of(fd), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
-def _open_file_now(fd: int, flags: int, caller: Caller | None) -> int:
+def _open_file_now(fd: int, flags: int) -> int:
     """Open a file unless somebody's lease on it keeps openers waiting (fcntl(2))."""
     if flags & os.O_TRUNC:  # which may take its time
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-    opened = _open_file(fd, flags | os.O_NONBLOCK, caller)
+    opened = _open_file(fd, flags | os.O_NONBLOCK)
     if not flags & os.O_NONBLOCK:
         os.set_blocking(opened, True)
     return opened
 
 
-def _open_file(fd: int, flags: int, caller: Caller | None) -> int:
+def _open_file(fd: int, flags: int) -> int:
     path = path_of(fd)
     flags |= os.O_CLOEXEC | os.O_NOCTTY
-    if flags & os.O_TRUNC and leaves_bits(caller, stat_descriptor(fd).mode):
-        with keeping_bits():
-            return os.open(path, flags)
     try:
         return os.open(path, flags)
     except PermissionError:
@@ -420,20 +413,15 @@ def _read_now(fd: int, count: int, offset: int) -> bytes:
     return bytes(memoryview(buffer)[:got])
 
 
-def _writer(flags: int, caller: Caller | None, mode: int) -> Caller | None:
-    """As whom to write, where it makes a difference.
-
-    The blocks that a file system reserves for root are for root only; and root, who may,
-    leaves a file its set-id bits, which the daemon's writes clear.
-    """
-    if flags & os.O_ACCMODE == os.O_RDONLY or caller is None:
+def _writer(flags: int, caller: Caller | None) -> Caller | None:
+    """As whom to write: the blocks that a file system reserves for root are for root only."""
+    if flags & os.O_ACCMODE == os.O_RDONLY or caller is None or not needs_acting(caller):
         return None
-    return caller if needs_acting(caller) or leaves_bits(caller, mode) else None
+    return caller
 
 
 def _write_as(writer: Caller, fd: int, data: bytes, offset: int) -> int:
-    # Another user's writes clear them, whatever that user may do otherwise.
-    with acting_as(writer, keep_bits=writer.uid == 0):
+    with acting_as(writer):
         return _write_fully(fd, data, offset)
 
 

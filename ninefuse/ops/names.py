@@ -12,7 +12,7 @@ import stat
 from collections.abc import Callable
 
 from ninefuse.commands import blocking
-from ninefuse.credentials import Caller, acting_as, may_have_setgid
+from ninefuse.credentials import Caller, acting_as, may_have_setgid, spending_as
 from ninefuse.fids import Node, error
 from ninefuse.qids import Qid
 from ninefuse.session import (
@@ -102,7 +102,9 @@ async def symlink(
     return await _make(session, dirfid, name, _symlink, target, caller)
 
 
-async def link(session: Session, dirfid: int, fid: int, name: bytes) -> None:
+async def link(
+    session: Session, dirfid: int, fid: int, name: bytes, caller: Caller | None = None
+) -> None:
     """Give a file another name.
 
     Args:
@@ -110,6 +112,7 @@ async def link(session: Session, dirfid: int, fid: int, name: bytes) -> None:
         dirfid: where.
         fid: the file.
         name: its new name.
+        caller: who asks; None: the daemon.
 
     Raises:
         OSError: EEXIST; ENOENT, the file has no name left; EPERM, a directory; EXDEV;
@@ -129,7 +132,7 @@ async def link(session: Session, dirfid: int, fid: int, name: bytes) -> None:
         check_directory(directory.node)
         if file.node.kind == stat.S_IFDIR:
             raise error(errno.EPERM)
-        await blocking(directory.node.path, _link, file.fd, directory.fd, name)
+        await blocking(directory.node.path, _link, file.fd, directory.fd, name, caller)
         await session.settle(directory.node)
 
 
@@ -183,6 +186,7 @@ async def renameat(
     newdirfid: int,
     newname: bytes,
     flags: int = 0,
+    caller: Caller | None = None,
 ) -> None:
     """Move a name to another place.
 
@@ -193,6 +197,7 @@ async def renameat(
         newdirfid: where it goes.
         newname: its new name.
         flags: 0, RENAME_NOREPLACE or RENAME_EXCHANGE (an extension to 9P).
+        caller: who asks; None: the daemon.
 
     Raises:
         OSError: EINVAL, other flags, or a name that is none; EROFS; the errors of
@@ -212,7 +217,7 @@ async def renameat(
         session.using(olddirfid, locked=True) as old,
         session.using(newdirfid, locked=True) as new,
     ):
-        await _move_name(session, old.node, oldname, new.node, newname, flags)
+        await _move_name(session, old.node, oldname, new.node, newname, flags, caller)
 
 
 async def unlinkat(session: Session, dirfid: int, name: bytes, flags: int = 0) -> None:
@@ -280,12 +285,18 @@ async def _move_node(
 
 
 async def _move_name(
-    session: Session, old: Node, oldname: bytes, new: Node, newname: bytes, flags: int
+    session: Session,
+    old: Node,
+    oldname: bytes,
+    new: Node,
+    newname: bytes,
+    flags: int,
+    caller: Caller | None = None,
 ) -> None:
     check_directory(old)
     check_directory(new)
     async with session.keeping(new, newname):
-        await blocking(old.path, rename_names, old.fd, oldname, new.fd, newname, flags)
+        await blocking(old.path, _rename, old.fd, oldname, new.fd, newname, flags, caller)
     await _note_place(session, new, newname)
     if flags == RENAME_EXCHANGE:
         await _note_place(session, old, oldname)
@@ -321,8 +332,16 @@ def _symlink(directory: int, name: bytes, target: bytes, caller: Caller | None) 
     return stat_name(directory, name)
 
 
-def _link(file: int, directory: int, name: bytes) -> None:
-    os.link(path_of(file), name, dst_dir_fd=directory, follow_symlinks=True)
+def _link(file: int, directory: int, name: bytes, caller: Caller | None) -> None:
+    with spending_as(caller):
+        os.link(path_of(file), name, dst_dir_fd=directory, follow_symlinks=True)
+
+
+def _rename(
+    old: int, oldname: bytes, new: int, newname: bytes, flags: int, caller: Caller | None
+) -> None:
+    with spending_as(caller):
+        rename_names(old, oldname, new, newname, flags)
 
 
 def _remove(directory: int, name: bytes, is_directory: bool) -> None:

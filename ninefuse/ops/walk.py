@@ -10,6 +10,7 @@ import os
 import stat
 
 from ninefuse.commands import blocking
+from ninefuse.credentials import may_set_gid_bit, spending_as
 from ninefuse.fids import AttributeWrite, Fid, Node, error
 from ninefuse.qids import Qid, qid_of
 from ninefuse.session import Session, Use, check_component, check_directory, open_step
@@ -198,10 +199,21 @@ async def _commit(session: Session, fid: Fid, new: AttributeWrite) -> None:
             if new.remove:
                 await blocking(node.path, os.removexattr, path, new.name)
             else:
-                await blocking(node.path, os.setxattr, path, new.name, new.data, new.flags)
+                await blocking(node.path, _setxattr, node.fd, path, new)
         finally:
             # At the end: who asked meanwhile may have been told of before.
             node.bare = 0.0
+
+
+def _setxattr(fd: int, path: str, new: AttributeWrite) -> None:
+    # Setting a list changes the mode, too.
+    keep_bits = (
+        new.name == b"system.posix_acl_access"
+        and new.caller is not None
+        and may_set_gid_bit(new.caller, stat_descriptor(fd).gid)
+    )
+    with spending_as(new.caller, keep_bits=keep_bits):
+        os.setxattr(path, new.name, new.data, new.flags)
 
 
 async def remove(session: Session, fid: int) -> None:

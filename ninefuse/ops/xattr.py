@@ -13,6 +13,7 @@ import errno
 import os
 
 from ninefuse.commands import blocking
+from ninefuse.credentials import Caller
 from ninefuse.fids import AttributeRead, AttributeWrite, error
 from ninefuse.session import Session, path_of
 
@@ -50,7 +51,14 @@ async def xattrwalk(session: Session, fid: int, newfid: int, name: bytes = b"") 
 
 
 async def xattrcreate(
-    session: Session, fid: int, name: bytes, size: int, flags: int = 0, *, remove: bool = False
+    session: Session,
+    fid: int,
+    name: bytes,
+    size: int,
+    flags: int = 0,
+    *,
+    remove: bool = False,
+    caller: Caller | None = None,
 ) -> None:
     """Turn a fid into one that writes an attribute of its file, at its clunk.
 
@@ -62,6 +70,7 @@ async def xattrcreate(
         flags: 0, os.XATTR_CREATE or os.XATTR_REPLACE.
         remove: remove the attribute instead. (9P says that with a size of 0, and so
             cannot set an empty value, which Linux has.)
+        caller: who sets it; None: the daemon.
 
     Raises:
         OSError: E2BIG, more than 64 KiB; EINVAL, unknown flags, a name that is none, or
@@ -76,7 +85,7 @@ async def xattrcreate(
     session.writable()
     use = session.fids.get(fid)
     try:
-        session.fids.open(use, AttributeWrite(name, size, flags, remove))
+        session.fids.open(use, AttributeWrite(name, size, flags, remove, caller))
     finally:
         session.fids.put(use)
 

@@ -703,8 +703,7 @@ def test_any_calls_do_what_they_do_on_a_plain_directory(
             pytest.skip(f"no io_uring here: {reason}")
     if who == "another" and not AS_ROOT:
         pytest.skip("needs root: acts as another user")
-    # The second time with calls that the dispatcher of the second model leaves to others.
-    options = ("-o", "allow_other,inline=off") if who == "another" else ()
+    options = ("-o", "allow_other") if who == "another" else ()
     mount = new_mount(*SERVERS[server], *options)
     plain = tmp_path / "plain"
     plain.mkdir()

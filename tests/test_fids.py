@@ -802,7 +802,7 @@ def test_opening_again_waits_for_a_rename(source: Path) -> None:
         fid, _ = look_up_all(client)
         reclaim(client, fid)
         moving = Stepper(ops.renameat(client.session, ROOT, b"0000", ROOT, b"0001"))
-        moving.after("rename")
+        moving.after("_rename")
         asking = Stepper(ops.getattr(client.session, fid.number))
         asking.to_lock()
         moving.finish()

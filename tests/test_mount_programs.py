@@ -22,6 +22,7 @@ from test_mount_attributes import plant, tree
 SOAK = os.environ.get("NINEFUSE_SOAK") == "1"  # make soak: what takes longer
 SCALE = 8 if SOAK else 1
 NOTHING: Mapping[str, str] = {}
+OWN_ENVIRONMENT = {name: ENVIRONMENT[name] for name in ENVIRONMENT if not name.startswith("MAKE")}
 
 default_model = pytest.mark.parametrize("place", ["second"], indirect=True)
 each_model = pytest.mark.parametrize("place", MODELS if SOAK else ["second"], indirect=True)
@@ -36,7 +37,8 @@ def call(*words: str | Path, cwd: Path | None = None, env: Mapping[str, str] = N
         capture_output=True,
         encoding="utf-8",
         errors="surrogateescape",
-        env={**ENVIRONMENT, "LC_ALL": "C", **env},
+        # Also where make runs the tests: of one make below another it says more.
+        env={**OWN_ENVIRONMENT, "LC_ALL": "C", **env},
         timeout=50 * SCALE,
         check=False,
     )

@@ -15,12 +15,7 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from ninefuse.commands import blocking, blocking_unless
-from ninefuse.credentials import (
-    Caller,
-    acting_as,
-    may_have_setgid,
-    needs_acting,
-)
+from ninefuse.credentials import Caller, acting_as, may_have_setgid, needs_acting
 from ninefuse.fids import AttributeRead, AttributeWrite, Fid, OpenDirectory, OpenFile, error
 from ninefuse.qids import Qid
 from ninefuse.session import (

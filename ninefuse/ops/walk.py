@@ -55,14 +55,8 @@ async def walk(
             return [], _arrive(session, start, newfid, start.node)
         finally:
             session.fids.put(start)
-    for name in names:
-        check_component(name, illegal=errno.ENOENT)
-    async with session.rename_lock.reading, session.using(fid, locked=True) as use:
-        check_directory(use.node)
-        if newfid == fid and use.fid.opened is not None:
-            raise error(errno.EINVAL)
-        qids, found, _ = await _walk_names(session, use, newfid, names)
-        return qids, found
+    qids, found, _ = await _walk_names(session, fid, newfid, names)
+    return qids, found
 
 
 async def walkgetattr(
@@ -86,18 +80,26 @@ async def walkgetattr(
 
     Source: Twalkgetattr, gVisor's addition to 9P2000.L.
     """
-    check_component(name, illegal=errno.ENOENT)
+    _, found, attributes = await _walk_names(session, fid, newfid, (name,))
+    assert found is not None  # a walk of one name succeeds or raises
+    assert attributes is not None
+    return found, attributes
+
+
+async def _walk_names(
+    session: Session, fid: int, newfid: int | None, names: list[bytes] | tuple[bytes, ...]
+) -> tuple[list[Qid], Fid | None, Attributes | None]:
+    """A walk of one name or more, and the attributes of what they lead to."""
+    for name in names:
+        check_component(name, illegal=errno.ENOENT)
     async with session.rename_lock.reading, session.using(fid, locked=True) as use:
         check_directory(use.node)
         if newfid == fid and use.fid.opened is not None:
             raise error(errno.EINVAL)
-        _, found, attributes = await _walk_names(session, use, newfid, (name,))
-        assert found is not None  # a walk of one name succeeds or raises
-        assert attributes is not None
-        return found, attributes
+        return await _steps(session, use, newfid, names)
 
 
-async def _walk_names(
+async def _steps(
     session: Session, use: Use, newfid: int | None, names: list[bytes] | tuple[bytes, ...]
 ) -> tuple[list[Qid], Fid | None, Attributes | None]:
     fids = session.fids

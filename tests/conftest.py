@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,9 +17,8 @@ from mounting import (
     Watchdog,
     control_file_system,
     detach,
+    fresh_place,
 )
-
-_numbers = itertools.count(1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -79,13 +76,8 @@ def place(
     request: pytest.FixtureRequest, shared_mounts: Callable[..., Mount], guard: Watchdog
 ) -> Iterator[Place]:
     """A fresh directory on a mount, under each of the threading models."""
-    mount = shared_mounts("--model", request.param)
-    name = f"test{next(_numbers)}"
-    (mount.source / name).mkdir()
-    yield Place(mount, mount.path / name, mount.source / name)
-    assert mount.process.poll() is None, f"the daemon is gone:\n{mount.log.text()[-6000:]}"
-    mount.log.check()
-    shutil.rmtree(mount.source / name)
+    with fresh_place(shared_mounts("--model", request.param)) as place:
+        yield place
 
 
 @pytest.fixture

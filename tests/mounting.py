@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import json
 import os
 import pickle
@@ -32,6 +33,7 @@ T = TypeVar("T")
 REPO = Path(__file__).resolve().parent.parent
 MODELS = ("none", "first", "second")
 PATIENCE = 20.0  # seconds; only a test that fails waits so long
+SOAK = os.environ.get("NINEFUSE_SOAK") == "1"  # make soak: what takes longer
 TEST_LIMIT = 60.0  # seconds of one test, after which the watchdog ends its mounts
 
 NINEFUSE = (sys.executable, "-m", "ninefuse")
@@ -448,6 +450,20 @@ class Place:
     mount: Mount
     path: Path  # through the mount
     source: Path  # the same directory, without it
+
+
+_numbers = itertools.count(1)
+
+
+@contextlib.contextmanager
+def fresh_place(mount: Mount) -> Iterator[Place]:
+    """A directory on a mount that tests share; the daemon must be well at its end."""
+    name = f"test{next(_numbers)}"
+    (mount.source / name).mkdir()
+    yield Place(mount, mount.path / name, mount.source / name)
+    assert mount.process.poll() is None, f"the daemon is gone:\n{mount.log.text()[-6000:]}"
+    mount.log.check()
+    shutil.rmtree(mount.source / name)
 
 
 # The watchdog

@@ -22,11 +22,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from mounting import PATIENCE, Child, Mount, is_mounted, mount_ids, run, wait_until
+from mounting import PATIENCE, SOAK, Child, Mount, is_mounted, mount_ids, run, wait_until
 
 from ninefuse.uring import Refused, Uring
 
-SOAK = os.environ.get("NINEFUSE_SOAK") == "1"  # make soak: what takes longer
 TURNS = 3 if SOAK else 1  # of five copies each, for each way of each server
 
 SIZE = 4096  # bytes of a record

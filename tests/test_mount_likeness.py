@@ -7,7 +7,6 @@ same user, and compares what came of it in the source.
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 import shutil
 import stat
@@ -15,13 +14,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from mounting import Mount, Watchdog, become, errno_of, in_child, run
+from mounting import Mount, Watchdog, become, errno_of, fresh_place, in_child, run
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts for others")
 
 OWNER, STRANGER, GROUP = 12345, 12346, 4321
-
-_numbers = itertools.count()
 
 WAYS = {
     "none": ("--model", "none"),
@@ -39,13 +36,11 @@ def both(
     mount = shared_mounts("-o", "allow_other", *WAYS[request.param])
     for directory in (mount.source, *mount.source.parents):
         os.chmod(directory, os.stat(directory).st_mode | 0o755)
-    name = f"test{next(_numbers)}"
-    for side in ("direct", "mounted"):
-        (mount.source / name / side).mkdir(parents=True)
-        (mount.source / name / side).chmod(0o777)
-    yield mount.source / name / "direct", mount.path / name / "mounted"
-    mount.log.check()
-    shutil.rmtree(mount.source / name)
+    with fresh_place(mount) as place:
+        for side in ("direct", "mounted"):
+            (place.source / side).mkdir()
+            (place.source / side).chmod(0o777)
+        yield place.source / "direct", place.path / "mounted"
 
 
 def as_user(

@@ -18,12 +18,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from mounting import MODELS, Child, Mount, wait_until
+from mounting import MODELS, SOAK, Child, Mount, wait_until
 
 STALL = 0.3  # seconds
 IDLE_MEMORY = 60 * 1024  # KiB
 FEW_DESCRIPTORS = 256
-SOAK = os.environ.get("NINEFUSE_SOAK") == "1"  # make soak: what takes longer
 # For tests that take seconds each, of what the models share or the second is worst at.
 SOME_MODELS = MODELS if SOAK else ("second",)
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from mounting import Child, Mount, Place, errno_of, in_child
+from mounting import SOAK, Child, Mount, Place, errno_of, in_child
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.opendir.restype = ctypes.c_void_p
@@ -30,7 +30,6 @@ _libc.rewinddir.argtypes = [ctypes.c_void_p]
 _libc.closedir.argtypes = [ctypes.c_void_p]
 
 _AT_FDCWD = -100
-SOAK = os.environ.get("NINEFUSE_SOAK") == "1"  # make soak: what takes longer
 NOREPLACE = 1
 EXCHANGE = 2
 

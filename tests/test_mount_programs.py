@@ -16,10 +16,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from mounting import ENVIRONMENT, MODELS, Child, Place, in_child
+from mounting import ENVIRONMENT, MODELS, SOAK, Child, Place, in_child
 from test_mount_attributes import plant, tree
 
-SOAK = os.environ.get("NINEFUSE_SOAK") == "1"  # make soak: what takes longer
 SCALE = 8 if SOAK else 1
 NOTHING: Mapping[str, str] = {}
 OWN_ENVIRONMENT = {name: ENVIRONMENT[name] for name in ENVIRONMENT if not name.startswith("MAKE")}

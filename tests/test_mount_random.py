@@ -30,12 +30,11 @@ from typing import Any, NamedTuple
 import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from mounting import PATIENCE, Child, Mount, become
+from mounting import PATIENCE, SOAK, Child, Mount, become
 
 from ninefuse import credentials, syscalls
 from ninefuse.uring import Refused, Uring
 
-SOAK = os.environ.get("NINEFUSE_SOAK") == "1"  # make soak: more sequences, others each time
 # What a failure tells, to have it again.
 SEED = int(os.environ.get("NINEFUSE_SEED", random.SystemRandom().getrandbits(32) if SOAK else 0))
 COUNT = int(os.environ.get("NINEFUSE_SEQUENCES", 2000 if SOAK else 60))

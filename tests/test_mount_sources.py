@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import mmap
 import os
 import random
@@ -20,7 +19,17 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from mounting import NINEFUSE, Mount, Place, Watchdog, errno_of, is_mounted, run, wait_until
+from mounting import (
+    NINEFUSE,
+    Mount,
+    Place,
+    Watchdog,
+    errno_of,
+    fresh_place,
+    is_mounted,
+    run,
+    wait_until,
+)
 from test_mount_names import directory
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount file systems")
@@ -32,8 +41,6 @@ PAGE = mmap.PAGESIZE
 # What the kernel believes for as long as the rest of the defaults make it, but less time.
 BRIEFLY = "attr_timeout=0.2,entry_timeout=0.2,negative_timeout=0.2"
 SBIN = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
-
-_numbers = itertools.count(1)
 
 
 # Making file systems
@@ -137,12 +144,8 @@ def ground(
 @pytest.fixture
 def spot(ground: Mount, guard: Watchdog) -> Iterator[Place]:
     """A fresh directory on a mount of each kind."""
-    name = f"test{next(_numbers)}"
-    (ground.source / name).mkdir()
-    yield Place(ground, ground.path / name, ground.source / name)
-    assert ground.process.poll() is None, f"the daemon is gone:\n{ground.log.text()[-6000:]}"
-    ground.log.check()
-    shutil.rmtree(ground.source / name)
+    with fresh_place(ground) as place:
+        yield place
 
 
 def numbers(top: Path) -> dict[str, tuple[int, int]]:

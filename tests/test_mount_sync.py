@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from mounting import Mount, Place, errno_of
+from mounting import Mount, Place, errno_of, wait_until
 
 SYNC_FLAGS = [os.O_SYNC, os.O_DSYNC]
 
@@ -50,6 +50,11 @@ def test_a_synchronous_open_writes_through_a_descriptor_with_the_same_flags(
         assert (place.source / "file").read_bytes() == b"x" * 5000
     finally:
         os.close(fd)
+    # The kernel tells the daemon of a close, and does not wait for it.
+    wait_until(
+        lambda: not flags_of_descriptors(place.mount.pid, place.source / "file"),
+        "the end of the daemon's own descriptor",
+    )
     again = os.open(place.path / "file", os.O_RDWR | sync)
     try:
         assert [f & sync for f in flags_of_descriptors(place.mount.pid, place.source / "file")] == [

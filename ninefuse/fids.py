@@ -17,7 +17,7 @@ never done here but handed to ``defer``.
 
 A node's descriptor is a cache. Nodes that readdir found have none until they are used,
 and the coldest lose theirs when there are too many; it is opened again from the parent
-and the name (session.py), and compared by device, inode and birth.
+and the name (session.py), and compared with what is known of the file (identity.py).
 
 Locks touched: the table's read-write lock guards the dictionary, lookup counts and
 states; the mutex ``counts`` guards references, pins and descriptors of fids and nodes.
@@ -36,6 +36,7 @@ from typing import NamedTuple
 
 from ninefuse.commands import Call
 from ninefuse.credentials import Caller
+from ninefuse.identity import Devices, Mark
 from ninefuse.listing import Listing
 from ninefuse.locks import TableLock
 from ninefuse.qids import ROOT_NODEID, Qid, QidPaths, qid_of
@@ -54,12 +55,12 @@ class Node:
 
     __slots__ = (
         "bare",
-        "birth",
         "device",
         "emptied",
         "fd",
         "inode",
         "kind",
+        "mark",
         "path",
         "pins",
         "place",
@@ -68,13 +69,18 @@ class Node:
     )
 
     def __init__(
-        self, path: int, a: Attributes, place: tuple[Node, bytes] | None, births: bool
+        self,
+        path: int,
+        a: Attributes,
+        device: tuple[int, int],
+        mark: Mark,
+        place: tuple[Node, bytes] | None,
     ) -> None:
         self.path = path  # qid path
         self.kind = a.kind  # S_IFREG, S_IFDIR, …
-        self.device = (a.dev_major, a.dev_minor)
+        self.device = device
         self.inode = a.ino
-        self.birth = a.birth if births else None  # None: it says nothing here
+        self.mark = mark  # see identity.py
         self.fd = -1  # O_PATH; -1: it has none now
         # The (parent, name) it was last seen at, swapped as a whole; None for the root.
         self.place = place
@@ -90,18 +96,28 @@ class Node:
         name = self.place[1] if self.place else b"/"
         return f"<node {self.path} {name!r} fd {self.fd} refs {self.refs} pins {self.pins}>"
 
-    def shows(self, a: Attributes) -> bool:
-        """Whether the attributes are this file's, not those of one that has its number now."""
+    def shows(self, a: Attributes, mark: Mark = None) -> bool:
+        """Whether the attributes are this file's, not those of one that has its number now.
+
+        Args:
+            a: the attributes.
+            mark: of the same file. It is needed where the node has no descriptor and files
+                are not told apart by their birth.
+        """
         return (
             self.inode == a.ino
-            and self.birth in (None, a.birth)
             and self.kind == a.kind
             and self.device == (a.dev_major, a.dev_minor)
+            and self._has_mark(a.birth if type(self.mark) is int else mark)
         )
 
     def is_file_of(self, other: Node) -> bool:
         """Whether both nodes are the same file."""
-        return self.has_number_of(other) and self.birth == other.birth and self.kind == other.kind
+        return self.has_number_of(other) and self.kind == other.kind and self._has_mark(other.mark)
+
+    def _has_mark(self, mark: Mark) -> bool:
+        # One that is not known speaks neither for nor against.
+        return self.mark is None or mark is None or self.mark == mark
 
     def has_number_of(self, other: Node) -> bool:
         """Whether both have one (device, inode): a later file may have an earlier one's."""
@@ -212,6 +228,7 @@ class FidTable:
         self, defer: Callable[..., None], defer_short: Callable[[Call], None] | None = None
     ) -> None:
         self.lock = TableLock()
+        self.devices = Devices()
         self.descriptors = 0  # nodes that have one
         self._counts = threading.Lock()
         self._fids: dict[int, Fid] = {}
@@ -220,7 +237,6 @@ class FidTable:
         self._handles = itertools.count(FIRST_HANDLE)
         self._root: tuple[tuple[int, int], int] | None = None
         self._paths: QidPaths | None = None
-        self._births = True
         self._clock: deque[Node] = deque()  # nodes with a descriptor, in the reclaimer's order
 
     def __len__(self) -> int:
@@ -232,16 +248,12 @@ class FidTable:
         """A fid number for a file handle: 2**64 and up, never given twice."""
         return next(self._handles)
 
-    def set_root(self, root: Attributes, births: bool = True) -> None:
+    def set_root(self, root: Attributes) -> None:
         """Make a source directory the one that numbers are given for.
 
         Args:
             root: its attributes.
-            births: whether a birth time is a file's for life, and tells it from a later
-                one that has its inode number. On other devices below the directory it is
-                not asked: an overlayfs may be among them.
         """
-        self._births = births
         new = (root.dev_major, root.dev_minor), root.ino
         if new != self._root:  # else numbers given already stay as they are
             self._root = new
@@ -253,9 +265,6 @@ class FidTable:
             return a.ino
         assert self._paths is not None
         return self._paths.path(a)
-
-    def _is_on_root_device(self, a: Attributes) -> bool:
-        return self._root is not None and self._root[0] == (a.dev_major, a.dev_minor)
 
     def number_apart(self, device: tuple[int, int], inode: int) -> int:
         """A number to show a file with of which nothing but its inode number is known."""
@@ -306,13 +315,16 @@ class FidTable:
         else:
             self._defer_short(Call(node.path, os.close, (fd,)))
 
-    def new_node(self, a: Attributes, fd: int, place: tuple[Node, bytes] | None) -> Node:
+    def new_node(
+        self, a: Attributes, fd: int, place: tuple[Node, bytes] | None, mark: Mark = None
+    ) -> Node:
         """A node for a file just found or made, referenced by the caller (`drop` it).
 
         Args:
             a: its attributes.
             fd: an O_PATH descriptor of it, which passes to the node, or -1.
             place: the parent and name it was found at, None for the root.
+            mark: what tells it from later files that get its number (`Devices.mark`).
 
         Raises:
             OSError: ENFILE, see `QidPaths.path`; the descriptor is closed.
@@ -323,7 +335,7 @@ class FidTable:
             if fd >= 0:
                 self._defer(os.close, fd)
             raise
-        node = Node(path, a, place, self._births and self._is_on_root_device(a))
+        node = Node(path, a, self.devices.of(a).number, mark, place)
         if fd >= 0:
             self.give_descriptor(node, fd)
         return node
@@ -425,6 +437,8 @@ class FidTable:
             elif fid.node is not node:
                 if fid.node.place is not None:  # the root, which may be mounted below itself
                     fid.node.place = node.place
+                if fid.node.mark is None:
+                    fid.node.mark = node.mark
                 self._share_descriptor(node, fid.node)
             fid.lookups += 1
         return fid

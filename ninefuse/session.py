@@ -132,7 +132,7 @@ class Session:
                 above, fd = fd, open_step(top.fd if fd < 0 else fd, name)
                 if above >= 0:
                     os.close(above)
-                if not step.shows(stat_descriptor(fd)):
+                if not self._is_open_at(step, fd):
                     raise error(errno.ESTALE)
         except (FileNotFoundError, NotADirectoryError):
             _close(fd)
@@ -171,7 +171,7 @@ class Session:
         """Give a node its descriptor by a name that it was just seen at. Blocks."""
         fd = open_step(directory.fd, name)
         try:
-            same = node.shows(stat_descriptor(fd))
+            same = self._is_open_at(node, fd)
         except BaseException:
             os.close(fd)
             raise
@@ -179,6 +179,10 @@ class Session:
             self.fids.give_descriptor(node, fd)
         else:
             os.close(fd)
+
+    def _is_open_at(self, node: Node, fd: int) -> bool:
+        attributes = stat_descriptor(fd)
+        return node.shows(attributes, self.fids.devices.mark(attributes, fd))
 
     async def _reclaim(self) -> None:
         """Close descriptors that can be opened again, down to seven eighths of the most.

@@ -22,6 +22,7 @@ _AT_SYMLINK_NOFOLLOW = 0x100
 _AT_NO_AUTOMOUNT = 0x800
 _AT_EMPTY_PATH = 0x1000
 _STATX_BASIC_STATS_AND_BTIME = 0xFFF
+_STATX_BTIME = 0x800
 
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
@@ -31,6 +32,17 @@ _UTIME_OMIT = 0x3FFFFFFE
 
 # The types of file systems in statfs(2).
 _OVERLAYFS = 0x794C7630
+# File handles of these have the inode's number and its generation, or a server's own lasting
+# name for the file. (A FUSE server's have a number that is forgotten with the inode.)
+_LASTING_HANDLES = frozenset(
+    (
+        0xEF53,  # ext2, ext3, ext4
+        0x58465342,  # xfs
+        0xF2F52010,  # f2fs
+        0x3153464A,  # jfs
+        0x6969,  # nfs
+    )
+)
 _LOCAL = frozenset(
     (
         0xEF53,  # ext2, ext3, ext4
@@ -84,9 +96,20 @@ _umount2 = _function("umount2", ctypes.c_char_p, ctypes.c_int)
 _fstatfs = _function("fstatfs", ctypes.c_int, ctypes.c_void_p)
 _getdents64 = _function("getdents64", ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t)
 
+_name_to_handle_at = _function(
+    "name_to_handle_at",
+    ctypes.c_int,
+    ctypes.c_char_p,
+    ctypes.c_void_p,
+    ctypes.c_void_p,
+    ctypes.c_int,
+)
+
 _STATX = struct.Struct("=IIQIIIHxxQQQQqIxxxxqIxxxxqIxxxxqIxxxxIIII")
 _StatxBuffer = ctypes.c_char * 256
 _Timespecs = struct.Struct("=qqqq")
+_HANDLE = struct.Struct("=Ii")  # handle_bytes, handle_type; the handle follows
+_MAX_HANDLE = 128  # bytes
 _DIRENT = struct.Struct("=QqHB")  # d_ino, d_off, d_reclen, d_type; the name follows
 
 
@@ -165,6 +188,11 @@ class Attributes(NamedTuple):
         return self.ctime_seconds * _BILLION + self.ctime_nanoseconds
 
     @property
+    def has_birth(self) -> bool:
+        """Whether the file system keeps a creation time."""
+        return bool(self.mask & _STATX_BTIME)
+
+    @property
     def birth(self) -> int:
         """Creation time in nanoseconds, 0 where the file system does not keep it."""
         return self.btime_seconds * _BILLION + self.btime_nanoseconds
@@ -185,13 +213,30 @@ def stat_name(directory: int, name: bytes) -> Attributes:
     return Attributes._make(_STATX.unpack_from(buffer))
 
 
-def births_change(fd: int) -> bool:
-    """Whether a file may get another birth time while it lives (fstatfs(2)).
-
-    On overlayfs it does: the first change of a file of a lower layer copies the file up,
-    and from then on the copy's birth is what statx says. The inode number stays.
-    """
+def is_overlayfs(fd: int) -> bool:
+    """Whether an open file is one of an overlayfs (fstatfs(2))."""
     return _file_system_type(fd) == _OVERLAYFS
+
+
+def file_handles_last(fd: int) -> bool:
+    """Whether an open file's handle stays the same for as long as the file exists."""
+    return _file_system_type(fd) in _LASTING_HANDLES
+
+
+def file_handle(file: int, name: bytes = b"") -> bytes:
+    """What stands for a file of a file system whatever its name (name_to_handle_at(2)).
+
+    Args:
+        file: a descriptor of the file, O_PATH will do, or of the directory ``name`` is in.
+        name: a name in that directory; a symlink is not followed.
+    """
+    buffer = ctypes.create_string_buffer(_HANDLE.size + _MAX_HANDLE)
+    _HANDLE.pack_into(buffer, 0, _MAX_HANDLE, 0)
+    mount_id = ctypes.c_int()
+    flags = 0 if name else _AT_EMPTY_PATH
+    _name_to_handle_at(file, name, buffer, ctypes.byref(mount_id), flags)
+    size, _ = _HANDLE.unpack_from(buffer)
+    return buffer.raw[: _HANDLE.size + size]
 
 
 def is_local(fd: int) -> bool:

@@ -58,8 +58,8 @@ class Table(FidTable):
         self.closed.extend(args)
 
     def found(self, a: Attributes, fd: int = -1, parent: Node | None = None) -> Node:
-        """A node that a walk found."""
-        return self.new_node(a, fd, None if parent is None else (parent, b"name"))
+        """A node that a walk found, marked by its birth."""
+        return self.new_node(a, fd, None if parent is None else (parent, b"name"), a.birth)
 
     def looked_up(self, a: Attributes, fd: int = -1, parent: Node | None = None) -> Fid:
         """The kernel's fid of a file that was looked up just now."""
@@ -437,23 +437,34 @@ def test_a_number_that_passes_on_leaves_users_of_the_old_file_alone(table: Table
     assert table.closed == [30]
 
 
-def test_births_are_not_asked_where_they_change() -> None:
-    """On overlayfs a file is born again when it is first written to, and is the same file."""
-    table = Table()
-    table.set_root(THE_ROOT, births=False)
-    fid = table.looked_up(made_up(3, birth=1), 30)
-    assert table.looked_up(made_up(3, birth=2)) is fid
-    assert fid.generation == 0
-    assert fid.node.shows(made_up(3, birth=3))
+@pytest.mark.parametrize("mark", [7, b"handle"])
+def test_a_mark_that_was_not_known_is_learned(table: Table, mark: int | bytes) -> None:
+    """Where nothing is known, the number speaks for itself; what comes to be known is kept."""
+    a = made_up(3, birth=7)
+    node = table.new_node(a, -1, None)
+    fid = table.intern(node)
+    assert node.shows(made_up(3, birth=8))
+    again = table.new_node(a, -1, None, mark)
+    assert table.intern(again) is fid
+    assert (fid.generation, fid.node.mark) == (0, mark)
     assert table.looked_up(made_up(3, kind=stat.S_IFDIR)).generation == 1
+    table.drop(node)
+    table.drop(again)
 
 
-def test_births_are_not_asked_of_files_on_other_devices(table: Table) -> None:
-    """What is mounted below the source may be an overlayfs."""
-    fid = table.looked_up(made_up(3, birth=1, device=(8, 7)), 30)
-    assert table.looked_up(made_up(3, birth=2, device=(8, 7))) is fid
-    assert fid.generation == 0
-    assert fid.node.shows(made_up(3, birth=3, device=(8, 7)))
+def test_a_later_file_has_another_handle(table: Table) -> None:
+    """Where files are not told apart by their birth."""
+    a = made_up(3)
+    first = table.new_node(a, -1, None, b"one")
+    fid = table.intern(first)
+    assert first.shows(a), "the number is the file's as long as its node has a descriptor"
+    assert first.shows(a, b"one")
+    assert not first.shows(a, b"two")
+    second = table.new_node(a, -1, None, b"two")
+    assert table.intern(second) is fid
+    assert (fid.generation, fid.node) == (1, second)
+    table.drop(first)
+    table.drop(second)
 
 
 # Threads

@@ -19,6 +19,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from file_systems import SBIN, file_system, image, mounted, overlay
 from mounting import (
     NINEFUSE,
     Mount,
@@ -26,7 +27,6 @@ from mounting import (
     Watchdog,
     errno_of,
     fresh_place,
-    is_mounted,
     run,
     wait_until,
 )
@@ -40,65 +40,6 @@ KINDS = ("tmpfs", "overlayfs", "overlayfs of two", "xfs", "btrfs")
 PAGE = mmap.PAGESIZE
 # What the kernel believes for as long as the rest of the defaults make it, but less time.
 BRIEFLY = "attr_timeout=0.2,entry_timeout=0.2,negative_timeout=0.2"
-SBIN = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
-
-
-# Making file systems
-
-
-@contextlib.contextmanager
-def mounted(kind: str, device: str | Path, on: Path, options: str = "") -> Iterator[Path]:
-    """Mount a file system, for a while; skip the test where that is not possible."""
-    on.mkdir(parents=True, exist_ok=True)
-    done = run("mount", "-t", kind, *(("-o", options) if options else ()), device, on)
-    if done.returncode:
-        pytest.skip(f"no {kind} can be mounted here: {done.stderr.strip()}")
-    try:
-        yield on
-    finally:
-        # The daemon's last closes are deferred, and may take a moment after its end.
-        with contextlib.suppress(TimeoutError):
-            wait_until(lambda: run("umount", on).returncode == 0, f"umount {on}", 2.0)
-        if is_mounted(on):
-            run("umount", "-l", on)
-
-
-@contextlib.contextmanager
-def image(kind: str, base: Path) -> Iterator[Path]:
-    """A new file system in a sparse file, mounted by way of a loop device."""
-    make = shutil.which(f"mkfs.{kind}", path=SBIN)
-    if make is None:
-        pytest.skip(f"there is no mkfs.{kind}")
-    if not os.path.exists("/dev/loop-control"):
-        pytest.skip("there are no loop devices")
-    file = base / "image"
-    with open(file, "wb") as new:
-        new.truncate(300 << 20)
-    done = run(make, "-q", file)
-    assert done.returncode == 0, done.stderr
-    try:
-        with mounted(kind, file, base / "disk", "loop") as disk:
-            yield disk
-    finally:
-        file.unlink()
-
-
-@contextlib.contextmanager
-def overlay(base: Path, one: bool, plant: Callable[[Path], None]) -> Iterator[Path]:
-    """An overlayfs, whose lower layer is planted first; on one file system, or on two."""
-    with ExitStack() as stack:
-        first = stack.enter_context(mounted("tmpfs", "tmpfs", base / "first", "size=64m"))
-        second = first
-        if not one:
-            second = stack.enter_context(mounted("tmpfs", "tmpfs", base / "second", "size=64m"))
-        lower, upper, work = first / "lower", second / "upper", second / "work"
-        for path in (lower, upper, work):
-            path.mkdir()
-        plant(lower)
-        options = f"lowerdir={lower},upperdir={upper},workdir={work}"
-        if not one:
-            options += ",xino=off"
-        yield stack.enter_context(mounted("overlay", "overlay", base / "overlay", options))
 
 
 @contextlib.contextmanager
@@ -108,19 +49,6 @@ def ending(mount: Mount) -> Iterator[Mount]:
         yield mount
     finally:
         mount.end()
-
-
-@contextlib.contextmanager
-def file_system(kind: str, base: Path, plant: Callable[[Path], None]) -> Iterator[Path]:
-    if kind == "tmpfs":
-        with mounted("tmpfs", "tmpfs", base / "tmpfs", "size=64m") as path:
-            yield path
-    elif kind.startswith("overlayfs"):
-        with overlay(base, kind == "overlayfs", plant) as path:
-            yield path
-    else:
-        with image(kind, base) as path:
-            yield path
 
 
 @pytest.fixture(scope="module", params=KINDS)

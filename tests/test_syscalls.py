@@ -21,8 +21,10 @@ from ninefuse.syscalls import (
     RENAME_EXCHANGE,
     RENAME_NOREPLACE,
     SetTime,
-    births_change,
     detached_mount,
+    file_handle,
+    file_handles_last,
+    is_overlayfs,
     read_entries,
     rename,
     set_times,
@@ -221,8 +223,8 @@ def test_a_buffer_too_small_for_one_entry(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["/proc", "/"])
-def test_births_stay_on_most_file_systems(path: str) -> None:
-    """What is no overlayfs keeps them; the type is asked of an O_PATH descriptor."""
+def test_the_type_is_asked_of_an_o_path_descriptor(path: str) -> None:
+    """An overlayfs is one, and nothing else; of proc, handles are not to be had."""
     kinds = {}
     with open("/proc/self/mounts") as mounts:  # a later mount hides an earlier one
         for line in mounts:
@@ -230,11 +232,32 @@ def test_births_stay_on_most_file_systems(path: str) -> None:
             kinds[at] = kind
     fd = os.open(path, os.O_PATH)
     try:
-        assert births_change(fd) == (kinds[path] == "overlay")
+        assert is_overlayfs(fd) == (kinds[path] == "overlay")
+        lasting = ("ext2", "ext3", "ext4", "xfs", "f2fs", "jfs", "nfs", "nfs4")
+        assert file_handles_last(fd) == (kinds[path] in lasting)
     finally:
         os.close(fd)
-    with fails(errno.EBADF):
-        births_change(1 << 30)
+    for ask in (is_overlayfs, file_handles_last):
+        with fails(errno.EBADF):
+            ask(1 << 30)
+
+
+def test_a_files_handle_is_its_own_under_any_name(directory: int) -> None:
+    """By a descriptor as by a name; a symlink has one of its own."""
+    for name in (b"one", b"other"):
+        os.close(os.open(name, os.O_CREAT | os.O_WRONLY, dir_fd=directory))
+    os.symlink(b"one", b"symlink", dir_fd=directory)
+    fd = os.open(b"one", os.O_PATH, dir_fd=directory)
+    try:
+        handle = file_handle(fd)
+        assert handle == file_handle(directory, b"one")
+        os.rename(b"one", b"moved", src_dir_fd=directory, dst_dir_fd=directory)
+        assert handle == file_handle(fd) == file_handle(directory, b"moved")
+    finally:
+        os.close(fd)
+    assert len({handle, *(file_handle(directory, n) for n in (b"other", b"symlink"))}) == 3
+    with fails(errno.ENOENT):
+        file_handle(directory, b"one")
 
 
 @needs_root

@@ -12,7 +12,7 @@ from ninefuse.commands import blocking, ended
 from ninefuse.fids import error
 from ninefuse.qids import Qid
 from ninefuse.session import Session
-from ninefuse.syscalls import births_change, stat_descriptor
+from ninefuse.syscalls import stat_descriptor
 
 MIN_MSIZE = 4096  # bytes
 MAX_MSIZE = 1 << 20
@@ -60,12 +60,13 @@ async def attach(session: Session, fid: int, directory: int | str) -> Qid:
     fd = await blocking(None, _open_root, directory)
     try:
         attributes = await blocking(None, stat_descriptor, fd)
-        births = not await blocking(None, births_change, fd)
+        await blocking(None, session.fids.devices.learn, fd, attributes)
+        mark = await blocking(None, session.fids.devices.mark, attributes, fd)
     except OSError:
         os.close(fd)
         raise
-    session.fids.set_root(attributes, births)
-    node = session.fids.new_node(attributes, fd, None)
+    session.fids.set_root(attributes)
+    node = session.fids.new_node(attributes, fd, None, mark)
     try:
         session.fids.add(fid, node)
     finally:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from ninefuse.commands import blocking
 from ninefuse.fids import Fid, OpenDirectory, error
+from ninefuse.identity import Mark
 from ninefuse.session import Session
 from ninefuse.syscalls import Attributes, DirectoryEntry, stat_descriptor, stat_name
 
@@ -144,11 +145,11 @@ async def _stat_itself(use: Fid, directory: OpenDirectory, entry: DirectoryEntry
 async def _walk_entry(
     session: Session, use: Fid, directory: OpenDirectory, entry: DirectoryEntry
 ) -> EntryPlus | None:
-    """walk to an entry and getattr of it, which take a single call; None if it has gone."""
+    """walk to an entry and getattr of it, which are a single call; None if it has gone."""
     on = use.node.path
     ino, offset, kind, name = entry
     try:
-        attributes = await blocking(on, stat_name, directory.fd, name)
+        attributes, mark = await blocking(on, _stat_entry, session, directory.fd, name)
     except FileNotFoundError:
         return None  # removed since it was read
     except OSError:
@@ -157,12 +158,17 @@ async def _walk_entry(
         # passed over.
         device = use.node.device
         return EntryPlus(name, offset, session.fids.number_apart(device, ino), kind, None, None)
-    node = session.fids.new_node(attributes, -1, (use.node, name))
+    node = session.fids.new_node(attributes, -1, (use.node, name), mark)
     try:
         found = session.fids.intern(node)
     finally:
         session.fids.drop(node)
     return EntryPlus(name, offset, ino, stat.S_IFMT(attributes.mode) >> 12, attributes, found)
+
+
+def _stat_entry(session: Session, directory: int, name: bytes) -> tuple[Attributes, Mark]:
+    attributes = stat_name(directory, name)
+    return attributes, session.fids.devices.mark(attributes, directory, name)
 
 
 def _open_directory_of(fid: Fid) -> OpenDirectory:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from ninefuse.commands import blocking, blocking_unless
 from ninefuse.credentials import Caller, acting_as, may_have_setgid, needs_acting
 from ninefuse.fids import AttributeRead, AttributeWrite, Fid, OpenDirectory, OpenFile, error
+from ninefuse.identity import Mark
 from ninefuse.qids import Qid
 from ninefuse.session import (
     PERMISSIONS,
@@ -121,8 +122,8 @@ async def lcreate(
         fd = await blocking(on, _create_file, use.fd, name, kept, mode, caller, exclusive)
         try:
             await session.settle(use.node)
-            path_fd, attributes = await blocking(on, _path_descriptor, fd)
-            node = session.fids.new_node(attributes, path_fd, (use.node, name))
+            path_fd, attributes, mark = await blocking(on, _path_descriptor, session, fd)
+            node = session.fids.new_node(attributes, path_fd, (use.node, name), mark)
             try:
                 opened = OpenFile(fd, kept, _writer(kept, caller))
                 session.fids.open(use.fid, opened, node)
@@ -375,11 +376,12 @@ def _create_file(
             raise error(errno.ESTALE) from None
 
 
-def _path_descriptor(fd: int) -> tuple[int, Attributes]:
+def _path_descriptor(session: Session, fd: int) -> tuple[int, Attributes, Mark]:
     """An O_PATH descriptor of the very file that is open, whatever its name says by now."""
     path_fd = os.open(path_of(fd), os.O_PATH | os.O_CLOEXEC)
     try:
-        return path_fd, stat_descriptor(path_fd)
+        attributes = stat_descriptor(path_fd)
+        return path_fd, attributes, session.fids.devices.mark(attributes, path_fd)
     except OSError:
         os.close(path_fd)
         raise

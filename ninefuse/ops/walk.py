@@ -151,10 +151,13 @@ def _step(session: Session, node: Node, name: bytes) -> tuple[Node, Attributes]:
     fd = open_step(node.fd, name)
     try:
         attributes = stat_descriptor(fd)
+        if (attributes.dev_major, attributes.dev_minor) != node.device:
+            fids.devices.learn(fd, attributes)
+        mark = fids.devices.mark(attributes, fd)
     except OSError:
         os.close(fd)
         raise
-    below = fids.new_node(attributes, fd, (node, name))
+    below = fids.new_node(attributes, fd, (node, name), mark)
     fids.pin(below)
     fids.drop(below)
     session.note_descriptors()

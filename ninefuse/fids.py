@@ -17,7 +17,7 @@ never done here but handed to ``defer``.
 
 A node's descriptor is a cache. Nodes that readdir found have none until they are used,
 and the coldest lose theirs when there are too many; it is opened again from the parent
-and the name (session.py), and compared with what is known of the file (identity.py).
+and the name (descriptors.py), and compared with what is known of the file (identity.py).
 
 Locks touched: the table's read-write lock guards the dictionary, lookup counts and
 states; the mutex ``counts`` guards references, pins and descriptors of fids and nodes.
@@ -220,7 +220,7 @@ class FidTable:
     """All fids of a session.
 
     Args:
-        defer: ``defer(os.close, fd)`` has a descriptor closed where that may block.
+        defer: ``defer(close, fd)`` has a descriptor closed where that may block.
         defer_short: the same for a call that waits for nothing as a rule; by default, `defer`.
     """
 
@@ -229,7 +229,8 @@ class FidTable:
     ) -> None:
         self.lock = TableLock()
         self.devices = Devices()
-        self.descriptors = 0  # nodes that have one
+        self.descriptors = 0  # of nodes, those on their way to being closed among them
+        self.open_descriptors = 0  # of open fids, likewise, and those about to be opened
         self._counts = threading.Lock()
         self._fids: dict[int, Fid] = {}
         self._defer = defer
@@ -311,9 +312,40 @@ class FidTable:
         # any close of a file that was emptied and written anew begin to write it to the disk.
         writable = isinstance(opened, OpenFile) and opened.writable
         if node.fd < 0 or writable or node.emptied or self._defer_short is None:
-            self._defer(os.close, fd)
+            self._defer(self.close_open, fd)
         else:
-            self._defer_short(Call(node.path, os.close, (fd,)))
+            self._defer_short(Call(node.path, self.close_open, (fd,)))
+
+    def claim(self, most: int) -> None:
+        """Count a descriptor that is about to be opened for a fid; `close_open` counts it off.
+
+        Raises:
+            OSError: ENFILE, there are ``most``.
+        """
+        with self._counts:
+            if self.open_descriptors >= most:
+                raise error(errno.ENFILE)
+            self.open_descriptors += 1
+
+    def unclaim(self) -> None:
+        """Undo `claim`, where nothing came to be opened."""
+        with self._counts:
+            self.open_descriptors -= 1
+
+    def close_open(self, fd: int) -> None:
+        """Close the descriptor of an open fid. Blocks."""
+        try:
+            os.close(fd)
+        finally:
+            self.unclaim()
+
+    def close_node(self, fd: int) -> None:
+        """Close a descriptor that was taken from a node. Blocks."""
+        try:
+            os.close(fd)
+        finally:
+            with self._counts:
+                self.descriptors -= 1
 
     def new_node(
         self, a: Attributes, fd: int, place: tuple[Node, bytes] | None, mark: Mark = None
@@ -346,9 +378,9 @@ class FidTable:
             node.refs -= 1
             if node.refs:
                 return
-            fd = self._take_descriptor(node)
+            fd, node.fd = node.fd, -1
         if fd >= 0:
-            self._defer(os.close, fd)
+            self._defer(self.close_node, fd)
 
     def pin(self, node: Node) -> bool:
         """Reference a node and keep its descriptor, if it has one, from being reclaimed.
@@ -371,16 +403,11 @@ class FidTable:
     def give_descriptor(self, node: Node, fd: int) -> None:
         """Give a node a descriptor; of two who opened one, the second's is closed."""
         with self._counts:
+            self.descriptors += 1
             if node.fd < 0 and node.refs:
-                node.fd = fd
-                node.recent = True
-                self.descriptors += 1
-                self._clock.append(node)
-                if len(self._clock) > 2 * self.descriptors + 64:
-                    # Once each: one that lost its descriptor and got another is there twice.
-                    self._clock = deque(dict.fromkeys(n for n in self._clock if n.fd >= 0))
+                self._give(node, fd)
                 return
-        self._defer(os.close, fd)
+        self._defer(self.close_node, fd)
 
     # The table
 
@@ -530,22 +557,31 @@ class FidTable:
 
     # Reclaiming descriptors
 
-    def coldest(self, most: int) -> list[Node]:
+    def coldest(
+        self, most: int, looks: int | None = None, device: tuple[int, int] | None = None
+    ) -> list[Node]:
         """Pin the nodes that have not been used for longest, for their descriptors.
 
         Only nodes that can be opened again are taken: known to the kernel, with a
         parent, not in use and not open. A node used since the last call is passed over
         once (the clock, or second-chance, algorithm).
+
+        Args:
+            most: how many nodes.
+            looks: at how many nodes to look at most; by default at all, twice.
+            device: whose nodes; by default all.
         """
         cold: list[Node] = []
         with self.lock.reading, self._counts:
-            for _ in range(2 * len(self._clock)):
-                if len(cold) >= most:
+            for _ in range(2 * len(self._clock) if looks is None else looks):
+                if len(cold) >= most or not self._clock:
                     break
                 node = self._clock.popleft()
                 if node.fd < 0:
                     continue
                 self._clock.append(node)
+                if device not in (None, node.device):
+                    continue
                 if node.recent:
                     node.recent = False
                 elif node.pins == 0 and node.refs == 1 and node.place is not None:
@@ -565,15 +601,10 @@ class FidTable:
         with self._counts:
             if node.pins > 1 or node.refs > 2:
                 return -1
-            return self._take_descriptor(node)
+            fd, node.fd = node.fd, -1
+            return fd
 
     # Helpers that expect the locks to be held
-
-    def _take_descriptor(self, node: Node) -> int:
-        fd, node.fd = node.fd, -1
-        if fd >= 0:
-            self.descriptors -= 1
-        return fd
 
     def _move(self, fid: Fid, node: Node) -> None:
         with self._counts:
@@ -581,10 +612,17 @@ class FidTable:
         old, fid.node = fid.node, node
         self.drop(old)
 
+    def _give(self, node: Node, fd: int) -> None:
+        node.fd = fd
+        node.recent = True
+        self._clock.append(node)
+        if len(self._clock) > 2 * self.descriptors + 64:
+            # Once each: one that lost its descriptor and got another is there twice.
+            self._clock = deque(dict.fromkeys(n for n in self._clock if n.fd >= 0))
+
     def _share_descriptor(self, found: Node, known: Node) -> None:
         """A node that lost its descriptor gets the one of a newly found twin."""
         with self._counts:
-            if known.fd >= 0 or found.fd < 0 or found.refs > 1:
-                return
-            fd = self._take_descriptor(found)
-        self.give_descriptor(known, fd)
+            if known.fd < 0 <= found.fd and known.refs and found.refs == 1:
+                fd, found.fd = found.fd, -1
+                self._give(known, fd)

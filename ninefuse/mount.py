@@ -107,6 +107,7 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
         driver,
         read_only=settings.read_only,
         sync_directories=settings.sync or settings.dirsync,
+        threads=1 + (0 if settings.model == "none" else settings.threads),
         attr_timeout=settings.attr_timeout,
     )
     with contextlib.ExitStack() as trace:

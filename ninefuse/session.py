@@ -1,6 +1,6 @@
 """What the operations of one mount share: the fid table, the rename lock, the rules.
 
-Also the one way to a node's descriptor: `using` pins it, and opens it again where it
+Also the one way to a node's descriptor: `using` pins it, and has it opened again where it
 was reclaimed or never made.
 
 Locks touched: the rename lock, read, to open a node again by its name. The fid table's,
@@ -11,21 +11,18 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import stat
 from collections.abc import Callable
 from typing import Protocol
 
 from ninefuse.commands import Body, Call, blocking
+from ninefuse.descriptors import Descriptors
 from ninefuse.fids import Fid, FidTable, Node, error
 from ninefuse.locks import RenameLock
-from ninefuse.syscalls import stat_descriptor, stat_name
+from ninefuse.syscalls import stat_name
 
 NAME_MAX = 255  # bytes
 PERMISSIONS = 0o7777  # mode bits besides the type: set-user-id and the like are among them
-_FEWEST_DESCRIPTORS = 64
-_OTHER_DESCRIPTORS = 64  # of the daemon itself, and on their way to being closed
-_MOST_DESCRIPTORS = 16384  # each keeps an inode of the source in memory
 
 
 class Background(Protocol):
@@ -46,9 +43,10 @@ class Session:
         read_only: refuse what would change the source, with EROFS.
         sync_directories: make changes of a directory durable before they are
             acknowledged (mount(8)'s sync and dirsync).
-        most_descriptors: O_PATH descriptors to keep for nodes; by default half of what
-            the process's limit on open files leaves beside the daemon's own, so that the
-            other half is there to open files, and 16,384 at most.
+        most_descriptors: O_PATH descriptors to keep for nodes, where the process's limit on
+            open files leaves so many; each keeps an inode of the source in memory.
+        threads: how many make calls at the same time.
+        attr_timeout: seconds for which attributes may be believed.
     """
 
     def __init__(
@@ -57,23 +55,19 @@ class Session:
         *,
         read_only: bool = False,
         sync_directories: bool = False,
-        most_descriptors: int | None = None,
+        most_descriptors: int = 16384,
+        threads: int = 1,
         attr_timeout: float = 0.0,
     ) -> None:
-        self.attr_timeout = attr_timeout  # seconds for which attributes may be believed
+        self.attr_timeout = attr_timeout
         self.fids = FidTable(driver.defer, driver.defer_short)
         self.rename_lock = RenameLock()
         self.read_only = read_only
         self.sync_directories = sync_directories
-        if most_descriptors is None:
-            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-            share = (limit - _OTHER_DESCRIPTORS) // 2
-            most_descriptors = max(_FEWEST_DESCRIPTORS, min(share, _MOST_DESCRIPTORS))
-        self.most_descriptors = most_descriptors
+        self.descriptors = Descriptors(
+            self.fids, driver.in_background, most=most_descriptors, threads=threads
+        )
         self.msize = 0  # bytes of a message, agreed by version
-        self._driver = driver
-        self._reclaim_at = most_descriptors
-        self._reclaiming = False
 
     def using(self, number: int, *, locked: bool = False) -> Use:
         """``async with session.using(fid) as use``: reference a fid, pin its node.
@@ -103,48 +97,6 @@ class Session:
         if self.read_only:
             raise error(errno.EROFS)
 
-    def reopen(self, node: Node) -> None:
-        """Open a node again by its parent and name. Blocks.
-
-        The rename lock is held, unless it does no harm to fail where a name is just moving.
-
-        Climbs to the nearest ancestor that has a descriptor and comes down from it, one
-        name at a time, comparing each file with what its node knows of it.
-
-        Raises:
-            OSError: ESTALE, the names do not lead there any more.
-        """
-        way: list[tuple[Node, bytes]] = []
-        passed: set[Node] = set()
-        top: Node = node
-        while not self.fids.pin(top):
-            self.fids.unpin(top)
-            place = top.place  # read once: a walk may find the file at another place
-            # A directory mounted below itself is found below itself.
-            if place is None or top in passed:
-                raise error(errno.ESTALE)
-            passed.add(top)
-            way.append((top, place[1]))
-            top = place[0]
-        fd = -1
-        try:
-            for step, name in reversed(way):
-                above, fd = fd, open_step(top.fd if fd < 0 else fd, name)
-                if above >= 0:
-                    os.close(above)
-                if not self._is_open_at(step, fd):
-                    raise error(errno.ESTALE)
-        except (FileNotFoundError, NotADirectoryError):
-            _close(fd)
-            raise error(errno.ESTALE) from None
-        except BaseException:
-            _close(fd)
-            raise
-        finally:
-            self.fids.unpin(top)
-        if fd >= 0:
-            self.fids.give_descriptor(node, fd)
-
     def keeping(self, directory: Node, name: bytes) -> Keeping:
         """``async with session.keeping(directory, name)``, around taking the name away.
 
@@ -156,84 +108,27 @@ class Session:
         """
         return Keeping(self, directory, name)
 
-    def note_descriptors(self) -> None:
-        """Have the coldest descriptors reclaimed when there are too many."""
-        if self.fids.descriptors > self._reclaim_at and not self._reclaiming:
-            self._reclaiming = True
-            self._driver.in_background("reclaim", self._reclaim())
+    async def claim_descriptor(self, near: Node) -> None:
+        """See that an open fid can have a descriptor; `FidTable.close_open` is its end.
+
+        Args:
+            near: a node of the device that it is about to be opened on.
+
+        Raises:
+            OSError: ENFILE, too many are in use.
+        """
+        self.descriptors.claim()
+        if self.descriptors.are_short:
+            try:
+                await blocking(near.path, self.descriptors.make_room_for_open, near)
+            except BaseException:
+                self.fids.unclaim()
+                raise
 
     async def settle(self, directory: Node) -> None:
         """Make what was changed in a directory durable, where the mount asks for it."""
         if self.sync_directories:
             await blocking(directory.path, _sync_directory, directory.fd)
-
-    def open_named(self, directory: Node, name: bytes, node: Node) -> None:
-        """Give a node its descriptor by a name that it was just seen at. Blocks."""
-        fd = open_step(directory.fd, name)
-        try:
-            same = self._is_open_at(node, fd)
-        except BaseException:
-            os.close(fd)
-            raise
-        if same:
-            self.fids.give_descriptor(node, fd)
-        else:
-            os.close(fd)
-
-    def _is_open_at(self, node: Node, fd: int) -> bool:
-        attributes = stat_descriptor(fd)
-        return node.shows(attributes, self.fids.devices.mark(attributes, fd))
-
-    async def _reclaim(self) -> None:
-        """Close descriptors that can be opened again, down to seven eighths of the most.
-
-        Takes no lock: a lookup stuck in a slow source must not keep it waiting, and all
-        names behind it. Whoever takes a name away pins its node first (`keeping`), and a
-        pinned node keeps its descriptor; a node that has lost it by then gets it back.
-        """
-        try:
-            surplus = self.fids.descriptors - self.most_descriptors * 7 // 8
-            await blocking(None, self._close_coldest, surplus)
-        finally:
-            # Where little could be closed, not to look again at every lookup.
-            next_time = self.fids.descriptors + self.most_descriptors // 8
-            self._reclaim_at = max(self.most_descriptors, next_time)
-            self._reclaiming = False
-
-    def _close_coldest(self, surplus: int) -> None:
-        # The newest first: a directory is mostly older than what was found in it, and would
-        # have to be opened again to see that its entries can be.
-        reopened: list[Node] = []  # directories that are open only for this look, pinned
-        for node in reversed(self.fids.coldest(surplus)):
-            if self._leads_back(node, reopened):
-                self._let_go(node)
-            else:
-                self.fids.unpin(node)
-        for directory in reopened:
-            self._let_go(directory)
-
-    def _leads_back(self, node: Node, reopened: list[Node]) -> bool:
-        """Whether a node's parent and name still lead to it."""
-        if node.place is None:
-            return False
-        parent, name = node.place
-        try:
-            if not self.fids.pin(parent):
-                self.reopen(parent)
-                self.fids.pin(parent)
-                reopened.append(parent)
-            return node.shows(stat_name(parent.fd, name))
-        except OSError:
-            return False
-        finally:
-            self.fids.unpin(parent)
-
-    def _let_go(self, node: Node) -> None:
-        """Close the descriptor of a pinned node that nobody else uses, and unpin it."""
-        fd = self.fids.take_descriptor(node)
-        self.fids.unpin(node)
-        if fd >= 0:
-            os.close(fd)
 
 
 class Keeping:
@@ -261,11 +156,12 @@ class Keeping:
         self._node = node
         if not has_descriptor:
             try:
-                await blocking(directory.path, session.open_named, directory, self._name, node)
+                open_named = session.descriptors.open_named
+                await blocking(directory.path, open_named, directory, self._name, node)
             except BaseException:
                 fids.unpin(node)
                 raise
-            session.note_descriptors()
+            session.descriptors.note()
 
     async def __aexit__(self, *exc: object) -> None:
         if self._node is not None:
@@ -285,13 +181,14 @@ class UseNode:
     async def __aenter__(self) -> Node:
         session, node = self._session, self.node
         if not session.fids.pin(node):
+            reopen = session.descriptors.reopen
             try:
                 if self._locked:
-                    await blocking(node.path, session.reopen, node)
+                    await blocking(node.path, reopen, node)
                 else:
                     async with session.rename_lock.reading:
-                        await blocking(node.path, session.reopen, node)
-                session.note_descriptors()
+                        await blocking(node.path, reopen, node)
+                session.descriptors.note()
             except BaseException:
                 session.fids.unpin(node)
                 raise
@@ -338,16 +235,6 @@ class Use:
     def fd(self) -> int:
         """The node's O_PATH descriptor."""
         return self._pin.node.fd
-
-
-def open_step(directory: int, name: bytes) -> int:
-    """An O_PATH descriptor of a name in a directory; a symlink is not followed."""
-    return os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
-
-
-def _close(fd: int) -> None:
-    if fd >= 0:
-        os.close(fd)
 
 
 def _sync_directory(fd: int) -> None:

@@ -188,7 +188,7 @@ class Client:
             if node is not fid.node:
                 node.recent = True
             elif (fd := self.session.fids.take_descriptor(node)) >= 0:
-                os.close(fd)
+                self.session.fids.close_node(fd)
             self.session.fids.unpin(node)
         assert fid.node.fd == -1
 
@@ -208,6 +208,8 @@ class Client:
             assert node.refs == count, f"{node!r} is still referenced"
         with_descriptor = sum(node.fd >= 0 for node in standing)
         assert self.session.fids.descriptors == with_descriptor, "a node outside the table has one"
+        opened = sum(isinstance(fid.opened, OpenFile | OpenDirectory) for fid in fids.values())
+        assert self.session.fids.open_descriptors == opened, "one is claimed, or not counted off"
 
     def close(self) -> None:
         """End the session; nothing may be left of it."""

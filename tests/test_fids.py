@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import random
-import resource
 import stat
 import subprocess
 from collections import Counter
@@ -33,6 +32,7 @@ from ops_helpers import leak_free as leak_free
 from ops_helpers import source as source
 
 from ninefuse import ops
+from ninefuse.descriptors import Descriptors
 from ninefuse.fids import FIRST_HANDLE, Fid, FidTable, Node, OpenFile
 from ninefuse.ops.directory import fitted, readdirplus
 from ninefuse.qids import QTDIR, QTFILE, QTSYMLINK, ROOT_NODEID, QidPaths, qid_of
@@ -53,9 +53,12 @@ class Table(FidTable):
         self.set_root(THE_ROOT)
 
     def note(self, function: Callable[..., object], *args: Any) -> None:
-        """Take note of what is deferred."""
-        assert function is os.close
+        """Take note of what is deferred; for what a node had, a descriptor of ours is closed."""
         self.closed.extend(args)
+        if function == self.close_node:
+            self.close_node(os.open(os.devnull, os.O_PATH))
+        else:
+            assert function in (os.close, self.close_open)
 
     def found(self, a: Attributes, fd: int = -1, parent: Node | None = None) -> Node:
         """A node that a walk found, marked by its birth."""
@@ -560,7 +563,7 @@ def reclaim(client: Client, fid: Fid) -> None:
     """Take the descriptor of a node away, if the session would."""
     for other in client.session.fids._fids.values():
         other.node.recent = other is not fid
-    client.session._close_coldest(1)
+    client.session.descriptors._close_coldest(1)
 
 
 def make_files(directory: Path, count: int) -> None:
@@ -568,10 +571,25 @@ def make_files(directory: Path, count: int) -> None:
         (directory / f"{number:04d}").write_bytes(b"x" * number)
 
 
-def test_half_of_the_limit_on_open_files_is_for_nodes(client: Client) -> None:
-    """Unless somebody says otherwise; the other half is there to open files."""
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    assert client.session.most_descriptors == max(64, min((limit - 64) // 2, 16384))
+@pytest.mark.parametrize("threads", [1, 17])
+@pytest.mark.parametrize("limit", [256, 1024, 20_000])
+def test_nodes_have_what_open_files_leave(client: Client, limit: int, threads: int) -> None:
+    """At least a few, 16,384 at most; a part of the limit is left for calls under way."""
+    fids = client.session.fids
+    cache = Descriptors(
+        fids, client.executor.in_background, most=16384, threads=threads, limit=limit
+    )
+    room = limit - 40 - 3 * threads
+    few = min(64, room // 4)
+    assert cache.for_nodes == min(room, 16384)
+    for opened in range(1, room - few + 1):
+        cache.claim()
+        assert cache.for_nodes == min(16384, room - opened)
+        assert cache.for_nodes + opened + 3 * threads < limit
+    with fails(errno.ENFILE):
+        cache.claim()
+    assert cache.for_nodes == few
+    fids.open_descriptors = 0
 
 
 def test_many_files_are_known_with_few_descriptors(source: Path) -> None:
@@ -654,7 +672,7 @@ def test_a_node_used_since_the_last_round_is_passed_over_once(source: Path) -> N
         for fid in fids:
             fid.node.recent = False
         client.do(ops.getattr, fids[0].number)
-        client.session._close_coldest(2)
+        client.session.descriptors._close_coldest(2)
         assert [fid.node.fd >= 0 for fid in fids] == [True, False, False, True]
 
 
@@ -666,7 +684,7 @@ def test_no_more_are_reclaimed_than_wanted(source: Path) -> None:
             fid.node.recent = False
         for most in (0, -3):
             assert client.session.fids.coldest(most) == []
-            client.session._close_coldest(most)
+            client.session.descriptors._close_coldest(most)
         assert client.session.fids.descriptors == 5
 
 
@@ -720,7 +738,7 @@ def test_a_name_that_cannot_be_looked_at_keeps_the_descriptor(
 
     with few_descriptors(source, 1000) as client:
         (fid,) = look_up_all(client)
-        monkeypatch.setattr(module_of(type(client.session)), "stat_name", broken)
+        monkeypatch.setattr(module_of(Descriptors), "stat_name", broken)
         reclaim(client, fid)
         assert fid.node.fd >= 0
 
@@ -762,7 +780,7 @@ def test_errors_of_opening_again_are_told(source: Path, monkeypatch: pytest.Monk
     with few_descriptors(source, 1000) as client:
         directory = client.know("d")
         file = client.know("file", start=directory.number)
-        module = module_of(type(client.session))
+        module = module_of(Descriptors)
         for name in ("open_step", "stat_descriptor"):
             real = getattr(module, name)
             for good in range(2):
@@ -803,6 +821,7 @@ def test_of_two_who_open_a_node_again_the_second_closes(source: Path) -> None:
         assert kept >= 0
         first.finish()
         assert fid.node.fd == kept
+        client.rest()
         assert client.session.fids.descriptors == 2
 
 
@@ -830,9 +849,9 @@ def test_reclaiming_waits_for_nobody_who_uses_names(source: Path) -> None:
         walking.before("_step")
         for fid in fids:
             fid.node.recent = False
-        client.session.most_descriptors = 16
-        Stepper(client.session._reclaim()).finish()
-        assert client.session.fids.descriptors == 14
+        client.session.descriptors.most = 16
+        Stepper(client.session.descriptors._reclaim()).finish()
+        assert client.session.fids.descriptors == 12
         walking.finish()
 
 
@@ -845,15 +864,17 @@ def test_a_name_that_is_going_away_keeps_its_nodes_descriptor(source: Path) -> N
         removing.before("_remove")
         for fid in fids:
             fid.node.recent = False
-        client.session.most_descriptors = 8
-        Stepper(client.session._reclaim()).finish()
+        client.session.descriptors.most = 8
+        Stepper(client.session.descriptors._reclaim()).finish()
         removing.finish()
         (gone,) = [fid for fid in fids if fid.node.place and fid.node.place[1] == b"0003"]
         assert gone.node.fd >= 0
         assert client.do(ops.getattr, gone.number).nlink == 0
 
 
-def test_what_cannot_be_reclaimed_is_not_looked_at_for_every_lookup(source: Path) -> None:
+def test_what_cannot_be_reclaimed_is_not_looked_at_for_every_lookup(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All are open: the next look comes when an eighth more have been found."""
     make_files(source, 64)
     with few_descriptors(source, 32) as client:
@@ -862,11 +883,11 @@ def test_what_cannot_be_reclaimed_is_not_looked_at_for_every_lookup(source: Path
         looks: list[int] = []
         real = client.session.fids.coldest
 
-        def counting(most: int) -> list[Node]:
+        def counting(most: int, *where: Any) -> list[Node]:
             looks.append(most)
-            return real(most)
+            return real(most, *where)
 
-        client.session.fids.coldest = counting  # type: ignore[method-assign]
+        monkeypatch.setattr(client.session.fids, "coldest", counting)
         for name in sorted(os.listdir(source))[40:]:
             client.open(name)
         assert len(looks) <= 24 // (32 // 8) + 1
@@ -974,7 +995,7 @@ def test_a_descriptor_that_comes_and_goes_takes_no_room(source: Path) -> None:
         losses: Counter[bool] = Counter()
         for _ in range(400):
             client.do(ops.getattr, thrashed.number)
-            client.session.note_descriptors()
+            client.session.descriptors.note()
             client.rest()
             losses[thrashed.node.fd == -1] += 1
         assert losses[True] > 100, "it was not reclaimed again and again"

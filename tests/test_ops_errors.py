@@ -161,7 +161,7 @@ OPERATIONS: dict[str, Callable[[Session, Scene], Body[Any]]] = {
     "callback listxattr": lambda s, c: sequences.listxattr(s, c.file),
     "callback setxattr": lambda s, c: sequences.setxattr(s, c.file, b"user.y", b"y"),
     "callback removexattr": lambda s, c: sequences.removexattr(s, c.file, b"user.x"),
-    "reclaiming": lambda s, c: s._reclaim(),
+    "reclaiming": lambda s, c: s.descriptors._reclaim(),
 }
 ENDS_FIDS = {"clunk", "clunk of an attribute", "clunk that removes", "remove"}
 # Errors of theirs that change nothing for whoever asked.
@@ -192,7 +192,7 @@ def test_a_call_that_fails_leaves_nothing_behind(source: Path, operation: str) -
             for fid in table.values():
                 fid.node.recent = False
             if operation == "reclaiming":
-                client.session.most_descriptors = 1
+                client.session.descriptors.most = 1
             lookups = {number: fid.lookups for number, fid in table.items()}
             opened = {number: fid.opened for number, fid in table.items()}
             failure: OSError | None = None

@@ -58,27 +58,32 @@ async def lopen(session: Session, fid: int, flags: int, caller: Caller | None = 
             raise error(errno.EINVAL)
         if flags & (os.O_ACCMODE | os.O_TRUNC):
             session.writable()
-        on = use.node.path
-        opened: OpenFile | OpenDirectory
-        if use.node.kind == stat.S_IFDIR:
-            if flags & (os.O_ACCMODE | os.O_TRUNC):
-                raise error(errno.EISDIR)
-            opened = OpenDirectory(await blocking(on, _open_directory, use.fd))
-        elif use.node.kind == stat.S_IFREG:
-            if flags & os.O_DIRECTORY:
-                raise error(errno.ENOTDIR)
-            kept = flags & _KEPT_FLAGS
-            if kept & os.O_TRUNC:
-                use.node.emptied = True
-            fd = await blocking_unless(on, _open_file_now, _open_file, use.fd, kept)
-            opened = OpenFile(fd, kept, _writer(kept, caller))
-        else:
+        on, kind = use.node.path, use.node.kind
+        if kind == stat.S_IFDIR and flags & (os.O_ACCMODE | os.O_TRUNC):
+            raise error(errno.EISDIR)
+        if kind == stat.S_IFREG and flags & os.O_DIRECTORY:
+            raise error(errno.ENOTDIR)
+        if kind not in (stat.S_IFDIR, stat.S_IFREG):
             raise error(errno.ENXIO)
+        await session.claim_descriptor(use.node)
+        opened: OpenFile | OpenDirectory
+        try:
+            if kind == stat.S_IFDIR:
+                opened = OpenDirectory(await blocking(on, _open_directory, use.fd))
+            else:
+                kept = flags & _KEPT_FLAGS
+                if kept & os.O_TRUNC:
+                    use.node.emptied = True
+                fd = await blocking_unless(on, _open_file_now, _open_file, use.fd, kept)
+                opened = OpenFile(fd, kept, _writer(kept, caller))
+        except BaseException:
+            session.fids.unclaim()
+            raise
         try:
             attributes = await blocking(on, stat_descriptor, use.fd)
             session.fids.open(use.fid, opened)
         except OSError:
-            await blocking(on, os.close, opened.fd)
+            await blocking(on, session.fids.close_open, opened.fd)
             raise
     return session.fids.qid_of(attributes)
 
@@ -119,7 +124,12 @@ async def lcreate(
         kept = flags & _KEPT_FLAGS
         exclusive = bool(flags & os.O_EXCL)
         mode &= PERMISSIONS
-        fd = await blocking(on, _create_file, use.fd, name, kept, mode, caller, exclusive)
+        await session.claim_descriptor(use.node)
+        try:
+            fd = await blocking(on, _create_file, use.fd, name, kept, mode, caller, exclusive)
+        except BaseException:
+            session.fids.unclaim()
+            raise
         try:
             await session.settle(use.node)
             path_fd, attributes, mark = await blocking(on, _path_descriptor, session, fd)
@@ -131,9 +141,9 @@ async def lcreate(
                 session.fids.drop(node)
         except OSError:
             # The file stays: it may be somebody's by now.
-            await blocking(on, os.close, fd)
+            await blocking(on, session.fids.close_open, fd)
             raise
-    session.note_descriptors()
+    session.descriptors.note()
     return session.fids.qid_of(attributes)
 
 

@@ -11,9 +11,10 @@ import stat
 
 from ninefuse.commands import blocking
 from ninefuse.credentials import may_set_gid_bit, spending_as
+from ninefuse.descriptors import open_step
 from ninefuse.fids import AttributeWrite, Fid, Node, error
 from ninefuse.qids import Qid, qid_of
-from ninefuse.session import Session, Use, check_component, check_directory, open_step
+from ninefuse.session import Session, Use, check_component, check_directory
 from ninefuse.syscalls import Attributes, stat_descriptor, stat_name
 
 MAXWELEM = 16  # names in one walk
@@ -133,7 +134,7 @@ def _step(session: Session, node: Node, name: bytes) -> tuple[Node, Attributes]:
         there = node if place is None else place[0]
         try:
             if not fids.pin(there):
-                session.reopen(there)
+                session.descriptors.reopen(there)
             return there, stat_descriptor(there.fd)
         except BaseException:
             fids.unpin(there)
@@ -148,6 +149,7 @@ def _step(session: Session, node: Node, name: bytes) -> tuple[Node, Attributes]:
             fids.seen(attributes, node, name)
             return known, attributes
         fids.unpin(known)
+    session.descriptors.make_room(node)
     fd = open_step(node.fd, name)
     try:
         attributes = stat_descriptor(fd)
@@ -160,7 +162,7 @@ def _step(session: Session, node: Node, name: bytes) -> tuple[Node, Attributes]:
     below = fids.new_node(attributes, fd, (node, name), mark)
     fids.pin(below)
     fids.drop(below)
-    session.note_descriptors()
+    session.descriptors.note()
     return below, attributes
 
 

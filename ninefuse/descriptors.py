@@ -1,0 +1,283 @@
+"""Descriptors as a cache: which nodes have one, who loses one, how a node gets it again.
+
+The limit on open files is shared by nodes (O_PATH descriptors), by open fids, and by what
+the daemon itself and the calls under way need. Open fids have what they need, as long as a
+few are left for nodes; nodes have the rest. Whoever is about to open something makes room
+for it first, by closing what nobody has used for longest, so that no call fails for want
+of a descriptor: where all are in use the answer is ENFILE, before anything was done, and
+names can still be looked up, moved and removed.
+
+Locks touched: the fid table's, through fids.py. No other: a lookup stuck in a slow source
+must not keep the reclaimer waiting, and all names behind it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import sys
+from collections.abc import Callable
+
+from ninefuse.commands import Body, blocking
+from ninefuse.fids import FidTable, Node, error
+from ninefuse.syscalls import stat_descriptor, stat_name
+
+_OWN = 40  # descriptors of the daemon itself
+_IN_FLIGHT = 3  # that one call has open at a time, besides what it is asked to open
+_LEAST = 32  # to share where the limit leaves next to nothing
+_FEW = 64  # that open fids leave for nodes, or a quarter where there is little to share
+_MOST = 16384  # for nodes: each keeps an inode of the source in memory
+_AT_ONCE = 4  # closed by one who makes room, so that it is not made at each step
+_LOOKED_AT = 64  # nodes, by one who makes room
+
+
+class Descriptors:
+    """The descriptors of one session.
+
+    Args:
+        fids: the table whose nodes they are for.
+        in_background: has a body run that nobody waits for (`Executor.in_background`).
+        most: for nodes at most.
+        threads: how many make calls at the same time.
+        limit: on the process's open files; by default what it is now.
+    """
+
+    def __init__(
+        self,
+        fids: FidTable,
+        in_background: Callable[[str, Body[None]], None],
+        *,
+        most: int = _MOST,
+        threads: int = 1,
+        limit: int | None = None,
+    ) -> None:
+        if limit is None:
+            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self.most = most
+        self.shared = max(_LEAST, limit - _OWN - _IN_FLIGHT * threads)
+        self._few = min(_FEW, self.shared // 4)
+        self._threads = threads
+        self._fids = fids
+        self._in_background = in_background
+        self._reclaiming = False
+        self._again_at = 0  # nodes with a descriptor, at which reclaiming is worth another try
+
+    @property
+    def for_nodes(self) -> int:
+        """How many descriptors nodes may have now."""
+        return min(self.most, max(self._few, self.shared - self._fids.open_descriptors))
+
+    @property
+    def are_short(self) -> bool:
+        """Whether room has to be made before anything is opened for a fid."""
+        return self._fids.descriptors >= self.for_nodes - self._few
+
+    def claim(self) -> None:
+        """Count the descriptor that an open fid is about to have (`FidTable.close_open`).
+
+        Raises:
+            OSError: ENFILE, too many files are open.
+        """
+        self._fids.claim(self.shared - self._few)
+
+    def make_room_for_open(self, near: Node) -> None:
+        """`make_room`, for an open fid; a few are left for names to be looked up with."""
+        self.make_room(near, self._few)
+
+    def reopen(self, node: Node) -> None:
+        """Open a node again by its parent and name. Blocks.
+
+        The rename lock is held, unless it does no harm to fail where a name is just moving.
+
+        Raises:
+            OSError: ESTALE, the names do not lead there any more; ENFILE.
+        """
+        self.make_room(node)
+        self._fids.give_descriptor(node, self.open_again(node))
+
+    def open_named(self, directory: Node, name: bytes, node: Node) -> None:
+        """Give a node its descriptor by a name that it was just seen at. Blocks."""
+        self.make_room(node)
+        fd = open_step(directory.fd, name)
+        try:
+            same = self._is_open_at(node, fd)
+        except BaseException:
+            os.close(fd)
+            raise
+        if same:
+            self._fids.give_descriptor(node, fd)
+        else:
+            os.close(fd)
+
+    def make_room(self, near: Node, spare: int = 0) -> None:
+        """See that another descriptor can be had. Blocks, if another's has to be closed.
+
+        Args:
+            near: closed are descriptors on the device of this node. Who gets to wait for a
+                device that does not answer has business there.
+            spare: how many more there must be.
+
+        Raises:
+            OSError: ENFILE, all are in use.
+        """
+        fids, most = self._fids, self.for_nodes - spare
+        count = fids.descriptors
+        if count < most:
+            return
+        left = self.shared - spare - count - fids.open_descriptors
+        if left > 0 and count <= self._again_at:
+            return  # nodes have many, but nothing is short, and little could be closed
+        if self._let_go(fids.coldest(_LOOKED_AT, _LOOKED_AT, near.device), _AT_ONCE):
+            return
+        self._again_at = count + most // 8
+        # The calls under way may each have one too many.
+        too_many = left <= (0 if spare else -self._threads)
+        if too_many and not self._let_go(fids.coldest(sys.maxsize), _AT_ONCE):
+            raise error(errno.ENFILE)
+
+    def note(self) -> None:
+        """Have the coldest reclaimed when nodes have nearly as many as they may."""
+        count, most = self._fids.descriptors, self.for_nodes
+        if count < most // 2:
+            self._again_at = 0
+        elif count > most * 7 // 8 and count > self._again_at and not self._reclaiming:
+            self._reclaiming = True
+            self._in_background("reclaim", self._reclaim())
+
+    async def _reclaim(self) -> None:
+        """Close descriptors that can be opened again, down to three quarters of the most.
+
+        Whoever takes a name away pins its node first (`Session.keeping`), and a pinned node
+        keeps its descriptor; a node that has lost it by then gets it back.
+        """
+        try:
+            surplus = self._fids.descriptors - self.for_nodes * 3 // 4
+            await blocking(None, self._close_coldest, surplus)
+        finally:
+            # Where little could be closed, not to look again at every lookup.
+            self._again_at = self._fids.descriptors + self.for_nodes // 8
+            self._reclaiming = False
+
+    def _close_coldest(self, surplus: int) -> None:
+        # The newest first: a directory is mostly older than what was found in it, and would
+        # have to be opened again to see that its entries can be.
+        self._let_go(self._fids.coldest(surplus)[::-1], surplus)
+
+    def _let_go(self, nodes: list[Node], most: int) -> int:
+        """Close the descriptors of some pinned nodes that nobody else uses, and unpin all.
+
+        None of those that could not be opened again: they have lost their names, or their
+        parents have.
+
+        Returns:
+            How many were closed, up to ``most``.
+        """
+        fids, look, closed = self._fids, _Look(self._fids, self.open_again), 0
+        try:
+            for node in nodes:
+                fd = -1
+                if closed < most and look.leads_back(node):
+                    fd = fids.take_descriptor(node)
+                fids.unpin(node)
+                if fd >= 0:
+                    fids.close_node(fd)
+                    closed += 1
+        finally:
+            look.close()
+        return closed
+
+    def open_again(self, node: Node) -> int:
+        """A new descriptor of a node, by the names that it remembers. Blocks.
+
+        Climbs to the nearest ancestor that has a descriptor and comes down from it, one
+        name at a time, comparing each file with what its node knows of it.
+
+        Raises:
+            OSError: ESTALE, the names do not lead there any more.
+        """
+        way: list[tuple[Node, bytes]] = []
+        passed: set[Node] = set()
+        top: Node = node
+        while True:
+            place = top.place  # read once: a walk may find the file at another place
+            # A directory mounted below itself is found below itself.
+            if place is None or top in passed:
+                raise error(errno.ESTALE)
+            passed.add(top)
+            way.append((top, place[1]))
+            top = place[0]
+            if self._fids.pin(top):
+                break
+            self._fids.unpin(top)
+        fd = -1
+        try:
+            for step, name in reversed(way):
+                above, fd = fd, open_step(top.fd if fd < 0 else fd, name)
+                _close(above)
+                if not self._is_open_at(step, fd):
+                    raise error(errno.ESTALE)
+        except (FileNotFoundError, NotADirectoryError):
+            _close(fd)
+            raise error(errno.ESTALE) from None
+        except BaseException:
+            _close(fd)
+            raise
+        finally:
+            self._fids.unpin(top)
+        return fd
+
+    def _is_open_at(self, node: Node, fd: int) -> bool:
+        attributes = stat_descriptor(fd)
+        return node.shows(attributes, self._fids.devices.mark(attributes, fd))
+
+
+class _Look:
+    """A look at whether names lead back to nodes.
+
+    A directory that has no descriptor is opened for it, and kept open until it is another's
+    turn: those that are cold together were often found together.
+    """
+
+    def __init__(self, fids: FidTable, open_again: Callable[[Node], int]) -> None:
+        self._fids = fids
+        self._open_again = open_again
+        self._directory: Node | None = None
+        self._fd = -1
+
+    def leads_back(self, node: Node) -> bool:
+        """Whether a node's parent and name still lead to it."""
+        if node.place is None:
+            return False
+        parent, name = node.place
+        has_descriptor = self._fids.pin(parent)
+        try:
+            directory = parent.fd if has_descriptor else self._opened(parent)
+            return node.shows(stat_name(directory, name))
+        except OSError:
+            return False
+        finally:
+            self._fids.unpin(parent)
+
+    def close(self) -> None:
+        """Close the directory that was kept open."""
+        if self._directory is not None:
+            self._directory = None
+            os.close(self._fd)
+
+    def _opened(self, directory: Node) -> int:
+        if directory is not self._directory:
+            self.close()
+            self._fd = self._open_again(directory)
+            self._directory = directory
+        return self._fd
+
+
+def open_step(directory: int, name: bytes) -> int:
+    """An O_PATH descriptor of a name in a directory; a symlink is not followed."""
+    return os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+
+
+def _close(fd: int) -> None:
+    if fd >= 0:
+        os.close(fd)

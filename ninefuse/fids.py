@@ -29,6 +29,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import stat
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -43,6 +44,8 @@ from ninefuse.qids import ROOT_NODEID, Qid, QidPaths, qid_of
 from ninefuse.syscalls import Attributes
 
 FIRST_HANDLE = 1 << 64
+_MANY = 10_000  # fids, of which a table that has gone empty is worth making anew
+_STEP = 10_000  # fids more, or fewer by far, that are worth telling of
 
 
 def error(code: int) -> OSError:
@@ -216,8 +219,16 @@ class TableStatistics(NamedTuple):
     descriptors: int  # O_PATH descriptors of nodes; each open fid has one more
 
 
+def _nothing() -> None:
+    pass
+
+
 class FidTable:
     """All fids of a session.
+
+    Attributes:
+        on_change: called, on any thread and with no lock held, each time that the table has
+            grown by ``step`` fids, and when it has become far smaller.
 
     Args:
         defer: ``defer(close, fd)`` has a descriptor closed where that may block.
@@ -233,6 +244,10 @@ class FidTable:
         self.open_descriptors = 0  # of open fids, likewise, and those about to be opened
         self._counts = threading.Lock()
         self._fids: dict[int, Fid] = {}
+        self._most = 0  # fids that there were, as far as was noticed, since it last shrank
+        self.step = _STEP
+        self.on_change: Callable[[], None] = _nothing  # each `step` fids more, and far fewer
+        self._told = 0  # of how many fids was told last
         self._defer = defer
         self._defer_short = defer_short
         self._handles = itertools.count(FIRST_HANDLE)
@@ -468,6 +483,11 @@ class FidTable:
                     fid.node.mark = node.mark
                 self._share_descriptor(node, fid.node)
             fid.lookups += 1
+            grown = len(self._fids) >= self._told + self.step
+            if grown:
+                self._told = len(self._fids)
+        if grown:
+            self.on_change()
         return fid
 
     def known(self, a: Attributes) -> Node | None:
@@ -536,8 +556,11 @@ class FidTable:
                 if not fid.lookups:
                     del self._fids[number]
                     gone.append(fid)
+            shrunk = self._shrink()
         for fid in gone:
             self.put(fid)
+        if shrunk:
+            self.on_change()
         return len(gone)
 
     def clear(self) -> None:
@@ -604,7 +627,46 @@ class FidTable:
             fd, node.fd = node.fd, -1
             return fd
 
+    # Letting the kernel forget
+
+    def next_entries(self, looks: int) -> list[tuple[int, bytes]]:
+        """Names that the kernel could do without, those it was told of first at the front.
+
+        Files only: a directory may be somebody's working directory, or mounted on. And none
+        that is open, or was used since it was last looked at here.
+
+        Args:
+            looks: at how many fids to look; the next call looks at those that follow.
+
+        Returns:
+            (nodeid of the parent, name) of each.
+        """
+        found: list[tuple[int, bytes]] = []
+        with self.lock.writing:
+            for number in list(itertools.islice(self._fids, looks)):
+                fid = self._fids[number] = self._fids.pop(number)  # at the end now
+                node = fid.node
+                if number >= FIRST_HANDLE or node.place is None or node.kind == stat.S_IFDIR:
+                    continue
+                if node.recent:
+                    node.recent = False
+                elif node.refs == 1:
+                    parent, name = node.place
+                    found.append((ROOT_NODEID if parent.place is None else parent.path, name))
+        return found
+
     # Helpers that expect the locks to be held
+
+    def _shrink(self) -> bool:
+        """Give back the room of entries long gone: a dictionary only ever grows."""
+        count = len(self._fids)
+        self._told = min(self._told, count)
+        self._most = max(self._most, count)
+        if count >= self._most // 4 or self._most < _MANY:
+            return False
+        self._fids = dict(self._fids)
+        self._most = count
+        return True
 
     def _move(self, fid: Fid, node: Node) -> None:
         with self._counts:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import logging
 import os
 import resource
@@ -29,6 +28,7 @@ from ninefuse import (
     device,
     executor,
     logs,
+    memory,
     ops,
     preflight,
     report,
@@ -39,6 +39,7 @@ from ninefuse import (
 )
 from ninefuse.adapter import Adapter
 from ninefuse.exitcodes import ExitCode, Failure
+from ninefuse.forgetting import Forgetter
 from ninefuse.mounts import MountsBelow
 from ninefuse.options import Settings
 from ninefuse.pace import Pace
@@ -55,6 +56,8 @@ _MIN_TASKS = 32
 # Requests under way at which the device is read no more: well above what the kernel
 # sends when every thread of a busy machine is stuck in one file.
 _MAX_TASKS = 2000
+
+_MIN_STEP = 256  # fids by which the table grows until somebody minds it
 
 _BUSY_GRACE = 10.0  # seconds to go on serving a busy mount that was detached
 _END_GRACE = 5.0  # seconds after that until the process ends whatever hangs
@@ -212,6 +215,7 @@ async def _serve(
         counters=lambda: _log_lines(counters.lines()),
         stacks=lambda: _log_lines(report.stacks(driver)),
     )
+    forgetter = _mind_the_table(session, settings)
     device.install(None if tracer is None else tracer.around_wait)
     try:
         async with trio.open_nursery() as nursery:
@@ -224,15 +228,30 @@ async def _serve(
         is_mounted = stopper.is_mounted()
         if is_ours and is_mounted:
             rootmount.detach(settings.mountpoint)
-        pyfuse3.close(unmount=is_mounted)
+        if forgetter.end():
+            pyfuse3.close(unmount=is_mounted)
+        else:  # a call into libfuse's session has not come back, and nobody may take it away
+            log.error("%s: the kernel does not answer; ending without", settings.mountpoint)
+            stopper.abandon()
+
+
+def _mind_the_table(session: Session, settings: Settings) -> Forgetter:
+    """Have what a big table needs done as it grows."""
+    most = settings.max_inodes or sys.maxsize
+    forgetter = Forgetter(session.fids, most, settings.mountpoint, pyfuse3.invalidate_entry)
+
+    def changed() -> None:
+        memory.settle()
+        forgetter.note()
+
+    session.fids.on_change = changed
+    session.fids.step = max(_MIN_STEP, min(session.fids.step, most // 16))
+    return forgetter
 
 
 async def _announce(settings: Settings, started: trio.Event, ready: Callable[[], None]) -> None:
     await started.wait()
-    # What is here now stays: the collector need not look at it again and again, with all
-    # threads waiting.
-    gc.collect()
-    gc.freeze()
+    memory.settle()
     device.raise_limits(settings.mountpoint)
     log.info("%s: mounted on %s, model %s", settings.source, settings.mountpoint, settings.model)
     ready()

@@ -16,6 +16,7 @@ ENGINES = ("auto", "threads", "uring")
 DEFAULT_ENGINE = "auto"
 DEFAULT_THREADS = 16
 MAX_THREADS = 1024
+DEFAULT_MAX_INODES = 1_000_000
 LOG_LEVELS = ("error", "warning", "info", "debug")
 DEFAULT_LOG_LEVEL = "info"
 
@@ -115,8 +116,9 @@ class Settings:
     dispatcher and the workers share one processor; None: unless the engine is io_uring. inline:
     whether the second model's dispatcher makes quick calls itself. xattr: whether extended
     attributes are served. acl: whether the kernel evaluates ACLs. one_file_system: whether what
-    is mounted in the source is hidden. mount_options: the words for libfuse, each for an -o of
-    its own and already escaped.
+    is mounted in the source is hidden. max_inodes: of how many files the kernel may know before
+    it is asked to forget some; 0: any number. mount_options: the words for libfuse, each for an
+    -o of its own and already escaped.
     """
 
     source: str
@@ -129,6 +131,7 @@ class Settings:
     log_file: str | None = None
     log_level: str = DEFAULT_LOG_LEVEL
     trace_file: str | None = None
+    max_inodes: int = DEFAULT_MAX_INODES
     read_only: bool = False
     dirsync: bool = False
     sync: bool = False
@@ -172,6 +175,7 @@ class MountOptions:
     inline: bool = True
     acl: bool = False
     one_file_system: bool = False
+    max_inodes: int = DEFAULT_MAX_INODES
 
 
 def split_words(text: str) -> list[str]:
@@ -208,6 +212,7 @@ def parse_options(words: Iterable[str]) -> MountOptions:
     values: dict[str, str] = {}
     timeouts: dict[str, float] = {}
     threads: int | None = None
+    max_inodes = DEFAULT_MAX_INODES
     cache = "auto"
     for word in (word for text in words for word in split_words(text)):
         name, _, value = word.partition("=")
@@ -235,6 +240,8 @@ def parse_options(words: Iterable[str]) -> MountOptions:
             cache = _CACHE_NAMES[_choice(word, value, tuple(_CACHE_NAMES))]
         elif name == "threads":
             threads = parse_threads(value, f"option -o {word}")
+        elif name == "max_inodes":
+            max_inodes = _whole(word, value)
         elif name in _TIMEOUTS:
             timeouts[name] = _seconds(word, value)
         else:
@@ -266,6 +273,7 @@ def parse_options(words: Iterable[str]) -> MountOptions:
         inline=values.get("inline", "auto") == "auto",
         acl="acl" in switches,
         one_file_system="xdev" in switches,
+        max_inodes=max_inodes,
     )
 
 
@@ -347,6 +355,7 @@ def make_settings(
         # alone would let people in whom the source keeps out.
         acl=options.acl or (options.allow_other and options.xattr),
         one_file_system=options.one_file_system,
+        max_inodes=options.max_inodes,
         mount_options=_words_for_libfuse(source, options),
     )
 
@@ -376,6 +385,12 @@ def _choice(word: str, value: str, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise Failure(ExitCode.USAGE, f"option -o {word}: choose one of {', '.join(choices)}")
     return value
+
+
+def _whole(word: str, value: str) -> int:
+    if not (value.isascii() and value.isdigit() and len(value) <= 15):
+        raise Failure(ExitCode.USAGE, f"option -o {word}: give a whole number, 0 for no limit")
+    return int(value)
 
 
 def _seconds(word: str, value: str) -> float:

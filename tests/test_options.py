@@ -61,6 +61,12 @@ def test_defaults() -> None:
     )
 
 
+@pytest.mark.parametrize("number", [0, 1, 250_000])
+def test_the_number_of_inodes(number: int) -> None:
+    assert settings(f"max_inodes={number}") == dataclasses.replace(settings(), max_inodes=number)
+    assert settings("max_inodes=3", f"max_inodes={number}").max_inodes == number
+
+
 def test_settings_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         settings().threads = 3  # type: ignore[misc]
@@ -183,6 +189,8 @@ def test_later_words_win() -> None:
         *("threads=0", "threads=1025", "threads=-1", "threads=1.5", "threads=", "threads=1_6"),
         *("threads", "threads= 3", "threads=3x", "threads=\u0663", "threads=" + "9" * 5000),
         *("fsname=", "fsname", "subtype="),
+        *("max_inodes=", "max_inodes", "max_inodes=-1", "max_inodes=1e6", "max_inodes=1_000"),
+        *("max_inodes=\u0663", "max_inodes=" + "9" * 16),
     ],
 )
 def test_bad_values_are_refused_by_name(word: str) -> None:

@@ -1,0 +1,226 @@
+"""A table that grows and shrinks, and the kernel that is asked to forget."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+from mounting import wait_until
+from ops_helpers import ROOT, Client, made_up
+from ops_helpers import client as client
+from ops_helpers import leak_free as leak_free
+from ops_helpers import source as source
+
+from ninefuse import forgetting, memory, ops
+from ninefuse.fids import FidTable
+from ninefuse.forgetting import Forgetter
+
+THE_ROOT = made_up(2, kind=stat.S_IFDIR)
+
+
+class Table(FidTable):
+    """A table of made-up files in one directory, the root."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda function, *args: function(*args))
+        self.set_root(THE_ROOT)
+        self.root = self.new_node(THE_ROOT, -1, None)
+        self.intern(self.root)
+        self.told: list[int] = []
+        self.on_change = lambda: self.told.append(len(self))
+
+    def look_up(self, *numbers: int, kind: int = stat.S_IFREG) -> None:
+        """Count a lookup of each; nobody has used them for long."""
+        for number in numbers:
+            node = self.new_node(made_up(number, kind=kind), -1, (self.root, b"%d" % number))
+            node.recent = False
+            self.intern(node)
+            self.drop(node)
+
+    def forget_all(self, *numbers: int) -> None:
+        self.forget([(number, 1 << 30) for number in numbers])
+
+
+def names(entries: list[tuple[int, bytes]]) -> list[int]:
+    assert {parent for parent, _ in entries} <= {1}
+    return [int(name) for _, name in entries]
+
+
+# The table
+
+
+def test_growing_is_told_at_each_step() -> None:
+    """And again where it has shrunk meanwhile."""
+    table = Table()
+    table.step = 100
+    table.look_up(*range(10, 460))
+    assert table.told == [100, 200, 300, 400]
+    table.look_up(*range(10, 460))
+    assert len(table.told) == 4, "nothing new"
+    table.forget_all(*range(200, 460))
+    table.look_up(*range(200, 320))
+    assert table.told == [100, 200, 300, 400, 291]
+
+
+def test_it_is_told_with_no_lock_held() -> None:
+    """What is done then may use the table."""
+    table = Table()
+    table.step = 10
+    sizes: list[int] = []
+    table.on_change = lambda: sizes.append(table.statistics().fids)
+    table.look_up(*range(10, 30))
+    assert sizes == [10, 20]
+
+
+def test_a_table_gone_empty_takes_no_room() -> None:
+    """A dictionary keeps the room of entries that have gone."""
+    table = Table()
+    count = 40_000
+    table.look_up(*range(10, 10 + count))
+    table.told.clear()
+    full = table._fids.__sizeof__()
+    for number in range(10, 10 + count):
+        table.forget_all(number)
+    assert len(table) == 1
+    assert table._fids.__sizeof__() < full // 4
+    assert table.told, "memory can be given back"
+    assert len(table.told) <= 3
+
+
+def test_names_are_offered_in_turn() -> None:
+    """The kernel's oldest first, and each again only after all others."""
+    table = Table()
+    table.look_up(*range(10, 20))
+    offered = [names(table.next_entries(4)) for _ in range(5)]
+    # The root is among those looked at.
+    assert sum(offered, []) == [*range(10, 20), *range(10, 18)]
+    assert len(table) == 11
+
+
+@pytest.mark.usefixtures("leak_free")
+def test_what_is_in_use_is_not_offered(client: Client) -> None:
+    """Nor directories; and what was used since the last look is passed over once."""
+    table = client.session.fids
+    for name in ("open", "cloned", "idle", "used"):
+        (client.source / name).touch()
+    (client.source / "d").mkdir()
+    (client.source / "d" / "below").touch()
+    client.open("open")
+    client.know("open")
+    cloned = client.know("cloned")
+    client.walk(start=cloned.number)
+    client.know("idle")
+    used = client.know("used")
+    directory = client.know("d")
+    client.know("below", start=directory.number)
+    assert table.next_entries(100) == []
+    client.do(ops.getattr, used.number)
+    opened = client.know("idle")
+    opened.node.recent = False
+    handle = client.walk(start=client.know("open").number)
+    client.do(ops.lopen, handle, os.O_RDONLY)
+    offered = table.next_entries(100)
+    assert sorted(offered) == sorted([(ROOT, b"idle"), (directory.number, b"below")])
+
+
+# Asking the kernel
+
+
+class Kernel:
+    """Forgets what it is asked to, of a table."""
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+        self.asked: list[int] = []
+        self.answers = threading.Event()
+        self.answers.set()
+
+    def invalidate(self, parent: int, name: bytes) -> None:
+        assert parent == ROOT
+        self.answers.wait()
+        self.asked.append(int(name))
+        if int(name) % 10 == 0:
+            raise OSError(errno.ENOENT, "it knows nothing of it")
+        self.table.forget_all(int(name))
+
+
+def test_the_kernel_is_asked_down_to_seven_eighths_of_the_mark() -> None:
+    """Once the mark is passed, and for the oldest."""
+    table = Table()
+    kernel = Kernel(table)
+    forgetter = Forgetter(table, 800, "/nowhere", kernel.invalidate)
+    table.look_up(*range(10, 800))
+    forgetter.note()
+    assert forgetter._thread is None, "there is nothing to ask for"
+    table.look_up(*range(800, 1010))
+    forgetter.note()
+    wait_until(lambda: forgetter.asked == 301, "the kernel to be asked")
+    assert kernel.asked == list(range(10, 311))
+    assert len(table) == 1001 - 301 + 31, "of some it knew nothing"
+    assert forgetter.end()
+
+
+def test_what_something_is_mounted_on_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropping a name takes away what is mounted there."""
+    table = Table()
+    kernel = Kernel(table)
+    monkeypatch.setattr(forgetting, "mounts_below", lambda top: [b"/mnt/11", b"/mnt/d/13"])
+    forgetter = Forgetter(table, 8, "/mnt", kernel.invalidate)
+    table.look_up(*range(10, 30))
+    forgetter.note()
+    wait_until(lambda: forgetter.asked == 14, "the kernel to be asked")
+    assert kernel.asked == [10, 12, *range(14, 26)]
+    assert forgetter.end()
+
+
+def test_an_end_waits_for_the_question_under_way_and_asks_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """libfuse's session must not be taken away while it is used."""
+    table = Table()
+    kernel = Kernel(table)
+    kernel.answers.clear()
+    forgetter = Forgetter(table, 8, "/nowhere", kernel.invalidate)
+    table.look_up(*range(11, 30))
+    forgetter.note()
+    wait_until(lambda: forgetter.asked, "a question")
+    monkeypatch.setattr(forgetting, "_PATIENCE", 0.01)
+    assert not forgetter.end(), "the kernel does not answer"
+    monkeypatch.setattr(forgetting, "_PATIENCE", 20.0)
+    kernel.answers.set()
+    assert forgetter.end()
+    assert kernel.asked == [11]
+    forgetter.note()
+    assert kernel.asked == [11]
+
+
+def test_a_question_that_cannot_be_put_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    table = Table()
+
+    def broken(parent: int, name: bytes) -> None:
+        raise ValueError(name)
+
+    forgetter = Forgetter(table, 4, "/nowhere", broken)
+    table.look_up(*range(10, 20))
+    forgetter.note()
+    wait_until(lambda: "cannot be asked" in caplog.text, "a complaint")
+    assert forgetter.end()
+
+
+# Memory
+
+
+def test_the_collector_leaves_alone_what_was_there(tmp_path: Path) -> None:
+    """Else it would look at a million nodes each time, with all threads waiting."""
+    try:
+        kept = [[] for _ in range(1000)]  # type: ignore[var-annotated]
+        memory.settle()
+        assert gc.get_freeze_count() >= 1000
+        assert not any(one is kept for one in gc.get_objects())
+    finally:
+        gc.unfreeze()

@@ -1,23 +1,488 @@
-"""The limit on open files: what is left for nodes, and what happens when all are in use."""
+"""Descriptors of nodes: who loses one, how it is opened again, and the limit on open files."""
 
 from __future__ import annotations
 
 import errno
 import os
+import random
+import stat
+import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from file_systems import mounted
-from ops_helpers import ROOT, Client, Stepper, client_of, fails, needs_root
+from ops_helpers import (
+    ROOT,
+    Client,
+    Stepper,
+    client_of,
+    fails,
+    module_of,
+    needs_root,
+)
+from ops_helpers import client as client
 from ops_helpers import leak_free as leak_free
 from ops_helpers import source as source
 
 from ninefuse import ops
 from ninefuse.descriptors import Descriptors
+from ninefuse.fids import Fid, Node
+from ninefuse.ops.directory import fitted, readdirplus
+from ninefuse.syscalls import Attributes
 
 pytestmark = pytest.mark.usefixtures("leak_free")
+
+# Which nodes lose theirs, and how they get it again
+
+
+@contextmanager
+def few_descriptors(source: Path, most: int) -> Iterator[Client]:
+    """A client whose nodes may keep so many descriptors."""
+    with client_of(source, most_descriptors=most) as client:
+        yield client
+
+
+def look_up_all(client: Client, directory: int = ROOT) -> list[Fid]:
+    """Look all entries of a directory up, one by one."""
+    clone = client.walk(start=directory)
+    client.do(ops.lopen, clone, os.O_RDONLY)
+    names = [entry.name for entry in client.do(ops.readdir, clone, 0, 1 << 20)]
+    client.do(ops.clunk, clone)
+    return [client.know(n, start=directory) for n in sorted(names) if n not in (b".", b"..")]
+
+
+def reclaim(client: Client, fid: Fid) -> None:
+    """Take the descriptor of a node away, if the session would."""
+    for other in client.session.fids._fids.values():
+        other.node.recent = other is not fid
+    client.session.descriptors._close_coldest(1)
+
+
+def make_files(directory: Path, count: int) -> None:
+    for number in range(count):
+        (directory / f"{number:04d}").write_bytes(b"x" * number)
+
+
+@pytest.mark.parametrize("threads", [1, 17])
+@pytest.mark.parametrize("limit", [256, 1024, 20_000])
+def test_nodes_have_what_open_files_leave(client: Client, limit: int, threads: int) -> None:
+    """At least a few, 16,384 at most; a part of the limit is left for calls under way."""
+    fids = client.session.fids
+    cache = Descriptors(
+        fids, client.executor.in_background, most=16384, threads=threads, limit=limit
+    )
+    room = limit - 40 - 3 * threads
+    few = min(64, room // 4)
+    assert cache.for_nodes == min(room, 16384)
+    for opened in range(1, room - few + 1):
+        cache.claim()
+        assert cache.for_nodes == min(16384, room - opened)
+        assert cache.for_nodes + opened + 3 * threads < limit
+    with fails(errno.ENFILE):
+        cache.claim()
+    assert cache.for_nodes == few
+    fids.open_descriptors = 0
+
+
+def test_many_files_are_known_with_few_descriptors(source: Path) -> None:
+    """Each is opened again when it is used, and the others pay for it."""
+    make_files(source, 200)
+    with few_descriptors(source, 20) as client:
+        fids = look_up_all(client)
+        assert client.session.fids.descriptors <= 21
+        random.Random(3).shuffle(fids)
+        for fid in fids:
+            assert fid.node.place is not None
+            assert client.do(ops.getattr, fid.number).size == int(fid.node.place[1])
+            assert client.session.fids.descriptors <= 21
+        assert client.session.fids.descriptors >= 10
+
+
+def test_files_that_a_listing_found_take_few_descriptors_too(source: Path) -> None:
+    """They get theirs at their first use, and the coldest lose theirs then as well."""
+    make_files(source, 300)
+    with few_descriptors(source, 16) as client:
+        fid, offset = client.open(), 0
+        found: list[int] = []
+        while reply := client.do(readdirplus, fid, offset):
+            fitted(client.session, fid, reply, len(reply))
+            found += [entry.fid.number for entry in reply if entry.fid is not None]
+            offset = reply[-1].offset
+        for number in found:
+            client.do(ops.getattr, number)
+        assert len(found) == 300
+        assert client.session.fids.descriptors <= 17
+
+
+def test_files_that_were_made_take_few_descriptors_too(source: Path) -> None:
+    """Making a file is one of the moments at which the coldest lose theirs."""
+    with few_descriptors(source, 16) as client:
+        for number in range(100):
+            handle = client.create(b"%d" % number)
+            client.know(start=handle)
+            client.do(ops.clunk, handle)
+            assert client.session.fids.descriptors <= 18
+        assert len(client.session.fids) == 101
+
+
+def test_a_deep_tree_takes_few_descriptors(source: Path) -> None:
+    """Directories below each other: none is needed to let go of another."""
+    depth = 150
+    source.joinpath(*["d"] * depth).mkdir(parents=True)
+    with few_descriptors(source, 16) as client:
+        fids = [client.fid(ROOT)]
+        for _ in range(depth):
+            fids.append(client.know("d", start=fids[-1].number))
+            assert client.session.fids.descriptors <= 18
+        inodes = [client.do(ops.getattr, fid.number).ino for fid in reversed(fids)]
+        assert len(set(inodes)) == depth + 1
+        assert client.session.fids.descriptors <= 18
+        assert client.do(ops.getattr, client.walk("..", start=fids[-1].number)).ino == inodes[1]
+
+
+def test_what_is_in_use_keeps_its_descriptor(source: Path) -> None:
+    """The root, open files, fids of clients, and what an operation is at."""
+    make_files(source, 6)
+    with few_descriptors(source, 1000) as client:
+        opened, cloned, asked, idle, *_ = look_up_all(client)
+        client.do(ops.lopen, client.walk(start=opened.number), os.O_RDONLY)
+        client.walk(start=cloned.number)
+        asking = Stepper(ops.getattr(client.session, asked.number))
+        asking.before("stat_descriptor")
+        for fid in (client.fid(ROOT), opened, cloned, asked, idle):
+            reclaim(client, fid)
+        assert [fid.node.fd >= 0 for fid in (client.fid(ROOT), opened, cloned, asked)] == [True] * 4
+        assert idle.node.fd == -1
+        asking.finish()
+
+
+def test_a_node_used_since_the_last_round_is_passed_over_once(source: Path) -> None:
+    """The coldest go first."""
+    make_files(source, 4)
+    with few_descriptors(source, 1000) as client:
+        fids = look_up_all(client)
+        for fid in fids:
+            fid.node.recent = False
+        client.do(ops.getattr, fids[0].number)
+        client.session.descriptors._close_coldest(2)
+        assert [fid.node.fd >= 0 for fid in fids] == [True, False, False, True]
+
+
+def test_no_more_are_reclaimed_than_wanted(source: Path) -> None:
+    """None at all if others have let go meanwhile."""
+    make_files(source, 4)
+    with few_descriptors(source, 1000) as client:
+        for fid in look_up_all(client):
+            fid.node.recent = False
+        for most in (0, -3):
+            assert client.session.fids.coldest(most) == []
+            client.session.descriptors._close_coldest(most)
+        assert client.session.fids.descriptors == 5
+
+
+def test_a_reclaimed_file_is_found_where_it_was_renamed_to(source: Path) -> None:
+    """By us: it is opened again at its new name, and below a directory's new name."""
+    (source / "d").mkdir()
+    (source / "d" / "file").write_bytes(b"data")
+    with few_descriptors(source, 1000) as client:
+        directory = client.know("d")
+        file = client.know("file", start=directory.number)
+        for fid in (file, directory):
+            reclaim(client, fid)
+            assert fid.node.fd == -1
+        client.do(ops.renameat, ROOT, b"d", ROOT, b"e")
+        client.do(ops.renameat, client.walk("e"), b"file", ROOT, b"g")
+        assert client.do(ops.getattr, file.number).size == 4
+        assert client.do(ops.getattr, directory.number).kind == stat.S_IFDIR
+
+
+@pytest.mark.parametrize("how", ["unlinked", "moved", "replaced", "directory moved"])
+def test_what_its_name_does_not_lead_back_to_keeps_its_descriptor(source: Path, how: str) -> None:
+    """It could not be opened again."""
+    (source / "d").mkdir()
+    (source / "d" / "file").write_bytes(b"data")
+    with few_descriptors(source, 1000) as client:
+        directory = client.know("d")
+        file = client.know("file", start=directory.number)
+        if how == "unlinked":
+            client.do(ops.unlinkat, directory.number, b"file")
+        elif how == "moved":
+            (source / "d" / "file").rename(source / "file")
+        elif how == "replaced":
+            (source / "new").touch()
+            (source / "new").rename(source / "d" / "file")
+        else:
+            reclaim(client, directory)
+            (source / "d").rename(source / "e")
+        reclaim(client, file)
+        assert file.node.fd >= 0
+        assert client.do(ops.getattr, file.number).size == 4
+
+
+def test_a_name_that_cannot_be_looked_at_keeps_the_descriptor(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An I/O error says nothing about where the name leads."""
+    make_files(source, 1)
+
+    def broken(fd: int, name: bytes) -> Attributes:
+        raise OSError(errno.EIO, "broken")
+
+    with few_descriptors(source, 1000) as client:
+        (fid,) = look_up_all(client)
+        monkeypatch.setattr(module_of(Descriptors), "stat_name", broken)
+        reclaim(client, fid)
+        assert fid.node.fd >= 0
+
+
+@pytest.mark.parametrize("how", ["unlinked", "replaced", "directory", "parent gone", "parent file"])
+def test_a_reclaimed_file_that_has_gone_is_stale(source: Path, how: str) -> None:
+    """By somebody else's hand: ESTALE, for then the kernel walks the path again."""
+    (source / "d").mkdir()
+    (source / "d" / "file").write_bytes(b"data")
+    with few_descriptors(source, 1000) as client:
+        directory = client.know("d")
+        file = client.know("file", start=directory.number)
+        reclaim(client, file)
+        reclaim(client, directory)
+        assert client.session.fids.descriptors == 1
+        (source / "d" / "file").rename(source / "kept")  # its inode number stays taken
+        if how == "replaced":
+            (source / "d" / "file").write_bytes(b"other")
+        elif how == "directory":
+            (source / "d" / "file").mkdir()
+        elif how in ("parent gone", "parent file"):
+            (source / "d").rmdir()
+            if how == "parent file":
+                (source / "d").touch()
+        for _ in range(2):
+            with fails(errno.ESTALE):
+                client.do(ops.getattr, file.number)
+        client.do(ops.getattr, ROOT)
+        if how in ("replaced", "directory"):
+            again = client.know("file", start=directory.number)
+            assert again is not file
+            assert client.do(ops.getattr, again.number).size != 4
+
+
+def test_errors_of_opening_again_are_told(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are not taken for a file that has gone; and the next try may do."""
+    (source / "d").mkdir()
+    (source / "d" / "file").write_bytes(b"data")
+    with few_descriptors(source, 1000) as client:
+        directory = client.know("d")
+        file = client.know("file", start=directory.number)
+        module = module_of(Descriptors)
+        for name in ("open_step", "stat_descriptor"):
+            real = getattr(module, name)
+            for good in range(2):
+                reclaim(client, file)
+                reclaim(client, directory)
+                calls: list[Any] = []
+
+                def breaking(
+                    *args: Any, real: Any = real, good: int = good, calls: list[Any] = calls
+                ) -> Any:
+                    calls.append(args)
+                    if len(calls) > good:
+                        raise OSError(errno.EMFILE, "no more")
+                    return real(*args)
+
+                with monkeypatch.context() as patch:
+                    patch.setattr(module, name, breaking)
+                    with fails(errno.EMFILE):
+                        client.do(ops.getattr, file.number)
+                assert len(calls) == good + 1
+                client.check_idle()
+        assert client.do(ops.getattr, file.number).size == 4
+
+
+def test_of_two_who_open_a_node_again_the_second_closes(source: Path) -> None:
+    """Both have opened the file; the node keeps one descriptor (leak_free counts)."""
+    make_files(source, 1)
+    with few_descriptors(source, 1000) as client:
+        (fid,) = look_up_all(client)
+        reclaim(client, fid)
+        assert fid.node.fd == -1
+        first = Stepper(ops.getattr(client.session, fid.number))
+        second = Stepper(ops.statfs(client.session, fid.number))
+        first.before("reopen")
+        second.before("reopen")
+        second.finish()
+        kept = fid.node.fd
+        assert kept >= 0
+        first.finish()
+        assert fid.node.fd == kept
+        client.rest()
+        assert client.session.fids.descriptors == 2
+
+
+def test_opening_again_waits_for_a_rename(source: Path) -> None:
+    """Between the two names there would be nothing to open."""
+    make_files(source, 2)
+    with few_descriptors(source, 1000) as client:
+        fid, _ = look_up_all(client)
+        reclaim(client, fid)
+        moving = Stepper(ops.renameat(client.session, ROOT, b"0000", ROOT, b"0001"))
+        moving.after("_rename")
+        asking = Stepper(ops.getattr(client.session, fid.number))
+        asking.to_lock()
+        moving.finish()
+        assert asking.finish().size == 0
+        assert client.place(fid.number)[1] == b"0001"
+
+
+def test_reclaiming_waits_for_nobody_who_uses_names(source: Path) -> None:
+    """A walk that is stuck in a slow directory must not hold it up, and all names behind it."""
+    make_files(source, 40)
+    with few_descriptors(source, 1000) as client:
+        fids = look_up_all(client)
+        walking = Stepper(ops.walk(client.session, ROOT, client.new(), [b"0000"]))
+        walking.before("_step")
+        for fid in fids:
+            fid.node.recent = False
+        client.session.descriptors.most = 16
+        Stepper(client.session.descriptors._reclaim()).finish()
+        assert client.session.fids.descriptors == 12
+        walking.finish()
+
+
+def test_a_name_that_is_going_away_keeps_its_nodes_descriptor(source: Path) -> None:
+    """Between the look at the name and its removal nobody may reclaim it."""
+    make_files(source, 40)
+    with few_descriptors(source, 1000) as client:
+        fids = look_up_all(client)
+        removing = Stepper(ops.unlinkat(client.session, ROOT, b"0003"))
+        removing.before("_remove")
+        for fid in fids:
+            fid.node.recent = False
+        client.session.descriptors.most = 8
+        Stepper(client.session.descriptors._reclaim()).finish()
+        removing.finish()
+        (gone,) = [fid for fid in fids if fid.node.place and fid.node.place[1] == b"0003"]
+        assert gone.node.fd >= 0
+        assert client.do(ops.getattr, gone.number).nlink == 0
+
+
+def test_what_cannot_be_reclaimed_is_not_looked_at_for_every_lookup(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All are open: the next look comes when an eighth more have been found."""
+    make_files(source, 64)
+    with few_descriptors(source, 32) as client:
+        for name in sorted(os.listdir(source))[:40]:
+            client.open(name)
+        looks: list[int] = []
+        real = client.session.fids.coldest
+
+        def counting(most: int, *where: Any) -> list[Node]:
+            looks.append(most)
+            return real(most, *where)
+
+        monkeypatch.setattr(client.session.fids, "coldest", counting)
+        for name in sorted(os.listdir(source))[40:]:
+            client.open(name)
+        assert len(looks) <= 24 // (32 // 8) + 1
+
+
+def test_directories_below_each_other_are_stale_rather_than_endless(source: Path) -> None:
+    """One that was mounted below itself is remembered below itself."""
+    (source / "a" / "b").mkdir(parents=True)
+    with few_descriptors(source, 1000) as client:
+        a = client.know("a")
+        b = client.know("b", start=a.number)
+        for fid in (b, a):
+            reclaim(client, fid)
+        a.node.place = b.node, b"a"
+        for fid in (a, b):
+            with fails(errno.ESTALE):
+                client.do(ops.getattr, fid.number)
+        assert client.know("a") is a
+        assert client.do(ops.getattr, b.number).kind == stat.S_IFDIR
+
+
+@needs_root
+def test_a_root_that_is_mounted_below_itself(source: Path) -> None:
+    """It is fid 1 there, too; going up from it stays there, and it is not removed."""
+    (source / "below").mkdir()
+    (source / "file").touch()
+    try:
+        subprocess.run(["mount", "--bind", source, source / "below"], check=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("mounting is not permitted here")
+    try:
+        with few_descriptors(source, 1000) as client:
+            assert client.know("below") is client.fid(ROOT)
+            assert client.node(ROOT).place is None
+            assert client.know("..") is client.fid(ROOT)
+            with fails(errno.EBUSY):
+                client.do(ops.remove, client.walk(start=ROOT))
+            assert client.know("below", "file") is client.know("file")
+    finally:
+        subprocess.run(["umount", source / "below"], check=True)
+
+
+@needs_root
+def test_a_file_that_overlayfs_copies_up_is_the_same_file(tmp_path: Path) -> None:
+    """Its birth changes with the first write; its fid, its generation and its use do not."""
+    for name in ("lower", "upper", "work", "merged"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "lower" / "d").mkdir()
+    (tmp_path / "lower" / "d" / "file").write_bytes(b"low")
+    layers = ",".join(f"{name}dir={tmp_path / name}" for name in ("lower", "upper", "work"))
+    try:
+        subprocess.run(
+            ["mount", "-t", "overlay", "overlay", "-o", layers, tmp_path / "merged"],
+            check=True,
+            stderr=subprocess.DEVNULL,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("overlayfs cannot be mounted here")
+    try:
+        with few_descriptors(tmp_path / "merged", 1000) as client:
+            directory = client.know("d")
+            file = client.know("file", start=directory.number)
+            born = client.do(ops.getattr, file.number).birth
+            writing = client.walk(start=file.number)
+            client.do(ops.lopen, writing, os.O_WRONLY | os.O_APPEND)
+            client.do(ops.write, writing, 0, b"up")
+            assert client.do(ops.getattr, file.number).birth != born
+            client.do(ops.clunk, writing)
+            assert client.know("d") is directory
+            assert client.know("d", "file") is file
+            assert (directory.generation, file.generation) == (0, 0)
+            reclaim(client, file)
+            assert file.node.fd == -1
+            assert client.do(ops.getattr, file.number).size == 5
+            client.do(ops.rename, file.number, ROOT, b"moved")
+            client.do(ops.remove, client.walk("moved"))
+    finally:
+        subprocess.run(["umount", tmp_path / "merged"], check=True)
+
+
+def test_a_descriptor_that_comes_and_goes_takes_no_room(source: Path) -> None:
+    """One file is all that can be reclaimed, and is used again each time."""
+    make_files(source, 8)
+    with few_descriptors(source, 6) as client:
+        *held, thrashed = look_up_all(client)
+        for fid in held:
+            client.do(ops.lopen, client.walk(start=fid.number), os.O_RDONLY)
+        losses: Counter[bool] = Counter()
+        for _ in range(400):
+            client.do(ops.getattr, thrashed.number)
+            client.session.descriptors.note()
+            client.rest()
+            losses[thrashed.node.fd == -1] += 1
+        assert losses[True] > 100, "it was not reclaimed again and again"
+        assert len(client.session.fids._clock) <= 100
+        assert len(client.session.fids) == 1 + 8 + 7
+
+
+# The limit
 
 LIMIT = 103  # on open files: 60 of them are to share, 15 at least for nodes
 
@@ -38,16 +503,11 @@ def in_use(client: Client) -> int:
     return client.session.fids.descriptors + client.session.fids.open_descriptors
 
 
-def make_files(directory: Path, count: int) -> None:
-    for number in range(count):
-        (directory / f"{number:03d}").write_bytes(b"x" * number)
-
-
 def open_all(client: Client, count: int) -> list[int]:
     """Open files until that is refused; the open fids."""
     opened: list[int] = []
     for number in range(count):
-        fid = client.walk(f"{number:03d}")
+        fid = client.walk(f"{number:04d}")
         try:
             client.do(ops.lopen, fid, os.O_RDONLY)
         except OSError as error:
@@ -62,10 +522,10 @@ def test_open_files_take_what_nodes_can_do_without(source: Path) -> None:
     """The more are open the fewer nodes have one; never are there more than there may be."""
     make_files(source, 100)
     with limited(source) as client:
-        known = [client.know(f"{number:03d}") for number in range(60, 100)]
+        known = [client.know(f"{number:04d}") for number in range(60, 100)]
         before = client.session.fids.descriptors
         assert before >= 35
-        opened = [client.open(f"{number:03d}") for number in range(20)]
+        opened = [client.open(f"{number:04d}") for number in range(20)]
         assert in_use(client) <= 60
         assert client.session.fids.descriptors <= 41
         for number, fid in enumerate(opened):
@@ -86,12 +546,12 @@ def test_names_go_on_when_all_descriptors_are_in_open_files(source: Path) -> Non
             for number in range(5):  # the one just refused has left a little room
                 opened.append(client.create(f"new{number}", b"x" * len(opened)))
         assert not (source / f"new{number}").exists(), "refused before it was made"
-        truncated = client.walk("000")
+        truncated = client.walk("0000")
         with fails(errno.ENFILE):
             client.do(ops.lopen, truncated, os.O_WRONLY | os.O_TRUNC)
         client.do(ops.clunk, truncated)
         for number in range(40, 100):
-            name = b"%03d" % number
+            name = b"%04d" % number
             fid = client.know(name)
             assert client.do(ops.getattr, fid.number).size == number
             client.do(ops.mkdir, ROOT, b"made", 0o700)
@@ -105,7 +565,7 @@ def test_names_go_on_when_all_descriptors_are_in_open_files(source: Path) -> Non
         for _ in range(2):
             client.do(ops.clunk, opened.pop())
         client.rest()
-        client.open("000")
+        client.open("0000")
 
 
 def test_only_descriptors_of_ones_own_device_are_closed_to_make_room(tmp_path: Path) -> None:
@@ -118,10 +578,10 @@ def test_only_descriptors_of_ones_own_device_are_closed_to_make_room(tmp_path: P
     with mounted("tmpfs", "tmpfs", source / "below") as below:
         make_files(below, 40)
         with limited(source) as client:
-            here = [client.know(f"{number:03d}") for number in range(25)]
-            there = [client.know("below", f"{number:03d}") for number in range(25)]
+            here = [client.know(f"{number:04d}") for number in range(25)]
+            there = [client.know("below", f"{number:04d}") for number in range(25)]
             client.session.descriptors._reclaiming = True  # it hangs somewhere
-            more = [client.know("below", f"{number:03d}") for number in range(25, 40)]
+            more = [client.know("below", f"{number:04d}") for number in range(25, 40)]
             assert all(fid.node.fd >= 0 for fid in here), "nobody who was looking below"
             assert sum(fid.node.fd >= 0 for fid in (*there, *more)) < 40
             assert in_use(client) <= 60
@@ -132,14 +592,14 @@ def test_a_reclaimer_that_hangs_lets_nothing_pile_up(source: Path) -> None:
     make_files(source, 200)
     with limited(source) as client:
         for number in range(50):
-            client.know(f"{number:03d}")
+            client.know(f"{number:04d}")
         client.session.descriptors.most = 20
         hanging = Stepper(client.session.descriptors._reclaim())
         hanging.before("_close_coldest")
         client.session.descriptors._reclaiming = True
         client.session.descriptors.most = 16384
         for number in range(50, 200):
-            client.know(f"{number:03d}")
+            client.know(f"{number:04d}")
             assert in_use(client) <= 61
         hanging.finish()
 
@@ -148,11 +608,11 @@ def test_what_has_no_name_any_more_keeps_its_descriptor(source: Path) -> None:
     """It is the only way to the file: those go first that can be opened again."""
     make_files(source, 120)
     with limited(source) as client:
-        gone = [client.know(f"{number:03d}") for number in range(30)]
+        gone = [client.know(f"{number:04d}") for number in range(30)]
         for number in range(30):
-            client.do(ops.unlinkat, ROOT, b"%03d" % number)
+            client.do(ops.unlinkat, ROOT, b"%04d" % number)
         for number in range(30, 120):
-            client.know(f"{number:03d}")
+            client.know(f"{number:04d}")
             assert in_use(client) <= 61
         assert [client.do(ops.getattr, fid.number).nlink for fid in gone] == [0] * 30
 
@@ -164,8 +624,8 @@ def test_where_nothing_can_be_closed_a_lookup_is_refused_and_no_call_fails(sourc
         gone = []
         with fails(errno.ENFILE):
             for number in range(120):
-                gone.append(client.know(f"{number:03d}"))
-                client.do(ops.unlinkat, ROOT, b"%03d" % number)
+                gone.append(client.know(f"{number:04d}"))
+                client.do(ops.unlinkat, ROOT, b"%04d" % number)
         assert 55 <= len(gone) <= 62
         assert in_use(client) <= 62
         assert client.do(ops.getattr, gone[0].number).nlink == 0
@@ -173,7 +633,7 @@ def test_where_nothing_can_be_closed_a_lookup_is_refused_and_no_call_fails(sourc
         client.rest()
         client.forget(gone.pop())
         client.rest()
-        client.know("110")
+        client.know("0110")
 
 
 @needs_root
@@ -181,5 +641,5 @@ def test_the_root_of_the_source_is_never_closed(source: Path) -> None:
     make_files(source, 100)
     with limited(source) as client:
         for number in range(100):
-            client.know(f"{number:03d}")
+            client.know(f"{number:04d}")
         assert client.node(ROOT).fd >= 0

@@ -31,11 +31,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Argument: argv, the words after the command's name; None takes sys.argv's.
     """
+    words = sys.argv[1:] if argv is None else argv
+    return guarded(lambda: mount(parse(words)))
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """Run a command to its end; whatever that is, it makes one exit code, and one line."""
     daemon.open_standard_streams()
     try:
-        settings = parse(sys.argv[1:] if argv is None else argv)
-        preflight.check(settings)
-        return _run(settings)
+        return command()
     except Failure as failure:
         if failure.code == ExitCode.USAGE:
             failure = Failure(failure.code, f"{failure.message} (see ninefuse --help)")
@@ -73,7 +77,28 @@ def parse(argv: Sequence[str]) -> Settings:
     )
 
 
-def _run(settings: Settings) -> int:
+def mount(settings: Settings) -> int:
+    """Check, mount, and serve: here in the foreground, otherwise as a daemon that is left behind.
+
+    Returns the exit code. Raises Failure.
+    """
+    preflight.check(settings)
+    server = load()
+
+    def serve_detached(ready: Callable[[], None]) -> int:
+        # In the child: the log's sockets and threads' locks are its own from the start.
+        logs.configure(settings, daemon=True)
+        return server(settings, ready)
+
+    if settings.foreground:
+        logs.configure(settings, daemon=False)
+        # Nobody waits for the mount here, and serve logs it.
+        return server(settings, lambda: None)
+    return daemon.run_detached(serve_detached)
+
+
+def load() -> Callable[[Settings, Callable[[], None]], int]:
+    """Import the mount and return its serve; Failure if that cannot be."""
     try:
         # Late, so that help, usage errors and the checks work, and fast, without pyfuse3.
         from ninefuse import mount
@@ -82,19 +107,10 @@ def _run(settings: Settings) -> int:
             ExitCode.INTERNAL, f"{error}: install pyfuse3 and trio for {sys.executable}"
         ) from error
 
-    def serve_detached(ready: Callable[[], None]) -> int:
-        # In the child: the log's sockets and threads' locks are its own from the start.
-        logs.configure(settings, daemon=True)
-        return mount.serve(settings, ready)
-
-    if settings.foreground:
-        logs.configure(settings, daemon=False)
-        # Nobody waits for the mount here, and serve logs it.
-        return mount.serve(settings, lambda: None)
-    return daemon.run_detached(serve_detached)
+    return mount.serve
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise a Failure: main prints its one line, where argparse would print the usage too."""
         raise Failure(ExitCode.USAGE, message)
@@ -113,7 +129,7 @@ class _VersionAction(argparse.Action):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="ninefuse",
         usage="ninefuse [options] SRC MNT",
         description="Mount the directory SRC on the directory MNT.",

@@ -102,6 +102,11 @@ _IGNORED = frozenset(
 )
 _IGNORED_PREFIXES = ("x-", "X-", "comment=", "user=")
 
+_NO_REMOUNT = (
+    "a mount cannot be given other options while it is served: unmount it and mount it anew "
+    "(mount -i -o remount,ro MNT makes it read-only, which the kernel does by itself)"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -153,10 +158,12 @@ class Settings:
 class MountOptions:
     """What the -o options said. None stands for "not given".
 
-    flags: the kernel's flags in force, as words. The timeouts are in seconds.
+    flags: the kernel's flags in force, as words. The timeouts are in seconds. ignored: words that
+    mean nothing to us, which only a sloppy parse lets pass.
     """
 
     flags: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
     allow_other: bool = False
     auto_unmount: bool = False
     debug: bool = False
@@ -201,13 +208,16 @@ def split_words(text: str) -> list[str]:
     return words
 
 
-def parse_options(words: Iterable[str]) -> MountOptions:
+def parse_options(words: Iterable[str], *, sloppy: bool = False) -> MountOptions:
     """Parse the arguments of all -o options, in the order given; later ones win.
 
-    Arguments: words, one string `opt[,opt...]` for each -o.
-    Raises Failure(USAGE) that names the option when it is unknown or has a bad value.
+    Arguments: words, one string `opt[,opt...]` for each -o; sloppy: unknown options are only
+    noted (mount(8), -s).
+    Raises Failure(USAGE) that names the option when it is unknown or has a bad value, or asks
+    for a change of a mount that is there already.
     """
     flags: dict[str, str] = {}
+    ignored: list[str] = []
     switches: set[str] = set()
     values: dict[str, str] = {}
     timeouts: dict[str, float] = {}
@@ -244,6 +254,11 @@ def parse_options(words: Iterable[str]) -> MountOptions:
             max_inodes = _whole(word, value)
         elif name in _TIMEOUTS:
             timeouts[name] = _seconds(word, value)
+        elif word == "remount":
+            # So mount(8) has it done that was told to change a mount (mount.fuse3(8) likewise).
+            raise Failure(ExitCode.USAGE, _NO_REMOUNT)
+        elif sloppy:
+            ignored.append(word)
         else:
             raise Failure(ExitCode.USAGE, f"unknown option -o {word}")
 
@@ -252,6 +267,7 @@ def parse_options(words: Iterable[str]) -> MountOptions:
     seconds = _CACHE_SECONDS[cache]
     return MountOptions(
         flags=tuple(flags.values()),
+        ignored=tuple(ignored),
         allow_other="allow_other" in switches,
         auto_unmount="auto_unmount" in switches,
         debug="debug" in switches,

@@ -92,6 +92,7 @@ _mount = _function(
     ctypes.c_ulong,
     ctypes.c_char_p,
 )
+_setns = _function("setns", ctypes.c_int, ctypes.c_int)
 _umount2 = _function("umount2", ctypes.c_char_p, ctypes.c_int)
 _fstatfs = _function("fstatfs", ctypes.c_int, ctypes.c_void_p)
 _getdents64 = _function("getdents64", ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t)
@@ -302,6 +303,14 @@ def mount(source: str, target: str, kind: str, flags: int, data: str) -> None:
 def detach(target: str) -> None:
     """Take what is mounted on a path away from it; it ends with its last use (umount2(2))."""
     _umount2(os.fsencode(target), _MNT_DETACH)
+
+
+_CLONE_NEWNS = 0x20000
+
+
+def enter_mount_namespace(fd: int) -> None:
+    """Change this process, which must have one thread only, to another's mounts (setns(2))."""
+    _setns(fd, _CLONE_NEWNS)
 
 
 class DirectoryEntry(NamedTuple):

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from apart import AS_NOBODY, AS_ROOT, NOBODY, needs_namespace, run_apart
 from mounting import (
     ENVIRONMENT,
     HASTY_NINEFUSE,
@@ -41,19 +42,7 @@ from mounting import (
 
 from ninefuse.exitcodes import ExitCode
 
-AS_ROOT = os.geteuid() == 0
-NOBODY = 65534
 PAGE = mmap.PAGESIZE
-
-# Runs the command as another user, who need not be able to reach the interpreter's files: what
-# would be imported later has to come before.
-AS_NOBODY = (
-    sys.executable,
-    "-c",
-    "import encodings.unicode_escape, os, sys; from ninefuse import cli, mount; os.setgroups([]);"
-    f" os.setresgid({NOBODY}, {NOBODY}, {NOBODY}); os.setresuid({NOBODY}, {NOBODY}, {NOBODY});"
-    " sys.exit(cli.main())",
-)
 
 
 @pytest.fixture
@@ -278,37 +267,6 @@ def test_a_mount_that_is_refused(source: Path, mountpoint: Path) -> None:
         )  # not a user's to mount on
         refused(ExitCode.MOUNT_REFUSED, done, "/usr")
     assert not is_mounted(mountpoint)
-
-
-needs_namespace = pytest.mark.skipif(
-    not AS_ROOT, reason="needs root: runs the command in a mount namespace of its own"
-)
-
-# Directories that every user can reach, a /dev/fuse of this mode ("none": there is none), and a
-# fuse.conf that allows nothing; then the rest of the words.
-NAMESPACE = """
-mount -t tmpfs -o mode=755 tmpfs /mnt
-mkdir -m 777 /mnt/source /mnt/mount
-if [ "$1" = none ]; then
-    mkdir /mnt/dev
-    for n in null urandom; do cp -a /dev/$n /mnt/dev/$n; done
-    mount --bind /mnt/dev /dev
-else
-    mknod /mnt/fuse c 10 229
-    chmod "$1" /mnt/fuse
-    mount --bind /mnt/fuse /dev/fuse
-fi
-echo > /mnt/fuse.conf
-if [ -e /etc/fuse.conf ]; then mount --bind /mnt/fuse.conf /etc/fuse.conf; fi
-shift
-exec "$@"
-"""
-
-
-def run_apart(device: str, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run the command in a mount namespace, on /mnt/source and /mnt/mount there."""
-    namespace = ("unshare", "-m", "--propagation", "private", "sh", "-ec", NAMESPACE, "sh", device)
-    return run(*namespace, *words, "/mnt/source", "/mnt/mount")
 
 
 @needs_namespace

@@ -71,6 +71,14 @@ def test_launcher_runs_through_a_symlink_from_any_directory(tmp_path: Path) -> N
         assert done.stdout.startswith(f"ninefuse {ninefuse.__version__}\npyfuse3 3.5."), command
 
 
+def test_launcher_is_the_helper_of_mount_8_by_the_helpers_name(tmp_path: Path) -> None:
+    link = tmp_path / "mount.ninefuse"
+    link.symlink_to(ROOT / "bin" / "mount.ninefuse")
+    done = run(sys.executable, link, tmp_path, tmp_path / "missing", "-f", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (32, "")  # for ninefuse -f is something else
+    assert done.stderr.startswith("ninefuse: mount point ")
+
+
 @pytest.fixture
 def launcher(tmp_path: Path) -> Path:
     """Return the launcher of a scratch checkout, whose .venv has no pyfuse3 and no trio."""
@@ -286,6 +294,7 @@ def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
     entry_points.read_string(wheel.read(f"{info}/entry_points.txt").decode())
     scripts = dict(entry_points["console_scripts"])
     assert scripts["ninefuse"] == "ninefuse.cli:main"
+    assert scripts["mount.ninefuse"] == "ninefuse.mounthelper:main"
     assert scripts["ninefuse-bench"] == "ninefuse.bench.command:main"
     for target in scripts.values():
         module, _, function = target.partition(":")
@@ -621,7 +630,7 @@ def test_make_check_ends_at_the_first_failure(commands: Path) -> None:
     assert "mypy" not in done.stdout
 
 
-@pytest.mark.parametrize("name", ["bin/ninefuse", "tools/setup", ".ci/run"])
+@pytest.mark.parametrize("name", ["bin/ninefuse", "bin/mount.ninefuse", "tools/setup", ".ci/run"])
 def test_scripts_are_executable(name: str) -> None:
     assert os.access(ROOT / name, os.X_OK)
 

@@ -1,0 +1,261 @@
+"""ninefuse beneath mount(8): the helper mount.ninefuse, /etc/fstab, findmnt, remount, umount."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from apart import needs_namespace, script_apart
+
+from ninefuse import cli, mounthelper
+from ninefuse.exitcodes import ExitCode, Failure
+from ninefuse.options import Settings
+
+# ---- the helper's own command line ---------------------------------------------------------------
+
+
+class FakeMount:
+    """Stands for cli.mount: remembers the settings, and has the outcome that a test gives it."""
+
+    def __init__(self) -> None:
+        self.mounted: list[Settings] = []
+        self.outcome: int | Failure = 0
+
+    def __call__(self, settings: Settings) -> int:
+        self.mounted.append(settings)
+        if isinstance(self.outcome, Failure):
+            raise self.outcome
+        return self.outcome
+
+
+@pytest.fixture
+def mount(monkeypatch: pytest.MonkeyPatch) -> FakeMount:
+    fake = FakeMount()
+    monkeypatch.setattr(cli, "mount", fake)
+    return fake
+
+
+def test_the_letters_mean_what_mount_8_means_by_them(
+    mount: FakeMount, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where -f and -s mean other things to ninefuse."""
+    words = ["/s", "/m", "-s", "-n", "-v", "-t", "ninefuse.x", "-o", "ro,no/such,model=first"]
+    assert mounthelper.main(words) == 0
+    (settings,) = mount.mounted
+    assert (settings.source, settings.mountpoint) == ("/s", "/m")
+    assert (settings.model, settings.read_only, settings.foreground) == ("first", True, False)
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [
+        "mount.ninefuse: unknown option no/such ignored",
+        "mount.ninefuse: /s mounted on /m, model first",
+    ]
+    assert err == ""
+    assert mounthelper.main(["/s", "/m", "-sn", "-o", "other"]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_f_does_everything_but_the_mount(
+    mount: FakeMount, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("source", "mount"):
+        (tmp_path / name).mkdir()
+    words = ["-f", str(tmp_path / "source")]
+    assert mounthelper.main([*words, str(tmp_path / "mount")]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert mounthelper.main([*words, str(tmp_path / "missing")]) == 32
+    assert "does not exist" in capsys.readouterr().err
+    assert mounthelper.main([*words, str(tmp_path / "mount"), "-o", "what"]) == 1
+    assert mount.mounted == []
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code"),
+    [
+        (0, 0),
+        (Failure(ExitCode.USAGE, "x"), 1),
+        (Failure(ExitCode.ALLOW_OTHER_DENIED, "x"), 1),
+        (Failure(ExitCode.INTERNAL, "x"), 4),
+        (ExitCode.INTERNAL, 4),
+        (130, 8),
+        (143, 8),
+        (Failure(ExitCode.SOURCE_MISSING, "x"), 32),
+        (Failure(ExitCode.NO_FUSE_DEVICE, "x"), 32),
+        (Failure(ExitCode.MOUNT_REFUSED, "x"), 32),
+        (ExitCode.MOUNT_REFUSED, 32),
+    ],
+)
+def test_exit_codes_are_those_of_mount_8(
+    mount: FakeMount, outcome: int | Failure, code: int
+) -> None:
+    mount.outcome = outcome
+    assert mounthelper.main(["/s", "/m"]) == code
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["/s"], "MNT"),
+        (["/s", "/m", "-x"], "-x"),
+        (["/s", "/m", "-o", "what"], "what"),
+        (["/s", "/m", "-s", "-o", "cache=what"], "cache=what"),
+        (["/s", "/m", "-N", "/no/such/file"], "/no/such/file"),
+        (["/s", "/m", "-N", "/dev/null"], "/dev/null"),
+    ],
+)
+def test_what_the_helper_does_not_take(
+    mount: FakeMount, capsys: pytest.CaptureFixture[str], words: list[str], named: str
+) -> None:
+    assert mounthelper.main(words) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("ninefuse: ")
+    assert named in err
+    assert err.count("\n") == 1
+    assert mount.mounted == []
+
+
+def test_the_service_that_runs_mount_8_speaks_for_itself(
+    mount: FakeMount, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", "/run/of/somebody/else")
+    assert mounthelper.main(["/s", "/m"]) == 0
+    assert "NOTIFY_SOCKET" not in os.environ
+
+
+# ---- with the real mount(8) ----------------------------------------------------------------------
+
+# Runs a command and says what it said and returned.
+TELL = """
+tell() { "$@" 2>&1 && echo "= 0" || echo "= $?"; }
+shown() { findmnt -no SOURCE,FSTYPE,OPTIONS $1; }
+echo hello > /mnt/source/file
+"""
+FLAGS = "relatime,user_id=0,group_id=0,default_permissions"
+NO_REMOUNT = (
+    "ninefuse: a mount cannot be given other options while it is served: unmount it and mount it"
+    " anew (mount -i -o remount,ro MNT makes it read-only, which the kernel does by itself) (see"
+    " ninefuse --help)"
+)
+
+
+@needs_namespace
+def test_mount_runs_ninefuse_by_the_name_in_its_type() -> None:
+    done = script_apart(
+        TELL
+        + """
+        tell mount -t fuse.ninefuse /mnt/source /mnt/mount -o noexec,model=first
+        shown /mnt/mount
+        cat /mnt/mount/file
+        tell mount -o remount,ro /mnt/mount
+        tell mount -i -o remount,ro /mnt/mount
+        touch /mnt/mount/new 2>&1 || true
+        tell umount /mnt/mount
+        tell findmnt /mnt/mount
+        tell mount -t fuse.ninefuse /mnt/missing /mnt/mount
+        mkdir -p /mnt/.venv/bin
+        mv /mnt/bin/ninefuse /mnt/.venv/bin
+        tell mount -t fuse3 "/mnt/.venv/bin/ninefuse#/mnt/source" /mnt/mount -o ro
+        shown /mnt/mount
+        """
+    )
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == [
+        "= 0",
+        f"/mnt/source fuse.ninefuse rw,noexec,{FLAGS}",
+        "hello",
+        NO_REMOUNT,
+        f"= {ExitCode.USAGE:d}",
+        "= 0",
+        "touch: cannot touch '/mnt/mount/new': Read-only file system",
+        "= 0",
+        "= 1",  # it is no longer there
+        "ninefuse: source /mnt/missing does not exist: create it or check the name",
+        f"= {ExitCode.SOURCE_MISSING:d}",
+        "= 0",
+        f"/mnt/source fuse.ninefuse ro,{FLAGS}",
+    ]
+
+
+@needs_namespace
+def test_mount_runs_the_helper_for_the_type_ninefuse() -> None:
+    done = script_apart(
+        TELL
+        + """
+        tell mount -t ninefuse /mnt/source /mnt/mount -f -v
+        tell findmnt /mnt/mount
+        tell mount -t ninefuse /mnt/source /mnt/mount -o what
+        tell mount -t ninefuse /mnt/missing /mnt/mount
+        tell mount -t ninefuse /mnt/source /mnt/mount -svn -o what,ro
+        shown /mnt/mount
+        cat /mnt/mount/file
+        tell umount /mnt/mount
+        tell findmnt /mnt/mount
+        unshare -m --propagation private sleep 60 &
+        sleeper=$!
+        until [ "$(readlink /proc/$sleeper/ns/mnt)" != "$(readlink /proc/self/ns/mnt)" ]; do :; done
+        tell mount -N $sleeper -t ninefuse /mnt/source /mnt/mount
+        tell findmnt /mnt/mount
+        nsenter -t $sleeper -m cat /mnt/mount/file
+        """
+    )
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == [
+        "= 0",
+        "= 1",  # -f has mounted nothing
+        "ninefuse: unknown option -o what (see ninefuse --help)",
+        "= 1",
+        "ninefuse: source /mnt/missing does not exist: create it or check the name",
+        "= 32",
+        "mount.ninefuse: unknown option what ignored",
+        "mount.ninefuse: /mnt/source mounted on /mnt/mount, model second",
+        "= 0",
+        f"/mnt/source fuse.ninefuse ro,nosuid,nodev,{FLAGS}",
+        "hello",
+        "= 0",
+        "= 1",
+        "= 0",
+        "= 1",  # it is in the other namespace only
+        "hello",
+    ]
+
+
+@needs_namespace
+def test_mount_does_what_fstab_says_and_does_it_once() -> None:
+    done = script_apart(
+        TELL
+        + """
+        mkdir "/mnt/with space" /mnt/third
+        echo x > "/mnt/with space/file"
+        cat > /mnt/fstab <<-'END'
+	/mnt/source /mnt/mount fuse.ninefuse model=first,nofail,_netdev,x-systemd.automount 0 0
+	/mnt/with\\040space /mnt/third ninefuse defaults,ro,comment=why,threads=3 0 0
+	/mnt/source /mnt/later ninefuse noauto 0 0
+	END
+        touch /etc/fstab
+        mount --bind /mnt/fstab /etc/fstab
+        tell mount -a
+        tell mount -a
+        grep -c ' - fuse.ninefuse /mnt/' /proc/self/mountinfo
+        shown /mnt/mount
+        cat /mnt/mount/file
+        shown /mnt/third
+        cat /mnt/third/file
+        tell umount /mnt/third
+        tell mount /mnt/third
+        cat /mnt/third/file
+        """
+    )
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == [
+        "= 0",
+        "= 0",
+        "2",
+        f"/mnt/source fuse.ninefuse rw,{FLAGS}",
+        "hello",
+        f"/mnt/with space fuse.ninefuse ro,nosuid,nodev,{FLAGS}",
+        "x",
+        "= 0",
+        "= 0",
+        "x",
+    ]

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import ninefuse
 from ninefuse import daemon, logs, options, preflight
 from ninefuse.exitcodes import ExitCode, Failure, report
+from ninefuse.notify import notify
 from ninefuse.options import Settings
 
 log = logging.getLogger(__name__)
@@ -92,8 +93,8 @@ def mount(settings: Settings) -> int:
 
     if settings.foreground:
         logs.configure(settings, daemon=False)
-        # Nobody waits for the mount here, and serve logs it.
-        return server(settings, lambda: None)
+        # Of those who started us only a service manager waits for the mount.
+        return server(settings, lambda: notify("READY=1"))
     return daemon.run_detached(serve_detached)
 
 

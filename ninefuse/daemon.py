@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 from ninefuse.exitcodes import ExitCode, Failure, report
+from ninefuse.notify import notify
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +77,8 @@ def run_detached(serve: Callable[[Callable[[], None]], int]) -> int:
         os.close(write_end)
         code = _wait(pid, read_end, signals)
         if code == ExitCode.OK:
+            # From the process that the service manager has started, which is the one it believes.
+            notify(f"MAINPID={pid}", "READY=1")
             # It is mounted, and the command has only to end: a signal comes too late to call
             # it off and must not make it look as if it had.
             old_mask |= signals

@@ -41,6 +41,7 @@ from ninefuse.adapter import Adapter
 from ninefuse.exitcodes import ExitCode, Failure
 from ninefuse.forgetting import Forgetter
 from ninefuse.mounts import MountsBelow
+from ninefuse.notify import notify
 from ninefuse.options import Settings
 from ninefuse.pace import Pace
 from ninefuse.qids import ROOT_NODEID
@@ -223,6 +224,7 @@ async def _serve(
             await pyfuse3.main(_MIN_TASKS, _MAX_TASKS)
             nursery.cancel_scope.cancel()
     finally:
+        stopper.announce()
         stopper.ended.set()
         device.remove()
         is_mounted = stopper.is_mounted()
@@ -317,6 +319,7 @@ class _Stopper:
         self._mountpoint = mountpoint
         self._session = session
         self._token = token
+        self._is_announced = False
         # Descriptors to end with, should there be no others left then.
         self._spare = [os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC) for _ in range(8)]
 
@@ -328,8 +331,15 @@ class _Stopper:
             log.warning("%s: cannot look whether it is mounted: %s", self._mountpoint, e)
             return False
 
+    def announce(self) -> None:
+        """Tell the service manager, once, that this is the end."""
+        if not self._is_announced:
+            self._is_announced = True
+            notify("STOPPING=1")
+
     def stop(self) -> None:
         """Unmount while the mount goes on being served; then see that the loop ends."""
+        self.announce()
         self._give_up_spare()
         until = time.monotonic() + _BUSY_GRACE
         helper = self._helper() if self.is_mounted() else None

@@ -1,8 +1,12 @@
 """Where log messages go and how they look: stderr, a file or syslog, one line an event."""
 
 import contextlib
+import copy
 import errno
+import io
 import logging
+import logging.handlers
+import math
 import os
 import socket
 import sys
@@ -16,7 +20,8 @@ from ninefuse.options import Settings
 
 SYSLOG_SOCKET = "/dev/log"
 
-# Of one and the same message this many are logged in this many seconds; more are only counted.
+# Of one and the same message this many are logged in this many seconds; more are only counted,
+# and the count is logged after that time.
 REPEAT_LIMIT = 10
 REPEAT_SECONDS = 60.0
 
@@ -42,7 +47,7 @@ def configure(settings: Settings, daemon: bool) -> None:
 
     Arguments: settings (debug, log_level and log_file count); daemon: False adds stderr. A log
     file is used whenever one is given; a daemon without one logs to syslog, and where there is
-    no syslog to nowhere.
+    no syslog to nowhere. Call it before the umask is changed.
     Raises Failure(USAGE) when the log file cannot be opened.
     """
     level = logging.DEBUG if settings.debug else _LEVELS[settings.log_level]
@@ -63,9 +68,15 @@ def configure(settings: Settings, daemon: bool) -> None:
     for handler in handlers:
         handler.set_name(_HANDLER_NAME)
         # One filter each: with a shared one every message would count once per handler.
-        handler.addFilter(RepeatFilter())
-        # syslog stamps time and process on its own.
-        handler.setFormatter(LineFormatter(with_time=not isinstance(handler, SyslogHandler)))
+        handler.addFilter(RepeatFilter(handler, REPEAT_LIMIT, REPEAT_SECONDS))
+        # syslog and the journal stamp time and process on their own.
+        in_journal = handler is handlers[0] and not daemon and _is_journal(2)
+        handler.setFormatter(
+            LineFormatter(
+                with_time=not isinstance(handler, SyslogHandler) and not in_journal,
+                with_priority=in_journal,
+            )
+        )
         root.addHandler(handler)
     root.setLevel(level)
     for name in _LIBRARIES:
@@ -73,9 +84,26 @@ def configure(settings: Settings, daemon: bool) -> None:
     logging.getLogger("pyfuse3").addFilter(_withdrawn)
 
 
+def tell_repeats(*, all_of_them: bool = False) -> None:
+    """Log how many messages were only counted: those whose time is over, or all at the end."""
+    for handler in logging.getLogger().handlers:
+        for repeats in handler.filters:
+            if isinstance(repeats, RepeatFilter):
+                repeats.tell(all_of_them=all_of_them)
+
+
+def _is_journal(descriptor: int) -> bool:
+    """Whether a descriptor leads to systemd's journal (systemd.exec(5), JOURNAL_STREAM)."""
+    stream = os.environ.get("JOURNAL_STREAM")
+    with contextlib.suppress(OSError):
+        status = os.fstat(descriptor)
+        return stream == f"{status.st_dev}:{status.st_ino}"
+    return False
+
+
 def _open_file(path: str) -> logging.Handler:
     try:
-        return logging.FileHandler(path, mode="a", encoding="utf-8")
+        return LogFile(path)
     except OSError as error:
         raise Failure(
             ExitCode.USAGE,
@@ -83,16 +111,67 @@ def _open_file(path: str) -> logging.Handler:
         ) from None
 
 
+class LogFile(logging.handlers.WatchedFileHandler):
+    """A file that is opened anew when it has been renamed or removed, as logrotate does.
+
+    It is looked for in the directory that was there at the start: a path could lead into the
+    mount, by which the daemon would wait for itself. Argument: path, of the file.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._umask = os.umask(0o077)  # which can only be read by being set
+        os.umask(self._umask)
+        directory, name = os.path.split(path)
+        self._directory = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            in_it = f"/proc/self/fd/{self._directory}/{name}"
+            super().__init__(in_it, mode="a", encoding="utf-8")
+        except OSError:
+            os.close(self._directory)
+            raise
+
+    def _open(self) -> io.TextIOWrapper:
+        # Later the process has no umask of its own (mount.py).
+        def opener(path: str, flags: int) -> int:
+            return os.open(path, flags, 0o666 & ~self._umask)
+
+        return open(self.baseFilename, "a", encoding="utf-8", opener=opener)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record, or drop it when there is no file to be had."""
+        if self._directory >= 0:
+            with contextlib.suppress(OSError):
+                super().emit(record)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._directory >= 0:
+            os.close(self._directory)
+            self._directory = -1
+        super().close()
+
+
+def _priority(record: logging.LogRecord) -> int:
+    """syslog's number for a record's level."""
+    if record.levelno >= logging.ERROR:
+        return syslog.LOG_ERR
+    if record.levelno >= logging.WARNING:
+        return syslog.LOG_WARNING
+    return syslog.LOG_INFO if record.levelno >= logging.INFO else syslog.LOG_DEBUG
+
+
 class LineFormatter(logging.Formatter):
     """One line an event, with all that is not printable escaped; tracebacks follow, indented.
 
     Neither a file name in a message nor one in a traceback can thus look like an event of its
-    own. Argument: with_time, whether a line begins with date, time and process id.
+    own. Arguments: with_time, whether a line begins with date, time and process id;
+    with_priority, whether each begins with its level as the journal reads it (sd-daemon(3)).
     """
 
-    def __init__(self, with_time: bool = True) -> None:
+    def __init__(self, with_time: bool = True, with_priority: bool = False) -> None:
         stamp = "%(asctime)s [%(process)d] " if with_time else ""
         super().__init__(stamp + "%(levelname)s %(name)s: %(message)s")
+        self._with_priority = with_priority
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         """Return the line for the record."""
@@ -102,7 +181,8 @@ class LineFormatter(logging.Formatter):
         """Return the line and, where the record has one, the traceback below it."""
         # formatMessage has left no newline in the event's own line: the rest is traceback.
         line, *rest = super().format(record).split("\n")
-        return "\n".join([line, *("    " + one_line(text) for text in rest)])
+        mark = f"<{_priority(record)}>" if self._with_priority else ""
+        return "\n".join([mark + line, *(mark + "    " + one_line(text) for text in rest)])
 
 
 def _withdrawn(record: logging.LogRecord) -> bool:
@@ -114,27 +194,40 @@ def _withdrawn(record: logging.LogRecord) -> bool:
     return not (reply_failed and record.args == (os.strerror(errno.ENOENT),))
 
 
+class _Repeated:
+    """One kind of message: since when it is counted, how often it came, and the last one."""
+
+    def __init__(self, start: float) -> None:
+        self.start = start
+        self.count = 0
+        self.last: logging.LogRecord | None = None  # that was not logged
+
+
 class RepeatFilter(logging.Filter):
     """Keep a message that comes again and again from filling the log.
 
-    Messages are the same when logger, level and text template are. The last one let through
-    says that more are only counted; the first one after the time says how many there were.
+    Messages are the same when they have one text template and come from one place. The last one
+    let through says that more are only counted. How many there were is said once the time is
+    over: with the next message of whatever kind, or by `tell`.
     Debug messages all pass, and what is marked ASKED_FOR: who asks for them wants each.
-    Arguments: limit, how many pass in a period of that many seconds; clock, returns seconds.
+    Arguments: handler, whose filter this is, and which gets the counts; limit, how many pass in a
+    period of that many seconds; clock, returns seconds.
     """
 
     def __init__(
         self,
-        limit: int = REPEAT_LIMIT,
-        seconds: float = REPEAT_SECONDS,
+        handler: logging.Handler,
+        limit: int,
+        seconds: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__()
+        self._handler = handler
         self._limit = limit
         self._seconds = seconds
         self._clock = clock
-        # (logger, level, template) -> (start of the period, messages in it)
-        self._seen: dict[tuple[str, int, str], tuple[float, int]] = {}
+        self._seen: dict[tuple[str, int, str, int, str], _Repeated] = {}
+        self._due = math.inf  # when the first period is over in which something was not logged
         # Handlers run their filters outside their own lock. Reentrant, since a Python signal
         # handler may log in the middle of a log call.
         self._lock = threading.RLock()
@@ -142,27 +235,53 @@ class RepeatFilter(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether the record is to be logged; leave a note in record.repeat_note."""
         # Always set: the filter of another handler may have left its own note there.
-        record.repeat_note = ""
+        record.repeat_note = getattr(record, "repeated", "")
         if record.levelno <= logging.DEBUG or hasattr(record, "asked_for"):
             return True
-        key = (record.name, record.levelno, str(record.msg))
+        self.tell()
+        key = (record.name, record.levelno, record.pathname, record.lineno, str(record.msg))
+        # Templates are few, unless somebody formats before logging: forget all rather than
+        # grow without end.
+        if len(self._seen) >= 1000 and key not in self._seen:
+            self.tell(all_of_them=True)
         with self._lock:
             now = self._clock()
-            start, count = self._seen.get(key, (now, 0))
-            missed = 0
-            if now - start >= self._seconds:
-                missed = max(0, count - self._limit)
-                start, count = now, 0
-            # Templates are few, unless somebody formats before logging: forget all rather than
-            # grow without end.
-            if len(self._seen) >= 1000 and key not in self._seen:
-                self._seen.clear()
-            self._seen[key] = (start, count + 1)
-        if missed:
-            record.repeat_note = f" ({missed} more like this were not logged)"
-        elif count + 1 == self._limit:
-            record.repeat_note = f" (more like this within {self._seconds:g} s are only counted)"
-        return count < self._limit
+            repeated = self._seen.get(key)
+            if repeated is None or now - repeated.start >= self._seconds:
+                repeated = self._seen[key] = _Repeated(now)
+            repeated.count += 1
+            if repeated.count == self._limit:
+                record.repeat_note = (
+                    f" (more like this within {self._seconds:g} s are only counted)"
+                )
+            if repeated.count <= self._limit:
+                return True
+            repeated.last = record
+            self._due = min(self._due, repeated.start + self._seconds)
+            return False
+
+    def tell(self, *, all_of_them: bool = False) -> None:
+        """Log how many were only counted, for each kind of message whose time is over, or all."""
+        with self._lock:
+            now = self._clock()
+            if now < self._due and not all_of_them:
+                return
+            over = [
+                key
+                for key, repeated in self._seen.items()
+                if all_of_them or now - repeated.start >= self._seconds
+            ]
+            ended = [self._seen.pop(key) for key in over]
+            left = (r.start for r in self._seen.values() if r.last is not None)
+            self._due = min(left, default=math.inf) + self._seconds
+        for repeated in ended:
+            if repeated.last is not None:
+                summary = copy.copy(repeated.last)
+                summary.exc_info = summary.exc_text = summary.stack_info = None
+                missed = repeated.count - self._limit
+                summary.repeated = f" (repeated {missed} times, this was the last)"
+                summary.__dict__.update(ASKED_FOR)  # so that it is not counted itself
+                self._handler.handle(summary)
 
 
 class SyslogHandler(logging.Handler):
@@ -182,16 +301,9 @@ class SyslogHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Send one record, or drop it when syslog is full or gone."""
-        if record.levelno >= logging.ERROR:
-            priority = syslog.LOG_ERR
-        elif record.levelno >= logging.WARNING:
-            priority = syslog.LOG_WARNING
-        elif record.levelno >= logging.INFO:
-            priority = syslog.LOG_INFO
-        else:
-            priority = syslog.LOG_DEBUG
         try:
-            line = f"<{syslog.LOG_DAEMON | priority}>ninefuse[{os.getpid()}]: {self.format(record)}"
+            mark = f"<{syslog.LOG_DAEMON | _priority(record)}>ninefuse[{os.getpid()}]"
+            line = f"{mark}: {self.format(record)}"
             with contextlib.suppress(OSError):
                 self._socket.sendto(line.encode(), self._address)
         except Exception:

@@ -126,6 +126,7 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
             session.fids.clear()
             driver.close()
             os.close(source)
+            logs.tell_repeats(all_of_them=True)
     log.info("%s: unmounted", settings.mountpoint)
     return ExitCode.OK
 

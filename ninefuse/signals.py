@@ -19,6 +19,8 @@ import signal
 import threading
 from collections.abc import Callable
 
+from ninefuse import logs
+
 log = logging.getLogger(__name__)
 
 STOP = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
@@ -49,8 +51,12 @@ def start(
     def wait() -> None:
         stopping = False
         while True:
-            number = signal.sigwait(WAITED_FOR)
+            received = signal.sigtimedwait(WAITED_FOR, logs.REPEAT_SECONDS)
             try:
+                if received is None:
+                    logs.tell_repeats()  # of which nothing else may remind
+                    continue
+                number = received.si_signo
                 if number == signal.SIGUSR1:
                     counters()
                 elif number == signal.SIGUSR2:
@@ -64,6 +70,6 @@ def start(
                     end_now()
                     os._exit(128 + number)
             except Exception:
-                log.exception("%s", signal.Signals(number).name)
+                log.exception("%s", received)
 
     threading.Thread(target=wait, name="signals", daemon=True).start()

@@ -99,6 +99,72 @@ def test_log_file_that_cannot_be_opened(tmp_path: Path) -> None:
     assert str(tmp_path / "none" / "log") in caught.value.message
 
 
+# The file and its rotation
+
+
+def test_a_file_that_was_renamed_is_opened_anew_with_the_first_ones_mode(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    before = os.umask(0o027)
+    try:
+        logs.configure(with_log(path), daemon=True)
+        os.umask(0)  # as the mount sets it
+        logging.getLogger("ninefuse.test").warning("one")
+        path.rename(tmp_path / "log.1")
+        logging.getLogger("ninefuse.test").warning("two")
+        path.unlink()
+        logging.getLogger("ninefuse.test").warning("three")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "log.1").read_text().endswith(": one\n")
+    assert path.read_text().endswith(": three\n")
+    assert path.read_text().count("\n") == 1
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_file_that_cannot_be_opened_anew_stops_nobody(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "log"
+    logs.configure(with_log(path), daemon=True)
+    path.unlink()
+    path.mkdir()
+    for _ in range(3):
+        logging.getLogger("ninefuse.test").warning("unheard")
+    path.rmdir()
+    logging.getLogger("ninefuse.test").warning("heard again")
+    assert path.read_text().endswith("heard again\n")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_closed_file_is_not_opened_anew(tmp_path: Path) -> None:
+    handler = logs.LogFile(str(tmp_path / "log"))
+    handler.close()
+    (tmp_path / "log").unlink()
+    handler.handle(record("late"))
+    assert not (tmp_path / "log").exists()
+
+
+def test_the_journal_is_told_levels_and_no_time(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status = os.fstat(2)
+    monkeypatch.setenv("JOURNAL_STREAM", f"{status.st_dev}:{status.st_ino}")
+    logs.configure(SETTINGS, daemon=False)
+    try:
+        raise ValueError
+    except ValueError:
+        logging.getLogger("ninefuse.test").exception("said")
+    logging.getLogger("ninefuse.test").warning("more")
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0] == "<3>ERROR ninefuse.test: said"
+    assert lines[1] == "<3>    Traceback (most recent call last):"
+    assert lines[-1] == "<4>WARNING ninefuse.test: more"
+    monkeypatch.setenv("JOURNAL_STREAM", f"{status.st_dev}:{status.st_ino + 1}")
+    logs.configure(SETTINGS, daemon=False)
+    logging.getLogger("ninefuse.test").warning("on a terminal")
+    assert re.match(r"\d{4}-", capfd.readouterr().err)
+
+
 @pytest.mark.parametrize(
     ("fields", "own", "library"),
     [
@@ -146,54 +212,155 @@ class Clock:
         return self.now
 
 
-def notes(repeats: logs.RepeatFilter, events: list[logging.LogRecord]) -> list[str | None]:
-    """Return the note of each event that passes, None for each that does not."""
-    return [event.repeat_note if repeats.filter(event) else None for event in events]  # type: ignore[attr-defined]
+class Repeats(logging.Handler):
+    """A handler with a filter that lets two of a kind pass in ten seconds, and its clock."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = Clock()
+        self.repeats = logs.RepeatFilter(self, limit=2, seconds=10, clock=self.clock)
+        self.addFilter(self.repeats)
+        self.setFormatter(logs.LineFormatter(with_time=False))
+        self._lines: list[str] = []
+
+    def emit(self, event: logging.LogRecord) -> None:
+        self._lines.append(self.format(event).removeprefix("INFO ninefuse.test: "))
+
+    def lines(self) -> list[str]:
+        """What has been logged since this was asked last."""
+        lines, self._lines = self._lines, []
+        return lines
+
+
+MORE = " (more like this within 10 s are only counted)"
 
 
 def test_repeats_are_counted_and_said_once() -> None:
-    clock = Clock()
-    repeats = logs.RepeatFilter(limit=2, seconds=10, clock=clock)
-    more = " (more like this within 10 s are only counted)"
-    assert notes(repeats, [record("lost %d", number) for number in range(5)]) == [
-        "",
-        more,
-        None,
-        None,
-        None,
+    log = Repeats()
+    for number in range(5):
+        log.handle(record("lost %d", number))
+    assert log.lines() == ["lost 0", "lost 1" + MORE]
+    log.clock.now += 9.9
+    log.handle(record("lost %d", 5))
+    assert log.lines() == []
+    log.clock.now += 0.1
+    for number in range(6, 9):
+        log.handle(record("lost %d", number))
+    assert log.lines() == [
+        "lost 5 (repeated 4 times, this was the last)",
+        "lost 6",
+        "lost 7" + MORE,
     ]
-    clock.now += 9.9
-    assert notes(repeats, [record("lost %d", 6)]) == [None]
-    clock.now += 0.1
-    assert notes(repeats, [record("lost %d", number) for number in range(3)]) == [
-        " (4 more like this were not logged)",
-        more,
-        None,
-    ]
-    clock.now += 10
-    assert notes(repeats, [record("lost %d", 1)]) == [" (1 more like this were not logged)"]
-    clock.now += 10
-    assert notes(repeats, [record("lost %d", 1)]) == [""]
+    log.clock.now += 10
+    log.handle(record("lost %d", 9))
+    assert log.lines() == ["lost 8 (repeated 1 times, this was the last)", "lost 9"]
+    log.clock.now += 10
+    log.handle(record("lost %d", 10))
+    assert log.lines() == ["lost 10"]
+
+
+def test_the_count_of_one_message_is_said_with_the_next_of_another_kind() -> None:
+    log = Repeats()
+    for number in range(5):
+        log.handle(record("lost %d", number))
+    log.clock.now += 5
+    for number in range(4):
+        log.handle(record("found %d", number))
+    log.lines()
+    log.clock.now += 5
+    log.handle(record("else"))
+    assert log.lines() == ["lost 4 (repeated 3 times, this was the last)", "else"]
+    log.clock.now += 5
+    log.repeats.tell()
+    assert log.lines() == ["found 3 (repeated 2 times, this was the last)"]
+    log.clock.now += 100
+    log.repeats.tell(all_of_them=True)
+    assert log.lines() == []
+
+
+def test_counts_are_said_when_asked_and_all_of_them_at_the_end() -> None:
+    log = Repeats()
+    for _ in range(122):
+        log.handle(record("lost"))
+    log.lines()
+    log.repeats.tell()
+    assert log.lines() == [], "more of it may come"
+    log.repeats.tell(all_of_them=True)
+    assert log.lines() == ["lost (repeated 120 times, this was the last)"]
+    log.handle(record("lost"))
+    assert log.lines() == ["lost"], "counted anew"
+
+
+def test_a_count_goes_without_the_traceback_and_keeps_the_level() -> None:
+    log = Repeats()
+    for _ in range(4):
+        event = record("lost", level=logging.ERROR)
+        try:
+            raise ValueError
+        except ValueError:
+            event.exc_info = sys.exc_info()
+        log.handle(event)
+    log.lines()
+    log.repeats.tell(all_of_them=True)
+    assert log.lines() == ["ERROR ninefuse.test: lost (repeated 2 times, this was the last)"]
+
+
+def test_one_text_from_two_places_is_two_messages() -> None:
+    log = Repeats()
+    for line in (1, 1, 1, 2):
+        event = record("lost")
+        event.lineno = line
+        log.handle(event)
+    assert log.lines() == ["lost", "lost" + MORE, "lost"]
+
+
+def test_what_was_asked_for_is_never_held_back() -> None:
+    log = Repeats()
+    for _ in range(50):
+        event = record("counters")
+        event.__dict__.update(logs.ASKED_FOR)
+        log.handle(event)
+    log.repeats.tell(all_of_them=True)
+    assert log.lines() == ["counters"] * 50
 
 
 def test_other_messages_are_not_held_back() -> None:
-    repeats = logs.RepeatFilter(limit=2, seconds=10, clock=Clock())
+    log = Repeats()
     for _ in range(5):
-        repeats.filter(record("lost %d", 1))
-    assert repeats.filter(record("found %d", 1))
-    assert repeats.filter(record("lost %d", 1, level=logging.ERROR))
+        log.handle(record("lost %d", 1))
+    log.lines()
+    log.handle(record("found %d", 1))
+    log.handle(record("lost %d", 1, level=logging.ERROR))
+    assert log.lines() == ["found 1", "ERROR ninefuse.test: lost 1"]
 
 
 def test_debug_messages_all_pass() -> None:
-    repeats = logs.RepeatFilter(limit=2, seconds=10, clock=Clock())
-    assert all(repeats.filter(record("request", level=logging.DEBUG)) for _ in range(50))
+    log = Repeats()
+    for _ in range(50):
+        log.handle(record("request", level=logging.DEBUG))
+    assert log.lines() == ["DEBUG ninefuse.test: request"] * 50
 
 
-def test_the_filter_does_not_grow_without_end() -> None:
-    repeats = logs.RepeatFilter(limit=2, seconds=10, clock=Clock())
+def test_the_filter_does_not_grow_without_end_and_forgets_no_count() -> None:
+    log = Repeats()
+    for _ in range(7):
+        log.handle(record("lost"))
     for number in range(5000):
-        assert repeats.filter(record(f"formatted before logging: {number}"))
-    assert len(repeats._seen) <= 1000
+        log.handle(record(f"formatted before logging: {number}"))
+    assert len(log.repeats._seen) <= 1000
+    assert "lost (repeated 5 times, this was the last)" in log.lines()
+
+
+def test_a_record_that_cannot_be_formatted_stops_nobody(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs.configure(with_log(tmp_path / "log"), daemon=True)
+    (handler,) = our_handlers()
+    for _ in range(logs.REPEAT_LIMIT + 5):
+        handler.handle(record("%d", "no number"))
+    logs.tell_repeats(all_of_them=True)
+    assert (tmp_path / "log").read_text() == ""
+    assert capsys.readouterr().err.count("--- Logging error ---") == logs.REPEAT_LIMIT + 1
 
 
 def test_configured_handlers_limit_repeats_each_for_itself(
@@ -207,6 +374,11 @@ def test_configured_handlers_limit_repeats_each_for_itself(
         assert len(lines) == logs.REPEAT_LIMIT
         assert lines[0].endswith("slow: 0")
         assert lines[-1].endswith("are only counted)")
+    logs.tell_repeats()
+    assert capsys.readouterr().err == "", "its time is not over"
+    logs.tell_repeats(all_of_them=True)
+    for text in ((tmp_path / "log").read_text(), capsys.readouterr().err):
+        assert text.endswith("slow: 14 (repeated 5 times, this was the last)\n")
 
 
 # A syslog of our own. Its address is relative, since a socket's path may only have 107 bytes.

@@ -1,4 +1,4 @@
-"""The mount table: what is mounted below a directory, kept up to date.
+"""The mount table: what is mounted below a directory, kept up to date; a descriptor's mount.
 
 Locks touched: none.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import select
 from collections.abc import Iterator
 
@@ -27,6 +28,27 @@ def mounts_below(directory: str) -> list[bytes]:
     prefix = os.fsencode(directory).rstrip(b"/") + b"/"
     with open(_MOUNTINFO, "rb") as table:
         return [point for _, point in fields_of(table.read()) if point.startswith(prefix)]
+
+
+def of_device(fd: int) -> tuple[str, frozenset[str]] | None:
+    """Mount point and options of the file system that an open FUSE device serves.
+
+    None where the table does not show it, as in another mount namespace, or the kernel does not
+    say which it is (before Linux 6.16), or it is no FUSE device.
+    """
+    try:
+        with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
+            found = re.search(rb"^fuse_connection:\t(\d+)$", file.read(), re.M)
+        with open(_MOUNTINFO, "rb") as file:
+            table = file.read()
+    except OSError:
+        return None
+    for line in table.splitlines(keepends=True):
+        ((device, point),) = fields_of(line)
+        if found is not None and device == b"0:" + found[1]:
+            options = line.partition(b" - ")[2].split()[2]
+            return os.fsdecode(point), frozenset(os.fsdecode(options).split(","))
+    return None
 
 
 class MountsBelow:

@@ -9,10 +9,12 @@ import shutil
 import signal
 import stat
 
+from ninefuse import mounts
 from ninefuse.exitcodes import ExitCode, Failure
 from ninefuse.options import Settings
 
 FUSE_DEVICE = "/dev/fuse"
+_FUSE_NUMBERS = os.makedev(10, 229)
 FUSE_CONF = "/etc/fuse.conf"
 FUSERMOUNT = "fusermount3"
 
@@ -31,6 +33,7 @@ def check(settings: Settings) -> None:
     """
     _check_source(settings.source)
     if is_descriptor(settings.mountpoint):
+        _check_handed_over(settings.source, settings.mountpoint)
         return  # there is nothing left to look at or to mount
     _check_mountpoint(settings.mountpoint)
     _check_overlap(settings.source, settings.mountpoint)
@@ -124,17 +127,48 @@ def _check_overlap(source: str, mountpoint: str) -> None:
             f"{source} and {mountpoint} are the same directory: give another mount point",
         )
     if _is_inside(real_mountpoint, real_source):
-        raise Failure(
-            ExitCode.MOUNTPOINT_INSIDE_SOURCE,
-            f"mount point {mountpoint} lies inside the source {source}, so that requests would "
-            "come back into the daemon and freeze it: give a mount point outside",
-        )
+        raise _inside_source(source, mountpoint)
     if _is_inside(real_source, real_mountpoint):
         raise Failure(
             ExitCode.SOURCE_INSIDE_MOUNTPOINT,
             f"source {source} lies inside the mount point {mountpoint}, which would hide it: "
             "give a mount point outside",
         )
+
+
+def _check_handed_over(source: str, mountpoint: str) -> None:
+    """Check a mount that somebody else has made; it must not be touched before it is served."""
+    number = int(mountpoint.rpartition("/")[2])
+    # Before we open files of our own, which may get this number.
+    try:
+        device = os.fstat(number).st_rdev
+    except (OSError, OverflowError):
+        device = None
+    if device != _FUSE_NUMBERS:
+        raise Failure(
+            ExitCode.MOUNT_REFUSED,
+            f"descriptor {number} is not an open {FUSE_DEVICE}: mount with one, and hand it on",
+        )
+    known = mounts.of_device(number)
+    if known is None:
+        return
+    point, options = known
+    if "allow_other" in options and "default_permissions" not in options:
+        raise Failure(
+            ExitCode.MOUNT_REFUSED,
+            f"the mount on {point} lets other users in, and nobody would check what they may do: "
+            "have it made with default_permissions",
+        )
+    if point.startswith(os.path.join(os.path.realpath(source), "")):
+        raise _inside_source(source, point)
+
+
+def _inside_source(source: str, mountpoint: str) -> Failure:
+    return Failure(
+        ExitCode.MOUNTPOINT_INSIDE_SOURCE,
+        f"mount point {mountpoint} lies inside the source {source}, so that requests would "
+        "come back into the daemon and freeze it: give a mount point outside",
+    )
 
 
 def _check_device() -> None:

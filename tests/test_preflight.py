@@ -340,12 +340,24 @@ def test_allow_other(
 
 
 def test_a_mount_handed_over_as_a_descriptor(changed: Changed, base: Path) -> None:
+    """Nothing of it is looked at but the descriptor: the rest would wait until it is served."""
     (base / "fuse").unlink()
-    assert outcome(changed(mountpoint="/dev/fd/7"))[0] == ExitCode.OK
-    assert outcome(changed(mountpoint="/dev/fd/7", source=base / "none"))[0] == (
-        ExitCode.SOURCE_MISSING
-    )
-    assert outcome(changed(mountpoint="/dev/fd/7/x"))[0] == ExitCode.MOUNTPOINT_MISSING
+    device = os.open("/dev/fuse", os.O_RDWR)
+    other = os.open("/dev/null", os.O_RDWR)
+    try:
+        path = f"/dev/fd/{device}"
+        assert outcome(changed(mountpoint=path))[0] == ExitCode.OK
+        missing = changed(mountpoint=path, source=base / "none")
+        assert outcome(missing)[0] == ExitCode.SOURCE_MISSING
+        assert outcome(changed(mountpoint=f"{path}/x"))[0] == ExitCode.MOUNTPOINT_MISSING
+        code, message = outcome(changed(mountpoint=f"/dev/fd/{other}"))
+        assert code == ExitCode.MOUNT_REFUSED
+        assert f"descriptor {other} " in message
+    finally:
+        os.close(device)
+        os.close(other)
+    for number in (device, 10**30):
+        assert outcome(changed(mountpoint=f"/dev/fd/{number}"))[0] == ExitCode.MOUNT_REFUSED
 
 
 def test_a_message_is_one_line_whatever_the_name(changed: Changed, base: Path) -> None:

@@ -35,6 +35,7 @@ _CAP_SYS_RESOURCE = 24
 _CAP_MKNOD = 27
 _CAPABILITY_VERSION_3 = 0x20080522
 _CLONE_FS = 0x200
+_PR_CAPBSET_READ = 23
 
 # What of the daemon's capabilities is kept: to make something, and to change something.
 _FOR_MAKING = 1 << _CAP_DAC_OVERRIDE | 1 << _CAP_DAC_READ_SEARCH | 1 << _CAP_MKNOD
@@ -94,6 +95,14 @@ def _set_capabilities(c: _Capabilities) -> None:
     if _libc.capset(ctypes.byref(header), data):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
+
+
+def can_become_able_to_mount() -> bool:
+    """Whether any program started from here can have CAP_SYS_ADMIN, a set-user-id one, say.
+
+    In most containers none can: it is not in their bounding set (capabilities(7)).
+    """
+    return bool(_libc.prctl(_PR_CAPBSET_READ, _CAP_SYS_ADMIN, 0, 0, 0))
 
 
 def settle() -> None:

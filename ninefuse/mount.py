@@ -284,10 +284,18 @@ def _init(adapter: Adapter, settings: Settings, mountpoint: str) -> None:
             pyfuse3.init(adapter, mountpoint, set(settings.mount_options))
         except RuntimeError as e:
             reason = " ".join(said().split()) or str(e)
+            if credentials.can_become_able_to_mount():
+                advice = (
+                    "mounting takes CAP_SYS_ADMIN, or fusermount3 and a mount point of one's own"
+                )
+            else:
+                advice = (
+                    "nobody may mount in here, not even root, without CAP_SYS_ADMIN: start the "
+                    f"container with --cap-add SYS_ADMIN --device {preflight.FUSE_DEVICE}"
+                )
             raise Failure(
                 ExitCode.MOUNT_REFUSED,
-                f"cannot mount on {settings.mountpoint}: {reason} "
-                "(mounting takes CAP_SYS_ADMIN, or fusermount3 and a mount point of one's own)",
+                f"cannot mount on {settings.mountpoint}: {reason} ({advice})",
             ) from None
 
 

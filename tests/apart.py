@@ -18,6 +18,7 @@ from mounting import REPO, run
 
 AS_ROOT = os.geteuid() == 0
 NOBODY = 65534
+OTHER = 1  # daemon(1), wherever there are names of users
 
 needs_namespace = pytest.mark.skipif(
     not AS_ROOT, reason="needs root: runs the command in a mount namespace of its own"
@@ -52,6 +53,19 @@ if [ -e /etc/fuse.conf ]; then mount --bind /mnt/fuse.conf /etc/fuse.conf; fi
 shift
 """
 
+# For scripts: a command by a user, by another one; a command, and what it said and returned; and
+# until what is no more.
+_WORDS = f"""
+as_user() {{ setpriv --reuid {NOBODY} --regid {NOBODY} --clear-groups "$@"; }}
+as_other() {{ setpriv --reuid {OTHER} --regid {OTHER} --clear-groups "$@"; }}
+tell() {{ "$@" 2>&1 && echo "= 0" || echo "= $?"; }}
+shown() {{ findmnt -no SOURCE,FSTYPE,OPTIONS $1; }}
+is_mounted() {{ grep -q ' /mnt/mount ' /proc/self/mountinfo; }}
+wait_while() {{ while "$@"; do sleep 0.01; done; }}
+daemon_of() {{ sed -n 's/.*\\[\\([0-9]*\\)\\] .*mounted on.*/\\1/p' $1; }}
+is_running() {{ grep -q '^State:.[^Z]' /proc/$1/status 2>/dev/null; }}
+"""
+
 # The commands where mount(8) looks for them: ninefuse on the system's PATH, and mount.ninefuse
 # in /sbin, as the link that the documentation shows.
 _INSTALL = """
@@ -80,7 +94,7 @@ def script_apart(script: str, device: str = "666") -> subprocess.CompletedProces
     """Run a shell script in the namespace, with the commands installed."""
     variables = f"REPO={shlex.quote(str(REPO))} PYTHON={shlex.quote(sys.executable)}\n"
     path = "PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\n"
-    return _run(variables + path + _PREPARE + _INSTALL + script, device)
+    return _run(variables + path + _PREPARE + _INSTALL + _WORDS + script, device)
 
 
 def _run(script: str, *words: str) -> subprocess.CompletedProcess[str]:

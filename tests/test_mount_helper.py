@@ -125,12 +125,6 @@ def test_the_service_that_runs_mount_8_speaks_for_itself(
 
 # ---- with the real mount(8) ----------------------------------------------------------------------
 
-# Runs a command and says what it said and returned.
-TELL = """
-tell() { "$@" 2>&1 && echo "= 0" || echo "= $?"; }
-shown() { findmnt -no SOURCE,FSTYPE,OPTIONS $1; }
-echo hello > /mnt/source/file
-"""
 FLAGS = "relatime,user_id=0,group_id=0,default_permissions"
 NO_REMOUNT = (
     "ninefuse: a mount cannot be given other options while it is served: unmount it and mount it"
@@ -142,8 +136,8 @@ NO_REMOUNT = (
 @needs_namespace
 def test_mount_runs_ninefuse_by_the_name_in_its_type() -> None:
     done = script_apart(
-        TELL
-        + """
+        """
+        echo hello > /mnt/source/file
         tell mount -t fuse.ninefuse /mnt/source /mnt/mount -o noexec,model=first
         shown /mnt/mount
         cat /mnt/mount/file
@@ -180,8 +174,8 @@ def test_mount_runs_ninefuse_by_the_name_in_its_type() -> None:
 @needs_namespace
 def test_mount_runs_the_helper_for_the_type_ninefuse() -> None:
     done = script_apart(
-        TELL
-        + """
+        """
+        echo hello > /mnt/source/file
         tell mount -t ninefuse /mnt/source /mnt/mount -f -v
         tell findmnt /mnt/mount
         tell mount -t ninefuse /mnt/source /mnt/mount -o what
@@ -220,18 +214,23 @@ def test_mount_runs_the_helper_for_the_type_ninefuse() -> None:
     ]
 
 
+FSTAB = r"""
+cat > /mnt/fstab <<'END'
+/mnt/source /mnt/mount fuse.ninefuse model=first,nofail,_netdev,x-systemd.automount 0 0
+/mnt/with\040space /mnt/third ninefuse defaults,ro,comment=why,threads=3 0 0
+/mnt/source /mnt/later ninefuse noauto 0 0
+END
+"""
+
+
 @needs_namespace
 def test_mount_does_what_fstab_says_and_does_it_once() -> None:
     done = script_apart(
-        TELL
+        FSTAB
         + """
+        echo hello > /mnt/source/file
         mkdir "/mnt/with space" /mnt/third
         echo x > "/mnt/with space/file"
-        cat > /mnt/fstab <<-'END'
-	/mnt/source /mnt/mount fuse.ninefuse model=first,nofail,_netdev,x-systemd.automount 0 0
-	/mnt/with\\040space /mnt/third ninefuse defaults,ro,comment=why,threads=3 0 0
-	/mnt/source /mnt/later ninefuse noauto 0 0
-	END
         touch /etc/fstab
         mount --bind /mnt/fstab /etc/fstab
         tell mount -a

@@ -4,6 +4,7 @@ tools/setup runs here in a scratch checkout, with a PATH that holds stand-ins fo
 and the compiler, so that nothing is downloaded and nothing of the machine is touched.
 """
 
+import ast
 import configparser
 import importlib
 import os
@@ -23,7 +24,9 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 import ninefuse
+from ninefuse import cli
 from ninefuse.exitcodes import ExitCode
+from ninefuse.options import parse_options
 
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST = "3.10"
@@ -635,8 +638,80 @@ def test_scripts_are_executable(name: str) -> None:
     assert os.access(ROOT / name, os.X_OK)
 
 
-def test_every_exit_code_is_documented_under_its_number() -> None:
-    documented = dict(
-        re.findall(r"^\| (\d+) \| (\w+) \|", (ROOT / "docs/exit-codes.md").read_text(), re.M)
-    )
-    assert documented == {str(int(c)): c.name for c in ExitCode if c}
+# ---- docs/ --------------------------------------------------------------------------------------
+
+
+def documented_failures() -> dict[ExitCode, list[str]]:
+    """The texts that docs/exit-codes.md gives for each code; a row without one adds to the last."""
+    texts: dict[ExitCode, list[str]] = {}
+    for line in (ROOT / "docs/exit-codes.md").read_text().splitlines():
+        row = re.match(r"\| (?:(\d+) \| (\w+) )?(?:\| )*\| (.*?) \| .* \|$", line)
+        if row is None or "|---|" in line or row[3] == "name":
+            continue
+        if row[1]:
+            code = ExitCode(int(row[1]))
+            assert code.name == row[2]
+            texts[code] = []
+        texts[code] += re.findall("`([^`]+)`", row[3])
+    return texts
+
+
+def texts_of_the_source() -> re.Pattern[str]:
+    """What matches any of the package's strings, with anything in an f-string's gaps."""
+    patterns = set()
+    for path in (ROOT / "ninefuse").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            parts: list[ast.expr] = []
+            if isinstance(node, ast.JoinedStr):
+                parts = node.values
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                parts = [node]
+            texts = [p.value if isinstance(p, ast.Constant) else None for p in parts]
+            if sum(len(str(text)) for text in texts if text) >= 12:
+                patterns.add("".join(re.escape(str(t)) if t else "(.+)" for t in texts))
+    return re.compile("|".join(f"(?:{p})" for p in patterns))
+
+
+def test_every_exit_code_is_documented_with_what_the_command_says() -> None:
+    documented = documented_failures()
+    assert set(documented) == set(ExitCode) - {ExitCode.OK}
+    source = texts_of_the_source()
+    for code, texts in documented.items():
+        assert texts, code
+        for text in texts:
+            assert source.fullmatch(text.removesuffix(" (see ninefuse --help)")), text
+
+
+@pytest.fixture
+def units(tmp_path: Path) -> Path:
+    """The units of docs/systemd, with a ninefuse that is there."""
+    for path in (ROOT / "docs" / "systemd").iterdir():
+        text = path.read_text().replace("/usr/local/bin/ninefuse", str(ROOT / "bin/ninefuse"))
+        (tmp_path / path.name).write_text(text)
+    return tmp_path
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
+@pytest.mark.parametrize("name", ["ninefuse@.service", "mnt-data.mount"])
+def test_systemd_takes_the_units(units: Path, name: str) -> None:
+    done = run("systemd-analyze", "verify", "--man=no", units / name, cwd=units)
+    ours = [line for line in done.stderr.splitlines() if re.search("ninefuse|mnt-data", line)]
+    assert (done.returncode, ours) == (0, [])
+
+
+def test_ninefuse_takes_what_the_units_say(units: Path) -> None:
+    service = configparser.ConfigParser(interpolation=None, strict=False)
+    service.read(units / "ninefuse@.service")
+    comment = (units / "ninefuse@.service").read_text()
+    given = dict(re.findall(r"^#   (\w+)=(.*)$", comment, re.M))
+    _, *words = service["Service"]["ExecStart"].split()
+    words[words.index("$OPTIONS") : words.index("$OPTIONS") + 1] = given["OPTIONS"].split()
+    words = [{"${SOURCE}": given["SOURCE"], "%f": "/mnt/data"}.get(word, word) for word in words]
+    settings = cli.parse(words)
+    assert (settings.source, settings.mountpoint) == ("/srv/data", "/mnt/data")
+    assert settings.foreground
+    assert service["Service"]["Type"] == "notify"
+    unit = configparser.ConfigParser(interpolation=None)
+    unit.read(units / "mnt-data.mount")
+    options = parse_options([unit["Mount"]["Options"]])
+    assert (options.model, options.allow_other) == ("second", True)

@@ -30,6 +30,18 @@ def mounts_below(directory: str) -> list[bytes]:
         return [point for _, point in fields_of(table.read()) if point.startswith(prefix)]
 
 
+def kind_at(path: str) -> str:
+    """The type of what is mounted on top at a real path; "" where nothing is."""
+    with open(_MOUNTINFO, "rb") as file:
+        table = file.read()
+    kind = b""
+    for line in table.splitlines(keepends=True):
+        ((_, point),) = fields_of(line)
+        if point == os.fsencode(path):
+            kind = line.partition(b" - ")[2].split()[0]
+    return os.fsdecode(kind)
+
+
 def of_device(fd: int) -> tuple[str, frozenset[str]] | None:
     """Mount point and options of the file system that an open FUSE device serves.
 

@@ -61,7 +61,7 @@ def _check_source(source: str) -> None:
             "check the disk or server that it is on",
         )
     try:
-        mode = os.stat(source).st_mode
+        mode = _ask(source).st_mode
     except (FileNotFoundError, NotADirectoryError):
         raise Failure(
             ExitCode.SOURCE_MISSING, f"source {source} does not exist: create it or check the name"
@@ -93,7 +93,7 @@ def _check_mountpoint(mountpoint: str) -> None:
             f"that is mounted there, or {undo}",
         )
     try:
-        mode = os.stat(mountpoint).st_mode
+        mode = _ask(mountpoint).st_mode
     except (FileNotFoundError, NotADirectoryError):
         raise Failure(
             ExitCode.MOUNTPOINT_MISSING,
@@ -230,8 +230,18 @@ def _is_inside(path: str, directory: str) -> bool:
     return False
 
 
+def _ask(path: str) -> os.stat_result:
+    """stat(2), and on a FUSE mount statfs(2) first: that is never answered from memory.
+
+    Elsewhere it is left out, since it would wait for an automount that waits for us (systemd's).
+    """
+    if mounts.kind_at(os.path.realpath(path)).partition(".")[0] in ("fuse", "fuseblk"):
+        os.statvfs(path)
+    return os.stat(path)
+
+
 def _answers(path: str) -> bool:
-    """Return whether stat(2) of path comes back, with whatever result, within STAT_TIMEOUT.
+    """Return whether `_ask` of path comes back, with whatever result, within STAT_TIMEOUT.
 
     It runs in a child process, since a thread that is stuck in a hung mount could neither be
     left behind nor be taken across a fork. Not covered: a mount that hangs only after this
@@ -243,7 +253,7 @@ def _answers(path: str) -> bool:
     if pid == 0:
         # Its end is all that it reports: the end closes the pipe.
         try:
-            os.stat(path)
+            _ask(path)
         finally:
             os._exit(0)
     os.close(child_end)

@@ -492,11 +492,13 @@ def test_a_killed_daemon_loses_nothing_that_was_acknowledged(
 def test_a_dead_mount_is_named_and_mounted_again_once_it_is_gone(
     guard: Watchdog, source: Path, mountpoint: Path
 ) -> None:
-    with daemon(guard, source, mountpoint) as left:
+    # The kernel remembers the directory as it was, for a day.
+    with daemon(guard, source, mountpoint, "-o", "cache=loose") as left:
         (mountpoint / "made").write_bytes(b"kept")
+        assert mountpoint.is_dir()
         os.kill(left.pid, signal.SIGKILL)
         assert exit_code_of_orphan(left.pid) == -signal.SIGKILL
-        assert errno_of(os.stat, mountpoint) == errno.ENOTCONN
+        assert errno_of(os.listdir, mountpoint) == errno.ENOTCONN
         done = run(*NINEFUSE, source, mountpoint)
         refused(ExitCode.MOUNTPOINT_DEAD, done, f"fusermount3 -u {mountpoint}")
         unmount(mountpoint)
@@ -504,6 +506,22 @@ def test_a_dead_mount_is_named_and_mounted_again_once_it_is_gone(
         assert (mountpoint / "made").read_bytes() == b"kept"
         unmount(mountpoint)
         assert exit_code_of_orphan(left.pid) == 0
+
+
+def test_the_service_takes_away_a_dead_mount_and_no_other(
+    guard: Watchdog, source: Path, mountpoint: Path
+) -> None:
+    """What docs/systemd has done before each start."""
+    unit = (REPO / "docs/systemd/ninefuse@.service").read_text()
+    script = re.search(r"^ExecStartPre=-/bin/sh -c '(.*)' sh %f$", unit, re.MULTILINE)
+    assert script is not None
+    with daemon(guard, source, mountpoint) as left:
+        assert run("sh", "-c", script[1], "sh", mountpoint).returncode == 0
+        assert (mountpoint / "file").read_bytes() == b"hello"
+        os.kill(left.pid, signal.SIGKILL)
+        assert exit_code_of_orphan(left.pid) == -signal.SIGKILL
+        assert run("sh", "-c", script[1], "sh", mountpoint).returncode == 0
+        assert not is_mounted(mountpoint)
 
 
 def test_auto_unmount_has_fusermount3_watch_over_the_daemon(

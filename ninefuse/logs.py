@@ -46,8 +46,8 @@ def configure(settings: Settings, daemon: bool) -> None:
     """Set up logging for this process, in place of any earlier call.
 
     Arguments: settings (debug, log_level and log_file count); daemon: False adds stderr. A log
-    file is used whenever one is given; a daemon without one logs to syslog, and where there is
-    no syslog to nowhere. Call it before the umask is changed.
+    file is used whenever one is given; a daemon without one logs to syslog, and for as long as
+    there is none, as early in a boot, to nowhere. Call it before the umask is changed.
     Raises Failure(USAGE) when the log file cannot be opened.
     """
     level = logging.DEBUG if settings.debug else _LEVELS[settings.log_level]
@@ -57,9 +57,7 @@ def configure(settings: Settings, daemon: bool) -> None:
     if settings.log_file is not None:
         handlers.append(_open_file(settings.log_file))
     elif daemon:
-        handlers.append(
-            SyslogHandler(SYSLOG_SOCKET) if os.path.exists(SYSLOG_SOCKET) else logging.NullHandler()
-        )
+        handlers.append(SyslogHandler(SYSLOG_SOCKET))
 
     root = logging.getLogger()
     for old in [handler for handler in root.handlers if handler.get_name() == _HANDLER_NAME]:

@@ -74,13 +74,18 @@ def test_foreground_uses_a_given_file_too(
     assert "both" in capsys.readouterr().err
 
 
-def test_daemon_without_syslog_logs_nowhere(
+def test_daemon_without_syslog_logs_nowhere_until_there_is_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(logs, "SYSLOG_SOCKET", str(tmp_path / "none"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(logs, "SYSLOG_SOCKET", "syslog")
     logs.configure(SETTINGS, daemon=True)
-    assert [type(handler) for handler in our_handlers()] == [logging.NullHandler]
     logging.getLogger("ninefuse.test").error("unheard")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as late:
+        late.bind("syslog")
+        late.settimeout(10)
+        logging.getLogger("ninefuse.test").error("heard")
+        assert late.recv(1000).endswith(b": heard")
     assert capsys.readouterr().err == ""
 
 

@@ -116,7 +116,7 @@ def _run_child(
 def _detach_and_serve(
     serve: Callable[[Callable[[], None]], int], pipe: int, mask: Iterable[int]
 ) -> int:
-    """Detach, run serve and return its exit code; tell the parent how the start went."""
+    """Run serve and return its exit code; tell the parent how the start went, and detach then."""
     is_ready = False
 
     def ready() -> None:
@@ -124,12 +124,17 @@ def _detach_and_serve(
         if is_ready:
             return
         is_ready = True
+        # Not before: an automount lets only its own process group at the mount point until it is
+        # mounted, and has everybody else wait for that.
+        os.setsid()
+        signal.signal(signal.SIGINT, interrupt or signal.SIG_DFL)
         _tell(pipe, ExitCode.OK, "")
         # Only now: until here errors, libfuse's too, were to reach the user's terminal.
         _redirect_to_null(1, 2)
 
+    # A Ctrl-C comes to the waiting command too, which asks us to end.
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        os.setsid()
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         # A working directory would keep its file system from being unmounted.
         os.chdir("/")

@@ -268,6 +268,42 @@ return 0
     assert process.returncode == 128 + signal.SIGINT
 
 
+def test_a_ctrl_c_while_starting_comes_to_the_daemon_once(command: Command) -> None:
+    """By the command: until it is ready it is in the terminal's process group itself."""
+    body = """
+write("group", os.getpgrp())
+signal.signal(signal.SIGTERM, lambda number, frame: write("stopping", ""))
+write("armed", "")
+wait_for((here / "stopping").exists)
+write("clean", "")
+return 0
+"""
+    with command.start(body, wrapper=("setsid",)) as process:
+        command.read("armed")
+        assert int(command.read("group")) == process.pid
+        os.killpg(process.pid, signal.SIGINT)
+        process.communicate(timeout=LIMIT)
+        assert (command.here / "clean").exists()
+    assert process.returncode == 128 + signal.SIGINT
+
+
+def test_an_interrupt_is_one_again_once_it_is_ready(command: Command) -> None:
+    body = """
+ready()
+write("armed", "")
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    write("interrupted", "")
+return 0
+"""
+    with command.start(body) as process:
+        command.read("armed")
+        os.kill(command.pid, signal.SIGINT)
+        assert command.read("interrupted") == ""
+        process.communicate(timeout=LIMIT)
+
+
 def test_a_second_signal_waits_no_longer(command: Command) -> None:
     body = """
 signal.signal(signal.SIGTERM, lambda number, frame: write("stopping", ""))

@@ -255,3 +255,46 @@ def test_mount_does_what_fstab_says_and_does_it_once() -> None:
         "= 0",
         "x",
     ]
+
+
+# What systemd does for x-systemd.automount: has the kernel report whoever comes to the mount point
+# (autofs, a direct mount), and mounts in its own process group, which alone does not have to wait.
+AUTOMOUNT = """
+cat > /mnt/automount <<'END'
+import fcntl, os, struct, subprocess
+from ninefuse import syscalls
+READY, FAILED = 0x9360, 0x9361
+reports, reporter = os.pipe()
+options = f"fd={reporter},pgrp={os.getpgrp()},minproto=5,maxproto=5,direct"
+syscalls.mount("automount", "/mnt/mount", "autofs", 0, options)
+point = os.open("/mnt/mount", os.O_RDONLY | os.O_DIRECTORY)
+visitor = subprocess.Popen(["cat", "/mnt/mount/file"], start_new_session=True)
+token = struct.unpack_from("iiI", os.read(reports, 400))[2]
+answer = FAILED
+try:
+    done = subprocess.run(["mount", "/mnt/mount"], timeout=8)
+    answer = READY if done.returncode == 0 else FAILED
+finally:
+    fcntl.ioctl(point, answer, token)
+    visitor.wait()
+END
+"""
+
+
+@needs_namespace
+@pytest.mark.skipif(
+    "autofs" not in Path("/proc/filesystems").read_text(), reason="this kernel has no autofs"
+)
+def test_an_automount_is_not_waited_for_by_the_daemon_that_it_waits_for() -> None:
+    done = script_apart(
+        AUTOMOUNT
+        + """
+        echo hello > /mnt/source/file
+        echo '/mnt/source /mnt/mount ninefuse x-systemd.automount 0 0' > /mnt/fstab
+        touch /etc/fstab
+        mount --bind /mnt/fstab /etc/fstab
+        PYTHONPATH=$REPO setsid --wait $PYTHON /mnt/automount
+        umount /mnt/mount
+        """
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "hello\n", "")

@@ -12,9 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import ninefuse
-from ninefuse import daemon, logs, options, preflight
+from ninefuse import daemon, logs, notify, options, preflight
 from ninefuse.exitcodes import ExitCode, Failure, report
-from ninefuse.notify import notify
 from ninefuse.options import Settings
 
 log = logging.getLogger(__name__)
@@ -94,7 +93,8 @@ def mount(settings: Settings) -> int:
     if settings.foreground:
         logs.configure(settings, daemon=False)
         # Of those who started us only a service manager waits for the mount.
-        return server(settings, lambda: notify("READY=1"))
+        return server(settings, lambda: notify.notify("READY=1"))
+    notify.leave_it_to_our_starter()
     return daemon.run_detached(serve_detached)
 
 

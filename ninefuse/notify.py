@@ -35,3 +35,14 @@ def notify(*assignments: str) -> None:
     except OSError as error:
         where = os.fsdecode(address)
         log.warning("cannot tell the service manager at %s: %s", where, error)
+
+
+def leave_it_to_our_starter() -> None:
+    """Tell nothing from here on, if it is not us whom the service manager has started.
+
+    A service that mounts something, by mount(8) say, is not made another one by that: it has a
+    main process of its own, and does not end when the mount does.
+    """
+    # systemd.exec(5); not known to others, nor to old ones.
+    if os.environ.get("SYSTEMD_EXEC_PID", str(os.getpid())) != str(os.getpid()):
+        os.environ.pop("NOTIFY_SOCKET", None)

@@ -99,7 +99,7 @@ def script_apart(script: str, device: str = "666") -> subprocess.CompletedProces
 
 def _run(script: str, *words: str) -> subprocess.CompletedProcess[str]:
     namespace = ("unshare", "-m", "--propagation", "private", "-p", "-f", "--kill-child")
-    return run(*namespace, "--mount-proc", "sh", "-ec", script, "sh", *words)
+    return run(*namespace, "--mount-proc", "sh", "-ec", script, "sh", *words, seconds=45)
 
 
 def opened_to_users() -> str:

@@ -213,6 +213,31 @@ def test_otherwise_a_daemon_serves(mount: FakeMount, detached: list[bool]) -> No
     assert detached == [True]
 
 
+@pytest.mark.parametrize(
+    ("flags", "started", "speaks"),
+    [
+        ([], None, True),
+        ([], "us", True),
+        ([], "1", False),
+        (["-f"], "1", True),
+    ],
+)
+def test_a_daemon_speaks_to_a_service_manager_that_has_started_it_and_nobody_else(
+    mount: FakeMount,
+    detached: list[bool],
+    monkeypatch: pytest.MonkeyPatch,
+    flags: list[str],
+    started: str | None,
+    speaks: bool,
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", "/nowhere")
+    monkeypatch.delenv("SYSTEMD_EXEC_PID", raising=False)
+    if started is not None:
+        monkeypatch.setenv("SYSTEMD_EXEC_PID", str(os.getpid()) if started == "us" else started)
+    assert cli.main([*flags, "/s", "/m"]) == 0
+    assert ("NOTIFY_SOCKET" in os.environ) == speaks
+
+
 @pytest.mark.parametrize(("flags", "as_daemon"), [(["-f"], False), (["-d"], False), ([], True)])
 def test_logging_is_set_up_where_it_serves(
     mount: FakeMount,

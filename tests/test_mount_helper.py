@@ -272,7 +272,7 @@ visitor = subprocess.Popen(["cat", "/mnt/mount/file"], start_new_session=True)
 token = struct.unpack_from("iiI", os.read(reports, 400))[2]
 answer = FAILED
 try:
-    done = subprocess.run(["mount", "/mnt/mount"], timeout=8)
+    done = subprocess.run(["mount", "/mnt/mount"], timeout=15)
     answer = READY if done.returncode == 0 else FAILED
 finally:
     fcntl.ioctl(point, answer, token)

@@ -79,6 +79,8 @@ def abstract(monkeypatch: pytest.MonkeyPatch) -> Iterator[Manager]:
     """One that a daemon reaches from any working directory."""
     made = Manager(f"@ninefuse-test-{os.getpid()}")
     monkeypatch.setitem(ENVIRONMENT, "NOTIFY_SOCKET", made.address)
+    # As desktops leave it to all that is started there.
+    monkeypatch.delitem(ENVIRONMENT, "SYSTEMD_EXEC_PID", raising=False)
     yield made
     made.close()
 

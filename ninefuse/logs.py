@@ -9,6 +9,7 @@ import logging.handlers
 import math
 import os
 import socket
+import stat
 import sys
 import syslog
 import threading
@@ -113,7 +114,8 @@ class LogFile(logging.handlers.WatchedFileHandler):
     """A file that is opened anew when it has been renamed or removed, as logrotate does.
 
     It is looked for in the directory that was there at the start: a path could lead into the
-    mount, by which the daemon would wait for itself. Argument: path, of the file.
+    mount, by which the daemon would wait for itself. What is no file (/dev/stderr, a pipe) stays
+    open as it is. Argument: path, of the file.
     """
 
     def __init__(self, path: str) -> None:
@@ -128,10 +130,17 @@ class LogFile(logging.handlers.WatchedFileHandler):
             os.close(self._directory)
             raise
 
+    def reopenIfNeeded(self) -> None:
+        """Open the file anew where another one has its name, or none."""
+        if self._is_file:
+            super().reopenIfNeeded()
+
     def _open(self) -> io.TextIOWrapper:
-        # Later the process has no umask of its own (mount.py).
         def opener(path: str, flags: int) -> int:
-            return os.open(path, flags, 0o666 & ~self._umask)
+            # Later the process has no umask of its own (mount.py).
+            descriptor = os.open(path, flags, 0o666 & ~self._umask)
+            self._is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
+            return descriptor
 
         return open(self.baseFilename, "a", encoding="utf-8", opener=opener)
 

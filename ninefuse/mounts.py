@@ -46,7 +46,7 @@ def of_device(fd: int) -> tuple[str, frozenset[str]] | None:
     """Mount point and options of the file system that an open FUSE device serves.
 
     None where the table does not show it, as in another mount namespace, or the kernel does not
-    say which it is (before Linux 6.16), or it is no FUSE device.
+    say which it is (6.18 does, old ones do not), or it is no FUSE device.
     """
     try:
         with open(f"/proc/self/fdinfo/{fd}", "rb") as file:

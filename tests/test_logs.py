@@ -141,6 +141,23 @@ def test_a_file_that_cannot_be_opened_anew_stops_nobody(
     assert capsys.readouterr().err == ""
 
 
+def test_what_is_no_file_is_kept(tmp_path: Path) -> None:
+    """A daemon's own stderr, say, which it has no longer after a while."""
+    read_end, write_end = os.pipe()
+    null = os.open(os.devnull, os.O_WRONLY)
+    try:
+        (tmp_path / "log").symlink_to(f"/proc/self/fd/{write_end}")
+        logs.configure(with_log(tmp_path / "log"), daemon=True)
+        logging.getLogger("ninefuse.test").warning("one")
+        os.dup2(null, write_end)
+        logging.getLogger("ninefuse.test").warning("two")
+        text = os.read(read_end, 1000).decode()
+        assert [line.split()[-1] for line in text.splitlines()] == ["one", "two"]
+    finally:
+        for descriptor in (read_end, write_end, null):
+            os.close(descriptor)
+
+
 def test_a_closed_file_is_not_opened_anew(tmp_path: Path) -> None:
     handler = logs.LogFile(str(tmp_path / "log"))
     handler.close()

@@ -19,9 +19,10 @@ import resource
 import sys
 from collections.abc import Callable
 
+from ninefuse import syscalls
 from ninefuse.commands import Body, blocking
 from ninefuse.fids import FidTable, Node, error
-from ninefuse.syscalls import stat_descriptor, stat_name
+from ninefuse.syscalls import Attributes, stat_descriptor
 
 _OWN = 40  # descriptors of the daemon itself
 _IN_FLIGHT = 3  # that one call has open at a time, besides what it is asked to open
@@ -38,6 +39,7 @@ class Descriptors:
     Args:
         fids: the table whose nodes they are for.
         in_background: has a body run that nobody waits for (`Executor.in_background`).
+        stat_name, open_step: look at names of the source (`Session.stat_name`, …).
         most: for nodes at most.
         threads: how many make calls at the same time.
         limit: on the process's open files; by default what it is now.
@@ -47,6 +49,8 @@ class Descriptors:
         self,
         fids: FidTable,
         in_background: Callable[[str, Body[None]], None],
+        stat_name: Callable[[int, bytes], Attributes] = syscalls.stat_name,
+        open_step: Callable[[int, bytes], int] = syscalls.open_step,
         *,
         most: int = _MOST,
         threads: int = 1,
@@ -60,6 +64,8 @@ class Descriptors:
         self._threads = threads
         self._fids = fids
         self._in_background = in_background
+        self._stat_name = stat_name
+        self._open_step = open_step
         self._reclaiming = False
         self._again_at = 0  # nodes with a descriptor, at which reclaiming is worth another try
 
@@ -99,7 +105,7 @@ class Descriptors:
     def open_named(self, directory: Node, name: bytes, node: Node) -> None:
         """Give a node its descriptor by a name that it was just seen at. Blocks."""
         self.make_room(node)
-        fd = open_step(directory.fd, name)
+        fd = self._open_step(directory.fd, name)
         try:
             same = self._is_open_at(node, fd)
         except BaseException:
@@ -173,7 +179,7 @@ class Descriptors:
         Returns:
             How many were closed, up to ``most``.
         """
-        fids, look, closed = self._fids, _Look(self._fids, self.open_again), 0
+        fids, look, closed = self._fids, _Look(self._fids, self._stat_name, self.open_again), 0
         try:
             for node in nodes:
                 fd = -1
@@ -213,7 +219,7 @@ class Descriptors:
         fd = -1
         try:
             for step, name in reversed(way):
-                above, fd = fd, open_step(top.fd if fd < 0 else fd, name)
+                above, fd = fd, self._open_step(top.fd if fd < 0 else fd, name)
                 _close(above)
                 if not self._is_open_at(step, fd):
                     raise error(errno.ESTALE)
@@ -239,8 +245,14 @@ class _Look:
     turn: those that are cold together were often found together.
     """
 
-    def __init__(self, fids: FidTable, open_again: Callable[[Node], int]) -> None:
+    def __init__(
+        self,
+        fids: FidTable,
+        stat_name: Callable[[int, bytes], Attributes],
+        open_again: Callable[[Node], int],
+    ) -> None:
         self._fids = fids
+        self._stat_name = stat_name
         self._open_again = open_again
         self._directory: Node | None = None
         self._fd = -1
@@ -253,7 +265,7 @@ class _Look:
         has_descriptor = self._fids.pin(parent)
         try:
             directory = parent.fd if has_descriptor else self._opened(parent)
-            return node.shows(stat_name(directory, name))
+            return node.shows(self._stat_name(directory, name))
         except OSError:
             return False
         finally:
@@ -271,11 +283,6 @@ class _Look:
             self._fd = self._open_again(directory)
             self._directory = directory
         return self._fd
-
-
-def open_step(directory: int, name: bytes) -> int:
-    """An O_PATH descriptor of a name in a directory; a symlink is not followed."""
-    return os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
 
 
 def _close(fd: int) -> None:

@@ -40,7 +40,7 @@ from ninefuse import (
 from ninefuse.adapter import Adapter
 from ninefuse.exitcodes import ExitCode, Failure
 from ninefuse.forgetting import Forgetter
-from ninefuse.mounts import MountsBelow
+from ninefuse.mounts import MountsBelow, OwnMount
 from ninefuse.notify import notify
 from ninefuse.options import Settings
 from ninefuse.pace import Pace
@@ -100,8 +100,8 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
     if one_cpu and settings.model != "none":
         _share_one_cpu()
     driver = executor.create(settings.model, settings.threads)
+    mounts = MountsBelow(settings.source)
     if inline and isinstance(driver, executor.SecondModel):
-        mounts = MountsBelow(settings.source)
         local = syscalls.is_local(source)
         hidden = settings.one_file_system
         driver.pace = Pace(lambda: local and (hidden or mounts.none()))
@@ -119,7 +119,7 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
         if settings.trace_file is not None:
             tracer = trace.enter_context(_traced(settings, settings.trace_file, driver, session))
         try:
-            trio.run(_serve, settings, driver, session, source, ready, tracer)
+            trio.run(_serve, settings, driver, session, source, mounts, ready, tracer)
         finally:
             # From here on everything is left to workers: there is no device to ask any more.
             driver.pace = None
@@ -198,6 +198,7 @@ async def _serve(
     driver: executor.Executor,
     session: Session,
     source: int,
+    mounts: MountsBelow,
     ready: Callable[[], None],
     tracer: tracing.Tracer | None,
 ) -> None:
@@ -211,6 +212,8 @@ async def _serve(
     adapter.statistics = counters.published
     is_ours = _mount(adapter, settings)
     stopper.number = device.connection(settings.mountpoint)
+    if stopper.number is not None and not settings.one_file_system:
+        session.own_mount = OwnMount(mounts, stopper.number)
     signals.start(
         stop=stopper.stop,
         end_now=stopper.abandon,

@@ -1,17 +1,23 @@
 """The mount table: what is mounted below a directory, kept up to date; a descriptor's mount.
 
-Locks touched: none.
+A bind mount may show a daemon's own mount inside its source. Were it to ask there for anything,
+it would wait for itself: for ever, where the dispatcher makes the call, or where the request
+holds a lock that the one behind it waits for.
+
+Locks touched: one of its own around asking the table, innermost.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import re
 import select
+import threading
 from collections.abc import Iterator
 
-from ninefuse.syscalls import PollFd, is_ready
+from ninefuse.syscalls import PollFd, device_behind, is_ready
 
 _MOUNTINFO = "/proc/self/mountinfo"
 
@@ -64,7 +70,7 @@ def of_device(fd: int) -> tuple[str, frozenset[str]] | None:
 
 
 class MountsBelow:
-    """Knows whether anything is mounted below a directory, by asking when that has changed.
+    """Knows what is mounted below a directory, by asking when that has changed.
 
     Args:
         directory: an absolute path. Where it cannot be followed in the table (it was moved,
@@ -78,16 +84,50 @@ class MountsBelow:
         self._table = os.open(_MOUNTINFO, os.O_RDONLY | os.O_CLOEXEC)
         self._pollfd = PollFd(self._table, select.POLLPRI, 0)
         self._address = ctypes.byref(self._pollfd)
-        self._none = self._look()
+        # Asking tells of a change once: whoever asks next waits for what was read then.
+        self._lock = threading.Lock()
+        self._devices = self._look()
 
     def none(self) -> bool:
         """Whether nothing is mounted below it. Costs a microsecond."""
-        if is_ready(self._address):
-            self._none = self._look()
-        return self._none
+        return not self._now()
 
-    def _look(self) -> bool:
+    def has(self, device: bytes) -> bool:
+        """Whether a file system of this device (major:minor) is. Costs as much."""
+        return device in self._now()
+
+    def _now(self) -> frozenset[bytes]:
+        with self._lock:
+            if is_ready(self._address):
+                self._devices = self._look()
+            return self._devices
+
+    def _look(self) -> frozenset[bytes]:
         table = b""
         while part := os.pread(self._table, 1 << 16, len(table)):
             table += part
-        return not any(point.startswith(self._prefix) for _, point in fields_of(table))
+        prefix = self._prefix
+        return frozenset(device for device, point in fields_of(table) if point.startswith(prefix))
+
+
+class OwnMount:
+    """Keeps a daemon out of its own mount.
+
+    Args:
+        below: what is mounted in the source.
+        minor: the number of the mount's device; its major one is 0, as of all FUSE mounts.
+    """
+
+    def __init__(self, below: MountsBelow, minor: int) -> None:
+        self._below = below
+        self._device = 0, minor
+        self._text = b"0:%d" % minor
+
+    def refuse(self, directory: int, name: bytes) -> None:
+        """Raise ELOOP if a name in the source leads into the mount; the mount is not asked.
+
+        The errno is overlayfs's for a layer that is found inside itself. EDEADLK would do,
+        but programs know it from locks alone.
+        """
+        if self._below.has(self._text) and device_behind(directory, name) == self._device:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))

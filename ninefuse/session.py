@@ -19,7 +19,8 @@ from ninefuse.commands import Body, Call, blocking
 from ninefuse.descriptors import Descriptors
 from ninefuse.fids import Fid, FidTable, Node, error
 from ninefuse.locks import RenameLock
-from ninefuse.syscalls import stat_name
+from ninefuse.mounts import OwnMount
+from ninefuse.syscalls import Attributes, open_step, stat_name
 
 NAME_MAX = 255  # bytes
 PERMISSIONS = 0o7777  # mode bits besides the type: set-user-id and the like are among them
@@ -64,8 +65,14 @@ class Session:
         self.rename_lock = RenameLock()
         self.read_only = read_only
         self.sync_directories = sync_directories
+        self.own_mount: OwnMount | None = None  # by which the requests come, if by one
         self.descriptors = Descriptors(
-            self.fids, driver.in_background, most=most_descriptors, threads=threads
+            self.fids,
+            driver.in_background,
+            self.stat_name,
+            self.open_step,
+            most=most_descriptors,
+            threads=threads,
         )
         self.msize = 0  # bytes of a message, agreed by version
 
@@ -96,6 +103,27 @@ class Session:
         """Refuse with EROFS on a read-only session."""
         if self.read_only:
             raise error(errno.EROFS)
+
+    def stat_name(self, directory: int, name: bytes) -> Attributes:
+        """The attributes of a name in a directory; a symlink is not followed. Blocks.
+
+        Raises:
+            OSError: ELOOP, the name leads into the mount that the requests come by; the errors
+                of statx(2).
+        """
+        if self.own_mount is not None:
+            self.own_mount.refuse(directory, name)
+        return stat_name(directory, name)
+
+    def open_step(self, directory: int, name: bytes) -> int:
+        """An O_PATH descriptor of a name in a directory; a symlink is not followed. Blocks.
+
+        Raises:
+            OSError: as stat_name; the errors of open(2).
+        """
+        if self.own_mount is not None:
+            self.own_mount.refuse(directory, name)
+        return open_step(directory, name)
 
     def keeping(self, directory: Node, name: bytes) -> Keeping:
         """``async with session.keeping(directory, name)``, around taking the name away.
@@ -145,7 +173,7 @@ class Keeping:
     async def __aenter__(self) -> None:
         session, directory, fids = self._session, self._directory, self._session.fids
         try:
-            a = await blocking(directory.path, stat_name, directory.fd, self._name)
+            a = await blocking(directory.path, session.stat_name, directory.fd, self._name)
         except FileNotFoundError:
             return
         node = fids.known(a)

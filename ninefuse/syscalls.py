@@ -21,6 +21,7 @@ _AT_FDCWD = -100
 _AT_SYMLINK_NOFOLLOW = 0x100
 _AT_NO_AUTOMOUNT = 0x800
 _AT_EMPTY_PATH = 0x1000
+_AT_STATX_DONT_SYNC = 0x4000
 _STATX_BASIC_STATS_AND_BTIME = 0xFFF
 _STATX_BTIME = 0x800
 
@@ -212,6 +213,24 @@ def stat_name(directory: int, name: bytes) -> Attributes:
     flags = _AT_SYMLINK_NOFOLLOW | _AT_NO_AUTOMOUNT
     _statx(directory, name, flags, _STATX_BASIC_STATS_AND_BTIME, buffer)
     return Attributes._make(_STATX.unpack_from(buffer))
+
+
+def open_step(directory: int, name: bytes) -> int:
+    """An O_PATH descriptor of a name in a directory; a symlink is not followed."""
+    return os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+
+
+def device_behind(directory: int, name: bytes) -> tuple[int, int]:
+    """The device (major, minor) that a name in a directory leads to.
+
+    Where something is mounted on the name, the server of that is not asked (statx(2) with
+    AT_STATX_DONT_SYNC, for no field at all).
+    """
+    buffer = _StatxBuffer()
+    flags = _AT_SYMLINK_NOFOLLOW | _AT_NO_AUTOMOUNT | _AT_STATX_DONT_SYNC
+    _statx(directory, name, flags, 0, buffer)
+    found = Attributes._make(_STATX.unpack_from(buffer))
+    return found.dev_major, found.dev_minor
 
 
 def is_overlayfs(fd: int) -> bool:

@@ -234,7 +234,7 @@ def test_a_name_that_cannot_be_looked_at_keeps_the_descriptor(
 
     with few_descriptors(source, 1000) as client:
         (fid,) = look_up_all(client)
-        monkeypatch.setattr(module_of(Descriptors), "stat_name", broken)
+        monkeypatch.setattr(client.session.descriptors, "_stat_name", broken)
         reclaim(client, fid)
         assert fid.node.fd >= 0
 
@@ -276,9 +276,10 @@ def test_errors_of_opening_again_are_told(source: Path, monkeypatch: pytest.Monk
     with few_descriptors(source, 1000) as client:
         directory = client.know("d")
         file = client.know("file", start=directory.number)
-        module = module_of(Descriptors)
-        for name in ("open_step", "stat_descriptor"):
-            real = getattr(module, name)
+        descriptors = client.session.descriptors
+        places = ((descriptors, "_open_step"), (module_of(Descriptors), "stat_descriptor"))
+        for where, name in places:
+            real = getattr(where, name)
             for good in range(2):
                 reclaim(client, file)
                 reclaim(client, directory)
@@ -293,7 +294,7 @@ def test_errors_of_opening_again_are_told(source: Path, monkeypatch: pytest.Monk
                     return real(*args)
 
                 with monkeypatch.context() as patch:
-                    patch.setattr(module, name, breaking)
+                    patch.setattr(where, name, breaking)
                     with fails(errno.EMFILE):
                         client.do(ops.getattr, file.number)
                 assert len(calls) == good + 1

@@ -16,7 +16,6 @@ from ops_helpers import (
     Stepper,
     client_of,
     fails,
-    module_of,
 )
 from ops_helpers import client as client
 from ops_helpers import leak_free as leak_free
@@ -430,8 +429,7 @@ def test_an_entry_that_tells_nothing_of_itself_is_listed_all_the_same(
 ) -> None:
     """A dead mount in the source, say: it must not hide the others, and counts no lookup."""
     fill(client.source, 20)
-    module = module_of(readdirplus)
-    real = module.stat_name
+    real = client.session.stat_name
 
     def breaking(fd: int, name: bytes) -> object:
         if name == b"00007":
@@ -440,7 +438,7 @@ def test_an_entry_that_tells_nothing_of_itself_is_listed_all_the_same(
 
     fid = client.open()
     with monkeypatch.context() as patch:
-        patch.setattr(module, "stat_name", breaking)
+        patch.setattr(client.session, "stat_name", breaking)
         entries = read_plus(client, fid)
     assert len(entries) == 22
     (dead,) = [e for e in entries if e.name == b"00007"]

@@ -15,7 +15,7 @@ from ninefuse.commands import blocking
 from ninefuse.fids import Fid, OpenDirectory, error
 from ninefuse.identity import Mark
 from ninefuse.session import Session
-from ninefuse.syscalls import Attributes, DirectoryEntry, stat_descriptor, stat_name
+from ninefuse.syscalls import Attributes, DirectoryEntry, stat_descriptor
 
 _MOST_ENTRIES = 1024  # in a reply with attributes
 
@@ -167,7 +167,7 @@ async def _walk_entry(
 
 
 def _stat_entry(session: Session, directory: int, name: bytes) -> tuple[Attributes, Mark]:
-    attributes = stat_name(directory, name)
+    attributes = session.stat_name(directory, name)
     return attributes, session.fids.devices.mark(attributes, directory, name)
 
 

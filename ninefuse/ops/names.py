@@ -278,7 +278,7 @@ async def _move_node(
         raise error(errno.EBUSY)
     above, oldname = node.place
     async with session.using_node(above, locked=True) as parent:
-        if not node.shows(await blocking(parent.path, stat_name, parent.fd, oldname)):
+        if not node.shows(await blocking(parent.path, session.stat_name, parent.fd, oldname)):
             raise error(errno.ESTALE)
         await _move_name(session, parent, oldname, directory, name, flags)
     node.place = directory, name
@@ -308,7 +308,7 @@ async def _move_name(
 async def _note_place(session: Session, directory: Node, name: bytes) -> None:
     """Tell the node of a moved file where it is now."""
     try:
-        attributes = await blocking(directory.path, stat_name, directory.fd, name)
+        attributes = await blocking(directory.path, session.stat_name, directory.fd, name)
     except OSError:
         return  # gone again, by somebody else's hand
     session.fids.seen(attributes, directory, name)

@@ -11,11 +11,10 @@ import stat
 
 from ninefuse.commands import blocking
 from ninefuse.credentials import may_set_gid_bit, spending_as
-from ninefuse.descriptors import open_step
 from ninefuse.fids import AttributeWrite, Fid, Node, error
 from ninefuse.qids import Qid, qid_of
 from ninefuse.session import Session, Use, check_component, check_directory
-from ninefuse.syscalls import Attributes, stat_descriptor, stat_name
+from ninefuse.syscalls import Attributes, open_step, stat_descriptor
 
 MAXWELEM = 16  # names in one walk
 KERNEL = None  # a walk to the fid by which the kernel knows the file, counting a lookup
@@ -140,7 +139,7 @@ def _step(session: Session, node: Node, name: bytes) -> tuple[Node, Attributes]:
             fids.unpin(there)
             raise
     # A file that the kernel knows needs no new descriptor, only its name checked.
-    attributes = stat_name(node.fd, name)
+    attributes = session.stat_name(node.fd, name)
     known = fids.known(attributes)
     if known is not None:
         has = fids.pin(known)
@@ -248,14 +247,14 @@ async def remove(session: Session, fid: int) -> None:
             ):
                 # Another node of the file may be the one that the kernel knows it by.
                 async with session.keeping(parent, name):
-                    await blocking(parent.path, _remove_if_same, parent.fd, name, node)
+                    await blocking(parent.path, _remove_if_same, session, parent.fd, name, node)
                 await session.settle(parent)
     finally:
         session.fids.put(gone)
 
 
-def _remove_if_same(directory: int, name: bytes, node: Node) -> None:
-    if not node.shows(stat_name(directory, name)):
+def _remove_if_same(session: Session, directory: int, name: bytes, node: Node) -> None:
+    if not node.shows(session.stat_name(directory, name)):
         raise error(errno.ESTALE)
     if node.kind == stat.S_IFDIR:
         os.rmdir(name, dir_fd=directory)

@@ -5,7 +5,7 @@
 .PHONY: help soak conformance demo bench test check clean
 .DEFAULT_GOAL := help
 
-LONG = load.py durable.py names.py programs.py random.py
+LONG = load.py durable.py kills.py hostile.py names.py programs.py random.py
 
 # By way of the environment: the directories' names reach the program whatever is in it.
 export SRC OUT PJDFSTEST
@@ -18,7 +18,7 @@ help:
 	@echo '             SRC=/some/dir: on the file system of that directory'
 	@echo 'make test    the whole test suite, real mounts included'
 	@echo '             ARGS="-x -k rename": further arguments for pytest'
-	@echo 'make soak    the tests of long runs: more files, power failures, random calls, no io_uring'
+	@echo 'make soak    the tests of long runs: more files, power failures, kills, random calls, no io_uring'
 	@echo 'make conformance PJDFSTEST=/some/dir'
 	@echo '             pjdfstest, built there, on mounts of each model and engine; as root'
 	@echo '             ARGS="--rows second --only chmod/*.t": further arguments'

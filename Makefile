@@ -5,7 +5,8 @@
 .PHONY: help soak conformance demo bench test check clean
 .DEFAULT_GOAL := help
 
-LONG = load.py durable.py kills.py hostile.py names.py programs.py random.py
+LONG = $(addprefix mount_,load.py durable.py kills.py hostile.py names.py programs.py random.py) \
+  ops_random.py
 
 # By way of the environment: the directories' names reach the program whatever is in it.
 export SRC OUT PJDFSTEST
@@ -44,7 +45,7 @@ test:
 soak:
 	@tools/setup
 	@env NINEFUSE_ENGINE=threads .venv/bin/python -m pytest -k second tests/test_mount_*.py $(ARGS)
-	@exec env NINEFUSE_SOAK=1 .venv/bin/python -m pytest -s $(addprefix tests/test_mount_,$(LONG)) $(ARGS)
+	@exec env NINEFUSE_SOAK=1 .venv/bin/python -m pytest -s $(addprefix tests/test_,$(LONG)) $(ARGS)
 
 conformance:
 	@tools/setup

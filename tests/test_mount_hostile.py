@@ -422,11 +422,12 @@ def test_special_files_are_used_through_the_mount_and_never_opened(place: Place)
 # Names in logs
 
 
-def test_names_do_not_forge_lines_of_the_log(new_mount: Callable[..., Mount]) -> None:
+def test_names_do_not_forge_lines_of_the_log(
+    new_mount: Callable[..., Mount], tmp_path: Path
+) -> None:
     """Those of the directories are in it; those of files should something else go wrong."""
     forged = "\n2026-01-01 00:00:00 [1] ERROR ninefuse: forged\r\x1b[31m\x7f\u2028"
-    base = new_mount().source
-    source = base / f"source{forged}"
+    source = tmp_path / f"source{forged}"
     source.mkdir()
     mount = new_mount("--log-level", "debug", source=source)
     mount.log.expect("forged")

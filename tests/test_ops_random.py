@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import os
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
+from mounting import SOAK
 from ops_helpers import ROOT, UNKNOWN_NODEID, Client, client_of, no_leaks
 
 from ninefuse import ops, sequences
@@ -26,6 +29,8 @@ from ninefuse.syscalls import SetTime
 
 ME = Caller(os.geteuid(), os.getegid())
 
+TIMES = 10 if SOAK else 1  # as many sequences
+
 # Few, so that they meet; ones that are no names, seldom.
 GOOD_NAMES = [b"a", b"b", b"c", b"\xff"]
 BAD_NAMES = [b".", b"..", b"", b"a/b", b"a\0", b"x" * 255, b"x" * 256]
@@ -36,8 +41,13 @@ class Live(int):
     """Stands for one of the fids that there are when the step is made."""
 
 
+SOURCE = object()  # stands for the path of the source, the only one that may be attached
+
+
 def resolved(client: Client, argument: Any) -> Any:
-    """The argument of a step, with a fid's number in the place of a `Live`."""
+    """The argument of a step, with what it stands for in the place of a `Live` or SOURCE."""
+    if argument is SOURCE:
+        return str(client.source)
     if isinstance(argument, Live):
         there = sorted(client.session.fids._fids)
         return there[argument % len(there)]
@@ -85,9 +95,12 @@ ranges = st.builds(LockRange, st.sampled_from([0, 1, 2, 255]), offsets, offsets,
 
 Step = tuple[Callable[..., Any], tuple[Any, ...]]
 
+drawn: set[str] = set()  # the operations that steps are of
+
 
 def step(operation: Callable[..., Any], *arguments: st.SearchStrategy[Any]) -> Any:
     """An operation and arguments for it."""
+    drawn.add(operation.__name__)
     return st.tuples(st.just(operation), st.tuples(*arguments))
 
 
@@ -99,6 +112,7 @@ MESSAGES = [
     step(ops.walk, fids, fids, path),
     step(ops.walk, fids, fids),
     step(ops.walk, fids, handles, st.just((b"a",) * 17)),
+    step(ops.walkgetattr, fids, st.one_of(st.just(KERNEL), handles, fids), names),
     step(ops.clunk, fids),
     step(ops.remove, fids),
     step(ops.getattr, fids),
@@ -128,8 +142,11 @@ MESSAGES = [
                st.integers(0, 4))],
     mostly(
         step(ops.flush, st.integers(0, 99)),
-        step(ops.version, st.sampled_from([0, 4096]), st.just("9P2000.L")),
+        step(ops.version, st.sampled_from([4096, 1 << 40, 0, -1]),
+             st.sampled_from(["9P2000.L", "9P2000", ""])),
     ),
+    step(ops.attach, mostly(handles, fids),
+         mostly(st.just(SOURCE), st.sampled_from(["/nowhere", "/dev/null", "", -1, 1 << 20]))),
 ]  # fmt: skip
 CALLBACKS = [
     *2 * [step(sequences.lookup, fids, names)],
@@ -151,6 +168,10 @@ CALLBACKS = [
 class Run:
     """A client that makes any step and looks at what comes of it."""
 
+    tried: Counter[str] = Counter()  # by operation, in all runs
+    refused: Counter[str] = Counter()  # those of them that ended with an errno
+    errnos: Counter[int] = Counter()
+
     def __init__(self, client: Client) -> None:
         self.client = client
 
@@ -159,9 +180,12 @@ class Run:
         session = self.client.session
         arguments = tuple(resolved(self.client, argument) for argument in arguments)
         note(f"{operation.__name__}{arguments!r}")
+        self.tried[operation.__name__] += 1
         try:
             result = self.client.do(operation, *arguments)
         except OSError as failure:
+            self.refused[operation.__name__] += 1
+            self.errnos[failure.errno or 0] += 1
             note(f"    {failure!r}")
             assert failure.errno in errno.errorcode  # noqa: PT017
             result = None
@@ -193,7 +217,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, **options: Any) -> Iterator[Ru
         source.chmod(0o700)
 
 
-@settings(max_examples=400, derandomize=True, database=None, deadline=None)
+@settings(max_examples=400 * TIMES, derandomize=True, database=None, deadline=None)
 @given(steps=st.lists(st.one_of(MESSAGES), min_size=5, max_size=40))
 def test_any_messages(tmp_path_factory: pytest.TempPathFactory, steps: list[Step]) -> None:
     """9P messages, in any order, also ones that no client would send."""
@@ -202,7 +226,7 @@ def test_any_messages(tmp_path_factory: pytest.TempPathFactory, steps: list[Step
             it.make(operation, arguments)
 
 
-@settings(max_examples=300, derandomize=True, database=None, deadline=None)
+@settings(max_examples=300 * TIMES, derandomize=True, database=None, deadline=None)
 @given(steps=st.lists(st.one_of(MESSAGES + CALLBACKS), min_size=5, max_size=40))
 def test_any_messages_and_callbacks_with_few_descriptors(
     tmp_path_factory: pytest.TempPathFactory, steps: list[Step]
@@ -213,7 +237,7 @@ def test_any_messages_and_callbacks_with_few_descriptors(
             it.make(operation, arguments)
 
 
-@settings(max_examples=100, derandomize=True, database=None, deadline=None)
+@settings(max_examples=100 * TIMES, derandomize=True, database=None, deadline=None)
 @given(steps=st.lists(st.one_of(MESSAGES + CALLBACKS), min_size=5, max_size=40))
 def test_any_messages_on_a_read_only_session(
     tmp_path_factory: pytest.TempPathFactory, steps: list[Step]
@@ -231,3 +255,25 @@ def test_any_messages_on_a_read_only_session(
         }
         assert all(after[path].st_mtime_ns == found.st_mtime_ns for path, found in before.items())
         assert all(after[path].st_ctime_ns == found.st_ctime_ns for path, found in before.items())
+
+
+def test_every_operation_is_among_them() -> None:
+    """And all were tried, with success and without, where these tests have run."""
+    operations = {
+        name for name in ops.__all__ if inspect.iscoroutinefunction(getattr(ops, name))
+    } - {"stat"}  # getattr's other name
+    callbacks = {
+        name
+        for name, function in vars(sequences).items()
+        if inspect.iscoroutinefunction(function) and not name.startswith("_")
+    }
+    assert operations | callbacks <= drawn
+    tried, refused = Run.tried, Run.refused
+    if tried.total() < 5000:
+        return  # not all of the tests above were run
+    assert operations <= {*tried}
+    # Of these none can fail, or hardly.
+    assert operations - {*refused} <= {"flush"}
+    assert [name for name in operations if refused[name] == tried[name]] == []
+    codes = ", ".join(f"{errno.errorcode[code]} {n}" for code, n in Run.errnos.most_common())
+    print(f"{tried.total()} calls, {refused.total()} refused: {codes}")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from mounting import MODELS, Child, Mount, run
+from mounting import MODELS, Child, Mount, mount_ids, run
 
 from ninefuse.mounts import MountsBelow, fields_of
 
@@ -23,6 +23,10 @@ def test_mounts_below_a_directory_are_noticed_as_they_come_and_go(
     mount = new_mount()
     assert not below.none()
     assert not below.none(), "also when the table has not changed since"
+    [device] = mount_ids(mount.path)
+    assert below.has(device.encode())
+    assert not below.has(device.encode() + b"1")
+    assert not others.has(device.encode())
     assert others.none()
     assert not MountsBelow(str(tmp_path)).none()
     mount.end()

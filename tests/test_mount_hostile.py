@@ -134,6 +134,16 @@ def test_a_directory_above_both_inside_the_source(
         assert in_child(os.stat, mount.path / "file", seconds=5.0).st_size == 1
 
 
+@needs_root
+def test_with_xdev_what_the_mount_covers_in_its_own_source_is_shown(
+    new_mount: Callable[..., Mount],
+) -> None:
+    mount = new_mount("-o", "xdev")
+    (mount.source / "loop" / "covered").mkdir(parents=True)
+    with bound(mount.path, mount.source / "loop"):
+        assert in_child(_list, mount.path / "loop", seconds=5.0) == ["covered"]
+
+
 # Directories that pass mounts on to each other; $1 is the model, the rest the command.
 PASSED_ON = """
 mount -t tmpfs tmpfs /mnt

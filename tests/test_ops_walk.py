@@ -33,6 +33,7 @@ from ninefuse import ops
 from ninefuse.commands import blocking
 from ninefuse.executor import create
 from ninefuse.fids import FIRST_HANDLE
+from ninefuse.mounts import OwnMount
 from ninefuse.ops.directory import readdirplus
 from ninefuse.ops.walk import KERNEL, MAXWELEM
 from ninefuse.qids import QTDIR, QTFILE, QTSYMLINK
@@ -311,6 +312,40 @@ def test_dot_dot_is_never_asked_of_the_source(
     assert len(qids) == 3, "it went on beyond the root"
     assert b"secret" in asked
     assert b".." not in asked
+
+
+def test_no_operation_looks_at_a_name_that_leads_into_the_mount_itself(tree: Client) -> None:
+    """ELOOP, also for what was known before something was mounted there."""
+
+    class Own(OwnMount):
+        def __init__(self) -> None:
+            pass
+
+        def refuse(self, directory: int, name: bytes) -> None:
+            if name == b"a":
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+
+    directory = tree.know("a")
+    fid = tree.walk("a")
+    tree.do(ops.clunk, fid)
+    tree.lose_descriptor(directory)
+    fid = tree.walk(start=directory.number)
+    tree.session.own_mount = Own()
+    for operation, *arguments in (
+        (ops.walk, ROOT, tree.new(), [b"a"]),
+        (ops.walkgetattr, ROOT, tree.new(), b"a"),
+        (ops.getattr, fid),  # has no descriptor, and would open it again
+        (ops.unlinkat, ROOT, b"a", 0x200),
+        (ops.renameat, ROOT, b"top", ROOT, b"a"),
+        (ops.rename, fid, ROOT, b"moved"),
+        (ops.remove, fid),
+    ):
+        with fails(errno.ELOOP):
+            tree.do(operation, *arguments)
+    assert (tree.source / "a").is_dir()
+    root = tree.open()
+    [shown] = [e for e in tree.do(readdirplus, root, 0) if e.name == b"a"]
+    assert shown.attributes is None
 
 
 def test_dot_dot_finds_a_parent_that_no_fid_stands_on(tree: Client) -> None:

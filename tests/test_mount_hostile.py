@@ -14,7 +14,6 @@ import struct
 import sys
 import threading
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -476,6 +475,7 @@ def _change_ids(stop: threading.Event) -> None:
 def _create_as_anybody(top: Path, seconds: float) -> int:
     """Make things in several threads while another changes the ids of all; how many."""
     one, other = _IDS
+    os.chdir(top)  # the way there may be closed to others
     os.setgroups([])
     os.setresgid(one, one, other)
     os.setresuid(one, one, other)
@@ -492,12 +492,11 @@ def _create_as_anybody(top: Path, seconds: float) -> int:
             lambda path: os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)),
         ]
         try:
-            while time.monotonic() < until:
-                ways[made[who] % len(ways)](top / f"{who}-{made[who]}")
+            while time.monotonic() < until or made[who] < 20:
+                ways[made[who] % len(ways)](Path(f"{who}-{made[who]}"))
                 made[who] += 1
         except BaseException as failure:
             failures.append(failure)
-            traceback.print_exc()
 
     threads = [threading.Thread(target=make, args=(who,)) for who in range(4)]
     changer = threading.Thread(target=_change_ids, args=(stop,))
@@ -528,8 +527,6 @@ def test_what_a_caller_makes_while_it_changes_its_ids_is_its_own(
 ) -> None:
     top = tmp_path / "source" / "top"
     top.mkdir(parents=True)
-    for directory in (top, *top.parents):
-        os.chmod(directory, os.stat(directory).st_mode | 0o755)
     top.chmod(0o777)
     mount = new_mount("--model", model, "-o", "allow_other", source=top.parent)
     before = _credentials_of(mount)
@@ -623,7 +620,7 @@ def _work_through_signals(top: Path, seconds: float) -> tuple[int, int]:
     signal.siginterrupt(signal.SIGALRM, True)
     signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
     rounds = 0
-    while time.monotonic() < until:
+    while time.monotonic() < until or signals < 100:
         record = b"%08d" % rounds * 2000  # several pages
         assert os.write(log, record) == len(record)
         assert os.pread(log, len(record), rounds * len(record)) == record
@@ -646,7 +643,7 @@ def _work_through_signals(top: Path, seconds: float) -> tuple[int, int]:
 def test_requests_interrupted_by_signals_are_done_once(place: Place) -> None:
     rounds, signals = in_child(_work_through_signals, place.path, SECONDS, seconds=SECONDS + 20.0)
     print(f"{place.mount.model}: {rounds} rounds of calls, {signals} signals")
-    assert signals > 100
+    assert signals >= 100
     expected = b"".join(b"%08d" % n * 2000 for n in range(rounds))
     assert (place.source / "log").read_bytes() == expected
     expected = b"".join((b"%08d" % n * 2000)[:512] for n in range(rounds))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import itertools
+import mmap
 import os
 import random
 import re
@@ -208,15 +210,13 @@ def watched(mask: int, *paths: Path) -> Iterator[Callable[[], list[str]]]:
 # Symlinks in the place of directories and files
 
 
-def _swap(source: Path, pairs: list[tuple[str, str]], until: float) -> int:
-    """Exchange pairs of names as fast as possible; how often."""
+def _swap(source: Path, pairs: list[tuple[str, str]], done: mmap.mmap) -> None:
+    """Exchange pairs of names as fast as possible, and count."""
     fd = os.open(source, os.O_PATH | os.O_DIRECTORY)
-    count = 0
-    while time.monotonic() < until:
+    for count in itertools.count(1):
         for one, other in pairs:
             rename(fd, one.encode(), fd, other.encode(), RENAME_EXCHANGE)
-            count += 1
-    return count
+        done[:8] = struct.pack("q", count * len(pairs))
 
 
 def _walk_and_change(top: Path, seed: int, until: float) -> tuple[Counter[str], set[int]]:
@@ -258,7 +258,7 @@ def _walk_and_change(top: Path, seed: int, until: float) -> tuple[Counter[str], 
     ]  # fmt: skip
     names = ["directory/file", "directory/below/file", "directory/new", "directory/below/new"]
     names += ["directory/below", "moved", f"linked{seed}"]
-    while time.monotonic() < until:
+    while time.monotonic() < until or outcomes.total() < 50:
         if dice.randrange(5):
             code = errno_of(dice.choice(calls), top / dice.choice(names))
         else:  # what is swapped itself stays
@@ -304,7 +304,8 @@ def test_symlinks_swapped_for_directories_lead_nowhere(
     until = time.monotonic() + SECONDS
     with watched(_IN_ALL_EVENTS, outside, outside / "file", outside / "below") as events:
         with ExitStack() as stack:
-            swapper = stack.enter_context(Child(_swap, source, pairs, until))
+            done = stack.enter_context(mmap.mmap(-1, 8))
+            stack.enter_context(Child(_swap, source, pairs, done))
             clients = [
                 stack.enter_context(Child(_walk_and_change, mount.path, seed, until))
                 for seed in range(3)
@@ -314,7 +315,7 @@ def test_symlinks_swapped_for_directories_lead_nowhere(
                 counts, seen = client.result(SECONDS + 20.0)
                 outcomes += counts
                 assert not seen & forbidden
-            swaps = swapper.result()
+            swaps: int = struct.unpack("q", done[:])[0]
         assert events() == []
     assert _state(outside) == before
     print(f"{model}: {swaps} swaps, {outcomes.total()} calls: {dict(outcomes.most_common())}")

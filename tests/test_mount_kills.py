@@ -304,7 +304,7 @@ class Victim:
         return Mount(self._watchdog, self.source, self.path, self._log, words, r"mounted on .*\n")
 
     def kill(self, dice: random.Random) -> Outcome:
-        """Kill the daemon under load, mount again, and compare."""
+        """Kill the daemon under load, unmount, compare, and mount again."""
         tops = [f"client{number}" for number in range(CLIENTS)]
         with ExitStack() as stack:
             begun = stack.enter_context(mmap.mmap(-1, CLIENTS))
@@ -326,14 +326,15 @@ class Victim:
         unmounting = time.monotonic() - started
         self.mount.log.check()
         self.mount.end()
-        started = time.monotonic()
-        self.mount = self._mount()
-        assert sorted(os.listdir(self.path)) == tops
-        mounting = time.monotonic() - started
         for top, (answers, _) in zip(tops, results, strict=True):
             found = found_in(self.source / top)
             if not any(found == seen for seen in possible(answers)):
                 raise AssertionError(f"not as answered: {_difference(answers, found)}")
+        started = time.monotonic()
+        self.mount = self._mount()
+        assert sorted(os.listdir(self.path)) == tops
+        mounting = time.monotonic() - started
+        for top in tops:
             shutil.rmtree(self.path / top)
         calls = [asked for answers, _ in results for asked in answers]
         failed = sum(bool(asked.error) for asked in calls)

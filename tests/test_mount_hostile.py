@@ -456,6 +456,7 @@ def test_names_do_not_forge_lines_of_the_log(
         assert line.isprintable(), line
     shown = run(sys.executable, "-m", "ninefuse.stats.command", mount.path)
     assert shown.returncode == 0, shown.stderr
+    assert "forged" in shown.stdout
     assert all(line.isprintable() for line in shown.stdout.split("\n"))
 
 

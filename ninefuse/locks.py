@@ -12,8 +12,9 @@ together. They differ in how one waits:
   number of walks, creates and renames.
 
 Lock order, outermost first: the rename lock, a directory's listing, the fid table's
-lock, the counts of the fid table. The rename lock is taken at an operation's entry
-only; whoever holds the table's lock takes no other but the counts.
+lock, the counts of the fid table, and then all other mutexes (docs/architecture.md names
+them), inside which there is none. The rename lock is taken at an operation's entry only.
+tests/lock_order.py asserts it.
 
 A short mutex guards the state of each lock and is never held while anything waits or
 is resumed.

@@ -73,12 +73,14 @@ class Watch:
         violations: a line for each.
         longest: lock -> seconds, the longest that somebody waited for it.
         taken: rank -> how often a lock of it was taken.
+        overtaken: how often, at most, others got the rename lock while one waited for it.
     """
 
     def __init__(self) -> None:
         self.violations: list[str] = []
         self.longest: dict[str, float] = {}
         self.taken = [0] * len(RANK_NAMES)
+        self.overtaken = 0
         # By thread. Each entry is changed by its own thread only.
         self._held: dict[int, list[tuple[int, str, str]]] = {}
         self._awaited: dict[int, tuple[str, float]] = {}
@@ -126,13 +128,17 @@ class Watch:
 
     @contextlib.contextmanager
     def waiting(self, name: str) -> Iterator[None]:
-        """Around a thread's wait for a lock."""
+        """Around a thread's wait for a lock; it may wait for the mutex of that meanwhile."""
         since = time.monotonic()
+        outer = self._awaited.get(get_ident())
         self._awaited[get_ident()] = name, since
         try:
             yield
         finally:
-            del self._awaited[get_ident()]
+            if outer is None:
+                del self._awaited[get_ident()]
+            else:
+                self._awaited[get_ident()] = outer
             self.waited(name, time.monotonic() - since)
 
     def waited(self, name: str, seconds: float) -> None:
@@ -245,7 +251,7 @@ class Watch:
 class _Granted:
     """The callback of a request that waits for the rename lock."""
 
-    __slots__ = ("_lock", "_mode", "_resume", "_since", "_watch", "owner")
+    __slots__ = ("_before", "_lock", "_mode", "_resume", "_since", "_watch", "owner")
 
     def __init__(
         self,
@@ -260,11 +266,14 @@ class _Granted:
         self._mode = mode
         self._resume = resume
         self._since = time.monotonic()
+        self._before = watch.taken[RENAME]
         self.owner = owner
 
     def __call__(self) -> None:
         self._watch.is_free("a request is resumed")
         self._watch.waited(self._lock.name, time.monotonic() - self._since)
+        others = self._watch.taken[RENAME] - self._before
+        self._watch.overtaken = max(self._watch.overtaken, others)
         self._watch.owns(self._lock, self.owner, self._mode)
         self._resume()
 

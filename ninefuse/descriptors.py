@@ -92,15 +92,21 @@ class Descriptors:
         self.make_room(near, self._few)
 
     def reopen(self, node: Node) -> None:
-        """Open a node again by its parent and name. Blocks.
+        """Open a node again, which is pinned, by its parent and name. Blocks.
 
         The rename lock is held, unless it does no harm to fail where a name is just moving.
 
         Raises:
             OSError: ESTALE, the names do not lead there any more; ENFILE.
         """
-        self.make_room(node)
-        self._fids.give_descriptor(node, self.open_again(node))
+        try:
+            self.make_room(node)
+            fd = self.open_again(node)
+        except OSError:
+            if node.fd < 0:
+                raise
+            return  # it was given one meanwhile, perhaps since its name was going (`keeping`)
+        self._fids.give_descriptor(node, fd)
 
     def open_named(self, directory: Node, name: bytes, node: Node) -> None:
         """Give a node its descriptor by a name that it was just seen at. Blocks."""

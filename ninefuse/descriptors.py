@@ -199,7 +199,7 @@ class Descriptors:
             look.close()
         return closed
 
-    def open_again(self, node: Node) -> int:
+    def open_again(self, node: Node, *, use: bool = True) -> int:
         """A new descriptor of a node, by the names that it remembers. Blocks.
 
         Climbs to the nearest ancestor that has a descriptor and comes down from it, one
@@ -219,7 +219,7 @@ class Descriptors:
             passed.add(top)
             way.append((top, place[1]))
             top = place[0]
-            if self._fids.pin(top):
+            if self._fids.pin(top, use=use):
                 break
             self._fids.unpin(top)
         fd = -1
@@ -255,7 +255,7 @@ class _Look:
         self,
         fids: FidTable,
         stat_name: Callable[[int, bytes], Attributes],
-        open_again: Callable[[Node], int],
+        open_again: Callable[..., int],
     ) -> None:
         self._fids = fids
         self._stat_name = stat_name
@@ -268,7 +268,7 @@ class _Look:
         if node.place is None:
             return False
         parent, name = node.place
-        has_descriptor = self._fids.pin(parent)
+        has_descriptor = self._fids.pin(parent, use=False)
         try:
             directory = parent.fd if has_descriptor else self._opened(parent)
             return node.shows(self._stat_name(directory, name))
@@ -286,7 +286,7 @@ class _Look:
     def _opened(self, directory: Node) -> int:
         if directory is not self._directory:
             self.close()
-            self._fd = self._open_again(directory)
+            self._fd = self._open_again(directory, use=False)
             self._directory = directory
         return self._fd
 

@@ -89,7 +89,7 @@ class Node:
         self.place = place
         self.refs = 1  # fids on it, and operations that use it: now its maker
         self.pins = 0  # operations that use its descriptor
-        self.recent = True  # used since the reclaimer last came by
+        self.recent = False  # used since the reclaimer last came by
         # Monotonic seconds until which it is known to have no security.capability; while
         # that is asked, minus the time of asking.
         self.bare = 0.0
@@ -397,8 +397,12 @@ class FidTable:
         if fd >= 0:
             self._defer(self.close_node, fd)
 
-    def pin(self, node: Node) -> bool:
+    def pin(self, node: Node, *, use: bool = True) -> bool:
         """Reference a node and keep its descriptor, if it has one, from being reclaimed.
+
+        Args:
+            node: it.
+            use: whether that counts as a use of it. Not so by the reclaimer itself.
 
         Returns:
             Whether it has a descriptor. It is referenced and pinned either way.
@@ -406,7 +410,7 @@ class FidTable:
         with self._counts:
             node.refs += 1
             node.pins += 1
-            node.recent = True
+            node.recent = node.recent or use
             return node.fd >= 0
 
     def unpin(self, node: Node) -> None:
@@ -619,10 +623,11 @@ class FidTable:
         """Take the descriptor of a node that only the caller uses and has pinned.
 
         Returns:
-            The descriptor, which is the caller's now, or -1 if the node is in use.
+            The descriptor, which is the caller's now, or -1 if the node is in use, or was
+            since it was chosen: its name may have been taken away, and lead to it no more.
         """
         with self._counts:
-            if node.pins > 1 or node.refs > 2:
+            if node.pins > 1 or node.refs > 2 or node.recent:
                 return -1
             fd, node.fd = node.fd, -1
             return fd

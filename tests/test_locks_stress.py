@@ -36,6 +36,7 @@ from ninefuse import executor, ops, sequences
 from ninefuse.commands import Body, Call, blocking
 from ninefuse.credentials import Caller
 from ninefuse.executor import Executor, SecondModel
+from ninefuse.fids import Node
 from ninefuse.locks import RenameLock
 from ninefuse.ops.directory import fitted, readdirplus
 from ninefuse.pace import Pace
@@ -188,9 +189,9 @@ class World:
         self.until = time.monotonic() + SECONDS
         reopen = self.session.reopen
 
-        def counting(node: Any) -> None:
+        def counting(node: Node, *, use: bool = True) -> None:
             self.reopened += 1
-            reopen(node)
+            reopen(node, use=use)
 
         self.session.reopen = counting  # type: ignore[method-assign]
 

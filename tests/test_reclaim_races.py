@@ -11,6 +11,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -144,6 +145,14 @@ class Between:
         self.steps, self.when, self.what = 0, when, what
 
 
+@pytest.fixture
+def quick(tmp_path: Path) -> Iterator[Path]:
+    """A directory in memory, if there is one: hundreds of trees are made in it."""
+    memory = "/dev/shm"
+    with tempfile.TemporaryDirectory(dir=memory if os.path.isdir(memory) else tmp_path) as path:
+        yield Path(path)
+
+
 @contextmanager
 def tree_of(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Tree, Between]]:
     """A tree in a new directory, and who comes in between."""
@@ -182,7 +191,7 @@ PAIRS = [
     [(*pair, has) for pair in PAIRS for has in (False, True) if has or pair[0] is not Tree.reclaim],
 )
 def test_two_at_once(
-    tmp_path: Path,
+    quick: Path,
     monkeypatch: pytest.MonkeyPatch,
     one: Callable[[Tree], None],
     other: Callable[[Tree], None],
@@ -192,7 +201,7 @@ def test_two_at_once(
     when = 0
     while True:
         when += 1
-        with tree_of(tmp_path / str(when), monkeypatch) as (tree, between):
+        with tree_of(quick / str(when), monkeypatch) as (tree, between):
             if has:
                 for fid in (tree.d, tree.e, tree.f, tree.g):
                     tree.client.do(ops.getattr, fid.number)
@@ -295,9 +304,9 @@ DEPTH = 2000
 
 
 @pytest.fixture
-def deep(tmp_path: Path) -> Iterator[Path]:
+def deep(quick: Path) -> Iterator[Path]:
     """A directory with two thousand below each other in it, all called d."""
-    top = tmp_path / "deep"
+    top = quick / "deep"
     top.mkdir()
     at = os.open(top, os.O_RDONLY)
     for _ in range(DEPTH):

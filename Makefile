@@ -5,8 +5,8 @@
 .PHONY: help soak conformance demo bench test check clean
 .DEFAULT_GOAL := help
 
-LONG = $(addprefix mount_,load.py durable.py kills.py hostile.py names.py programs.py random.py) \
-  ops_random.py
+# The tests that have a long form.
+LONG = $(shell grep -lw SOAK tests/test_*.py)
 
 # By way of the environment: the directories' names reach the program whatever is in it.
 export SRC OUT PJDFSTEST
@@ -19,7 +19,8 @@ help:
 	@echo '             SRC=/some/dir: on the file system of that directory'
 	@echo 'make test    the whole test suite, real mounts included'
 	@echo '             ARGS="-x -k rename": further arguments for pytest'
-	@echo 'make soak    the tests of long runs: more files, power failures, kills, random calls, no io_uring'
+	@echo 'make soak    the tests of long runs: a million files, power failures, kills, faults, random'
+	@echo '             calls, locks; no io_uring'
 	@echo 'make conformance PJDFSTEST=/some/dir'
 	@echo '             pjdfstest, built there, on mounts of each model and engine; as root'
 	@echo '             ARGS="--rows second --only chmod/*.t": further arguments'
@@ -45,7 +46,7 @@ test:
 soak:
 	@tools/setup
 	@env NINEFUSE_ENGINE=threads .venv/bin/python -m pytest -k second tests/test_mount_*.py $(ARGS)
-	@exec env NINEFUSE_SOAK=1 .venv/bin/python -m pytest -s $(addprefix tests/test_,$(LONG)) $(ARGS)
+	@exec env NINEFUSE_SOAK=1 .venv/bin/python -m pytest -s $(LONG) $(ARGS)
 
 conformance:
 	@tools/setup

@@ -34,7 +34,7 @@ from typing import Any
 from unittest import mock
 
 import ninefuse
-from ninefuse import executor, locks, report, syscalls
+from ninefuse import executor, locks, report, session, syscalls
 from ninefuse.locks import RenameLock
 
 log = logging.getLogger("ninefuse.locks")
@@ -462,21 +462,23 @@ def _put_in_place(watch: Watch, patches: contextlib.ExitStack) -> None:
         put(executor.Request, name, watch.put_around_call(call))
 
 
-def run_daemon() -> int:
+def run_daemon(most_descriptors: int | None = None) -> int:
     """The command, watched: violations are errors in its log, SIGUSR2 shows the locks too."""
-    from ninefuse import cli
+    from ninefuse import cli, mount
 
     watch = Watch()
-    patches = contextlib.ExitStack()
     stacks = report.stacks
-    _put_in_place(watch, patches)
-    with mock.patch.object(report, "stacks", lambda driver: [*watch.describe(), *stacks(driver)]):
+    with contextlib.ExitStack() as patches:
+        _put_in_place(watch, patches)
+
+        def put(target: Any, name: str, value: Any) -> None:
+            patches.enter_context(mock.patch.object(target, name, value))
+
+        put(report, "stacks", lambda driver: [*watch.describe(), *stacks(driver)])
+        few = functools.partial(session.Session, most_descriptors=most_descriptors)
+        put(mount, "Session", few)
         code = cli.main()
     waits = ", ".join(f"{name} {1e3 * s:.1f} ms" for name, s in sorted(watch.longest.items()))
     taken = ", ".join(f"{n} {name}" for name, n in zip(RANK_NAMES, watch.taken, strict=True))
     log.info("locks taken: %s; longest waits: %s", taken, waits or "none")
     return 1 if watch.violations else code
-
-
-if __name__ == "__main__":
-    sys.exit(run_daemon())

@@ -53,7 +53,7 @@ DIRECTORIES = 2 * MOVERS
 RESIDENTS = 5  # of the clients; each has a file that all use
 COMMON = [b"x0", b"x1", b"x2"]  # in each directory, everybody's
 DESCRIPTORS = 6
-SECONDS = float(os.environ.get("NINEFUSE_SECONDS", 20 if SOAK else 0.4))
+SECONDS = float(os.environ.get("NINEFUSE_SECONDS", 20 if SOAK else 0.3))
 STUCK = 5.0  # seconds without progress
 LONGEST = 5.0  # seconds of one request, lock or wait
 # Who comes later is served later: while one waits, those before it get the rename lock, one for

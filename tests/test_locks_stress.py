@@ -583,11 +583,12 @@ def test_fifty_clients(tmp_path: Path, server: str, threads: int, is_watched: bo
     session = world.session
     waits = {lock.name: lock.statistics() for lock in (session.rename_lock, session.fids.lock)}
     longest = max([*watch.longest.values(), *(s.longest_wait for s in waits.values())])
+    overtaken = f"overtaken by {watch.overtaken}" if is_watched else "not watched"
     print(
         f"{server}, {threads} threads: {sum(world.done.values())} operations,"
         f" {world.ended} requests, {world.reopened} reopened;"
         f" longest request {world.longest:.3f} s ({world.longest_name});"
-        f" longest wait for a lock {longest:.3f} s, overtaken by {watch.overtaken};"
+        f" longest wait for a lock {longest:.3f} s, {overtaken};"
         + ",".join(f" {s.waits} for {name}" for name, s in waits.items())
     )
     assert longest < LONGEST

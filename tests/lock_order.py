@@ -46,6 +46,8 @@ RANK_NAMES = ("rename lock", "listing", "fid table", "counts", "innermost")
 # The mutexes, by the module and the class that make them.
 RANKS = {
     ("ninefuse.listing", "Listing"): LISTING,
+    ("ninefuse.mounts", "MountsBelow"): LISTING,  # held while the mount table is read
+    ("ninefuse.forgetting", "Forgetter"): INNERMOST,
     ("ninefuse.fids", "FidTable"): COUNTS,
     ("ninefuse.locks", "RWLock"): INNERMOST,  # the state of a read-write lock
     ("ninefuse.executor", "Executor"): INNERMOST,  # the registry of requests
@@ -63,7 +65,10 @@ _SYSTEM_CALLS = re.findall(
     " listdir listxattr lseek lstat mkdir mknod open pread preadv pwrite pwritev read readlink"
     " removexattr rename rmdir scandir setxattr stat symlink sync truncate unlink utime write",
 )
-_OUR_SYSTEM_CALLS = ("read_entries", "rename", "stat_descriptor", "stat_name")
+_OUR_SYSTEM_CALLS = (
+    *("device_behind", "file_handle", "open_step", "read_entries", "rename"),
+    *("stat_descriptor", "stat_name"),
+)
 
 
 class Watch:
@@ -462,7 +467,7 @@ def _put_in_place(watch: Watch, patches: contextlib.ExitStack) -> None:
         put(executor.Request, name, watch.put_around_call(call))
 
 
-def run_daemon(most_descriptors: int | None = None) -> int:
+def run_daemon(most_descriptors: int = 16384) -> int:
     """The command, watched: violations are errors in its log, SIGUSR2 shows the locks too."""
     from ninefuse import cli, mount
 

@@ -187,13 +187,13 @@ class World:
         self.reopened = 0
         self.done: Counter[str] = Counter()
         self.until = time.monotonic() + SECONDS
-        reopen = self.session.reopen
+        reopen = self.session.descriptors.reopen
 
-        def counting(node: Node, *, use: bool = True) -> None:
+        def counting(node: Node) -> None:
             self.reopened += 1
-            reopen(node, use=use)
+            reopen(node)
 
-        self.session.reopen = counting  # type: ignore[method-assign]
+        self.session.descriptors.reopen = counting  # type: ignore[method-assign]
 
     async def run(self, name: str, body: Body[T]) -> T:
         """A request."""
@@ -233,18 +233,19 @@ class World:
             with self.session.fids.lock.reading:
                 for fid in self.session.fids._fids.values():
                     fid.node.recent = False
-            self.session._reclaim_at = 0
+            self.session.descriptors._again_at = 0
             await self.run("chill", self.notice())
             # While that goes on, the second model's dispatcher leaves all calls to workers.
             await trio.sleep(0.01)
 
     async def notice(self) -> None:
-        await blocking(None, self.session.note_descriptors)
+        await blocking(None, self.session.descriptors.note)
 
     async def end(self) -> None:
         """Forget the directories; nothing is left but the root, and nobody uses that."""
         self.session.fids.forget([(number, 1) for number in self.directories])
-        await until(lambda: not self.driver.requests)
+        await self.run("flush", ops.flush(self.session, 0))  # the last closes come after it
+        await until(lambda: not self.driver.requests and self.session.fids.descriptors == 1)
         assert set(self.session.fids._fids) == {ROOT}
         idle = SimpleNamespace(executor=self.driver, session=self.session)
         DirectClient.check_idle(cast(Any, idle))

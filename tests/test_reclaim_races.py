@@ -28,6 +28,7 @@ from ops_helpers import leak_free as leak_free
 from ops_helpers import source as source
 
 from ninefuse import ops
+from ninefuse.descriptors import Descriptors, _Look
 from ninefuse.fids import Node, error
 from ninefuse.locks import table_lock_held
 from ninefuse.ops.walk import KERNEL
@@ -59,7 +60,7 @@ class Tree:
         """Close all that can be closed."""
         for fid in self.session.fids._fids.values():
             fid.node.recent = False
-        self.session._close_coldest(sys.maxsize)
+        self.session.descriptors._close_coldest(sys.maxsize)
 
     def use(self) -> None:
         """Ask for the attributes of a file, and of the directories above."""
@@ -121,12 +122,11 @@ class Between:
         self.steps = 0
         self.when = 0
         self.what: Callable[[], object] | None = None
-        module = module_of(Session)
-        for name in self.STEPS:
-            monkeypatch.setattr(module, name, self.around(getattr(module, name)))
-            for other in (ops.walk, ops.renameat):  # which have it by name
-                if hasattr(module_of(other), name):
-                    monkeypatch.setattr(module_of(other), name, getattr(module, name))
+        for user in (Session, Descriptors, ops.walk, ops.renameat):
+            module = module_of(user)
+            for name in self.STEPS:
+                if hasattr(module, name):
+                    monkeypatch.setattr(module, name, self.around(getattr(module, name)))
         for name in self.STEPS_OF_TABLE:
             monkeypatch.setattr(session.fids, name, self.around(getattr(session.fids, name)))
 
@@ -230,17 +230,17 @@ def test_what_is_used_while_it_is_looked_at_is_not_reclaimed(
     with client_of(source, most_descriptors=1000) as client:
         tree = Tree(client)
         tree.use()
-        looks = Session._leads_back
+        looks = _Look.leads_back
         fd = tree.f.node.fd
 
-        def looking(session: Session, node: Node, reopened: list[Node]) -> bool:
-            answer = looks(session, node, reopened)
+        def looking(look: _Look, node: Node) -> bool:
+            answer = looks(look, node)
             if node is tree.f.node:
                 tree.remove()
                 (source / "d" / "e" / "f").write_bytes(b"another file")
             return answer
 
-        monkeypatch.setattr(Session, "_leads_back", looking)
+        monkeypatch.setattr(_Look, "leads_back", looking)
         tree.reclaim()
         assert tree.f.node.fd == fd
         assert client.do(ops.getattr, tree.f.number).nlink == 0
@@ -341,7 +341,7 @@ def test_reopening_climbs_a_deep_tree(deep: Path, monkeypatch: pytest.MonkeyPatc
         assert client.session.fids.descriptors <= 256 + 2
         for fid in fids:
             fid.node.recent = False
-        client.session._close_coldest(sys.maxsize)
+        client.session.descriptors._close_coldest(sys.maxsize)
         assert client.session.fids.descriptors == 1
         client.do(ops.renameat, ROOT, b"d", ROOT, b"other")
 
@@ -376,7 +376,7 @@ def test_users_and_reclaimers_on_threads(source: Path) -> None:
                 fid = fids.get(rng.choice([tree.d, tree.e, tree.f, tree.g]).number)
                 node = fid.node
                 if not fids.pin(node):
-                    session.reopen(node)
+                    session.descriptors.reopen(node)
                     reopened += 1
                 for _ in range(3):
                     assert os.fstat(node.fd).st_ino == node.inode

@@ -2,7 +2,7 @@
 #
 # Programs replace the shell (exec): make hands signals on to them and waits for their clean-up.
 
-.PHONY: help soak conformance demo bench test check clean
+.PHONY: help soak conformance demo bench test check pages clean
 .DEFAULT_GOAL := help
 
 # The tests that have a long form.
@@ -25,6 +25,7 @@ help:
 	@echo '             pjdfstest, built there, on mounts of each model and engine; as root'
 	@echo '             ARGS="--rows second --only chmod/*.t": further arguments'
 	@echo 'make check   ruff check, ruff format --check and mypy --strict'
+	@echo 'make pages   write anew what follows from the options: man pages, completions, a table here'
 	@echo 'make clean   remove .venv, caches and build leftovers'
 
 demo:
@@ -57,6 +58,10 @@ check:
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy --strict
+
+pages:
+	@tools/setup
+	@exec .venv/bin/python tools/pages.py
 
 clean:
 	rm -rf .venv build dist ninefuse.egg-info ninefuse/_ring.*.so

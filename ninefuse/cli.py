@@ -2,6 +2,7 @@
 
 import argparse
 import ctypes
+import functools
 import importlib.metadata
 import logging
 import os
@@ -12,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import ninefuse
-from ninefuse import daemon, logs, notify, options, preflight
+from ninefuse import daemon, logs, manual, notify, options, preflight
 from ninefuse.exitcodes import ExitCode, Failure, report
 from ninefuse.options import Settings
 
@@ -59,9 +60,9 @@ def guarded(command: Callable[[], int]) -> int:
 def parse(argv: Sequence[str]) -> Settings:
     """Return the settings that the command line asks for.
 
-    Raises Failure(USAGE), and SystemExit once help or versions are printed.
+    Raises Failure(USAGE), and SystemExit once help, options or versions are printed.
     """
-    given = _parser().parse_args(argv)
+    given = make_parser().parse_args(argv)
     return options.make_settings(
         given.source,
         given.mountpoint,
@@ -117,11 +118,11 @@ class Parser(argparse.ArgumentParser):
         raise Failure(ExitCode.USAGE, message)
 
 
-class _VersionAction(argparse.Action):
+class _PrintAction(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
-        """Print the versions and end, before argparse misses the paths."""
+        """Print what the constant returns and end, before argparse misses the paths."""
         try:
-            print(versions(), flush=True)
+            print(self.const(), flush=True)
         except OSError as error:
             # A full disk, or a reader that has gone: no case for a traceback.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more at its end
@@ -129,45 +130,45 @@ class _VersionAction(argparse.Action):
         parser.exit()
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = Parser(
         prog="ninefuse",
         usage="ninefuse [options] SRC MNT",
         description="Mount the directory SRC on the directory MNT.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        # Room for the longest option beside its text: all fits a screen of 24 lines.
+        formatter_class=functools.partial(
+            argparse.RawDescriptionHelpFormatter, max_help_position=32
+        ),
         allow_abbrev=False,
         add_help=False,
     )
-    # Not in the list: whoever reads that has found it, and it fits a screen of 24 lines.
+    # Not in the list: whoever reads that has found it.
     parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
     parser.add_argument("source", metavar="SRC", help=argparse.SUPPRESS)
     parser.add_argument("mountpoint", metavar="MNT", help=argparse.SUPPRESS)
-    add = parser.add_argument
-    add(
-        "-o",
-        dest="options",
-        metavar="OPT,...",
-        action="append",
-        default=[],
-        help="mount options, among them ro, allow_other, fsname=NAME, cache=none|auto|loose",
-    )
-    add("-f", dest="foreground", action="store_true", help="stay in the foreground")
-    add("-d", dest="debug", action="store_true", help="as -f, with debug messages")
-    add("-s", dest="model", action="store_const", const="none", help="same as --model none")
-    add("--model", choices=options.MODELS, help="threading model (second)")
-    add("--engine", choices=options.ENGINES, help="what makes calls beneath the model (auto)")
-    add("--threads", type=_threads, metavar="N", help=f"workers ({options.DEFAULT_THREADS})")
-    add("--log", metavar="FILE", help="log to FILE; a daemon otherwise logs to syslog")
+
+    def add(*names: str, **how: Any) -> None:
+        parser.add_argument(*names, help=manual.brief(names[0]), **how)
+
+    add("-o", dest="options", metavar="OPT,...", action="append", default=[])
+    add("-f", dest="foreground", action="store_true")
+    add("-d", dest="debug", action="store_true")
+    add("-s", dest="model", action="store_const", const="none")
+    add("--model", type=options.parse_model, metavar="|".join(options.MODELS))
+    add("--engine", choices=options.ENGINES, metavar="|".join(options.ENGINES))
+    add("--threads", type=_threads, metavar="N")
+    add("--log", metavar="FILE")
     add(
         "--log-level",
         choices=options.LOG_LEVELS,
         default=options.DEFAULT_LOG_LEVEL,
         metavar="LEVEL",
-        help=f"one of {', '.join(options.LOG_LEVELS)} ({options.DEFAULT_LOG_LEVEL})",
     )
-    add("--trace", metavar="FILE", help="write the way of every request to FILE, for Perfetto")
-    add("-V", "--version", action=_VersionAction, nargs=0, help="print versions")
+    add("--trace", metavar="FILE")
+    add("--help-options", action=_PrintAction, nargs=0, const=manual.explanation)
+    add("-V", "--version", action=_PrintAction, nargs=0, const=versions)
     return parser
 
 

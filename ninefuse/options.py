@@ -5,6 +5,7 @@ The option names follow mount(8), mount.fuse3(8) and, for cache=, v9fs.
 
 import math
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from ninefuse.exitcodes import ExitCode, Failure
 
 MODELS = ("none", "first", "second")
 DEFAULT_MODEL = "second"
+_PLUG_IN = re.compile(r"\w+(\.\w+)*:\w+")  # a driver of the user's own, package.module:Class
 ENGINES = ("auto", "threads", "uring")
 DEFAULT_ENGINE = "auto"
 DEFAULT_THREADS = 16
@@ -64,21 +66,26 @@ _CACHE_NAMES = {
     "fscache": "loose",
 }
 
-# osync=: one durable write for each write(2) of an O_SYNC open, or a cached one and an fsync.
-_SYNC_WAYS = ("direct", "cached")
-
-# inline=: whether the dispatcher makes calls itself that do not block, or are soon over.
-_INLINE = ("auto", "off")
-
-# cpus=: whether the daemon's threads share one processor.
-_CPUS = ("one", "all")
+# Options with one of a few values.
+_CHOICES = {
+    "model": MODELS,
+    "engine": ENGINES,
+    "cache": tuple(_CACHE_NAMES),
+    # One durable write for each write(2) of an O_SYNC open, or a cached one and an fsync.
+    "osync": ("direct", "cached"),
+    # Whether the dispatcher makes calls itself that do not block, or are soon over.
+    "inline": ("auto", "off"),
+    # Whether the daemon's threads share one processor.
+    "cpus": ("one", "all"),
+}
+_NAMES = ("fsname", "subtype")
 
 # How long the kernel may believe names and attributes, in seconds, for each kind of cache.
 _CACHE_SECONDS = {"none": 0.0, "auto": 1.0, "loose": 86400.0}
 
 # Written in fstab for mount(8), systemd and the boot scripts, or left over from FUSE 2
 # (nonempty): they say nothing to the file system.
-_IGNORED = frozenset(
+IGNORED = frozenset(
     (
         "",
         "defaults",
@@ -112,7 +119,8 @@ _NO_REMOUNT = (
 class Settings:
     """All that one mount needs to know.
 
-    source, mountpoint: absolute paths. model: the threading model, one of MODELS. engine: what is
+    source, mountpoint: absolute paths. model: the threading model, one of MODELS or
+    MODULE:CLASS. engine: what is
     beneath the second one, one of ENGINES. threads: how many workers. log_file, trace_file:
     absolute paths, or None. attr_timeout, entry_timeout,
     negative_timeout: seconds for which the kernel may keep attributes, names and the absence
@@ -223,31 +231,20 @@ def parse_options(words: Iterable[str], *, sloppy: bool = False) -> MountOptions
     timeouts: dict[str, float] = {}
     threads: int | None = None
     max_inodes = DEFAULT_MAX_INODES
-    cache = "auto"
     for word in (word for text in words for word in split_words(text)):
         name, _, value = word.partition("=")
         if word in _KERNEL_FLAGS:
             flags[_KERNEL_FLAGS[word][0]] = word
         elif word in _SWITCHES:
             switches.add(word)
-        elif word in _IGNORED or word.startswith(_IGNORED_PREFIXES):
+        elif word in IGNORED or word.startswith(_IGNORED_PREFIXES):
             pass
-        elif name in ("fsname", "subtype"):
+        elif name in _NAMES:
             if not value:
                 raise Failure(ExitCode.USAGE, f"option -o {name}= needs a value")
             values[name] = value
-        elif name == "model":
-            values[name] = _choice(word, value, MODELS)
-        elif name == "engine":
-            values[name] = _choice(word, value, ENGINES)
-        elif name == "osync":
-            values[name] = _choice(word, value, _SYNC_WAYS)
-        elif name == "inline":
-            values[name] = _choice(word, value, _INLINE)
-        elif name == "cpus":
-            values[name] = _choice(word, value, _CPUS)
-        elif name == "cache":
-            cache = _CACHE_NAMES[_choice(word, value, tuple(_CACHE_NAMES))]
+        elif name in _CHOICES:
+            values[name] = _choice(word, value, _CHOICES[name])
         elif name == "threads":
             threads = parse_threads(value, f"option -o {word}")
         elif name == "max_inodes":
@@ -264,6 +261,7 @@ def parse_options(words: Iterable[str], *, sloppy: bool = False) -> MountOptions
 
     if {"acl", "noxattr"} <= switches:
         raise Failure(ExitCode.USAGE, "-o acl needs what -o noxattr takes away: choose one")
+    cache = _CACHE_NAMES[values.get("cache", "auto")]
     seconds = _CACHE_SECONDS[cache]
     return MountOptions(
         flags=tuple(flags.values()),
@@ -290,6 +288,29 @@ def parse_options(words: Iterable[str], *, sloppy: bool = False) -> MountOptions
         acl="acl" in switches,
         one_file_system="xdev" in switches,
         max_inodes=max_inodes,
+    )
+
+
+def known_words() -> list[str]:
+    """Return what may stand after -o, one `name`, `name=` or `name=value` each."""
+    return [
+        *_KERNEL_FLAGS,
+        *_SWITCHES,
+        *(f"{name}=" for name in (*_NAMES, "threads", *_TIMEOUTS)),
+        *(f"{name}={value}" for name, values in _CHOICES.items() for value in values),
+    ]
+
+
+def parse_model(text: str) -> str:
+    """Return the threading model that --model names: one of MODELS, or MODULE:CLASS.
+
+    Raises Failure(USAGE). Whether there is such a class is for executor.create to find out.
+    """
+    if text in MODELS or _PLUG_IN.fullmatch(text):
+        return text
+    choices = ", ".join(MODELS)
+    raise Failure(
+        ExitCode.USAGE, f"--model {text}: choose one of {choices}, or give MODULE:CLASS of your own"
     )
 
 

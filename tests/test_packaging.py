@@ -245,6 +245,7 @@ def build_wheel(tree: Path, **env: str) -> Path:
     """Build the wheel, from a copy: building leaves files in the tree."""
     unwanted = shutil.ignore_patterns("__pycache__", "*.so")
     shutil.copytree(ROOT / "ninefuse", tree / "ninefuse", ignore=unwanted)
+    shutil.copytree(ROOT / "share", tree / "share")
     for name in ("setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy2(ROOT / name, tree)
     options = ("--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", "dist")
@@ -270,6 +271,11 @@ def test_wheel_holds_the_whole_package_and_nothing_else(wheel: zipfile.ZipFile) 
         if path.suffix in (".py", ".pyi") or path.name == "py.typed"
     }
     assert "ninefuse/py.typed" in tree
+    tree |= {
+        f"ninefuse-{ninefuse.__version__}.data/data/{path.relative_to(ROOT)}"
+        for path in (ROOT / "share").rglob("*")
+        if path.is_file()
+    }
     assert {name for name in names if not name.endswith(".so")} == tree
     extensions = sorted(names - tree)
     assert [name.split(".")[0] for name in extensions] == ["ninefuse/_ring"] * HAS_LIBURING
@@ -346,7 +352,7 @@ STAMPED = ("requirements.txt", "setup.cfg", "setup.py", "pyproject.toml", "ninef
 BASICS = "sh cat cksum cp cut dirname env flock grep id ln mkdir mktemp mv rm sed sleep"
 TEST_TOOLS = (
     "fusermount3 getfattr setfattr getfacl setfacl mount umount unshare setpriv ps pgrep"
-    " pkg-config gcc git rsync mkfs.xfs mkfs.btrfs"
+    " pkg-config gcc git groff rsync mkfs.xfs mkfs.btrfs"
 )
 
 

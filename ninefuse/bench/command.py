@@ -126,7 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _parse(argv: Sequence[str] | None) -> Options:
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Measure ninefuse under each threading model beside the source directory and "
@@ -169,6 +170,11 @@ def _parse(argv: Sequence[str] | None) -> Options:
         help=f"{ROUNDS} rounds of everything on all rows, larger amounts",
     )
     add("--scale", type=_factor, default=1.0, metavar="F", help="factor on all amounts (1)")
+    return parser
+
+
+def _parse(argv: Sequence[str] | None) -> Options:
+    parser = make_parser()
     options = Options(**vars(parser.parse_args(argv)))
     try:
         _chosen(makers(options.peer), options.rows, "row")

@@ -148,7 +148,8 @@ class _Parser(argparse.ArgumentParser):
         raise Problem(f"{message} (see ninefuse-stat --help)", ExitCode.USAGE)
 
 
-def _parse(argv: Sequence[str]) -> Options:
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = _Parser(
         prog="ninefuse-stat",
         usage="ninefuse-stat MNT [--watch SECONDS] [--json]",
@@ -167,7 +168,11 @@ def _parse(argv: Sequence[str]) -> Options:
         "time a mount keeps its counters",
     )
     parser.add_argument("--json", action="store_true", help="the counters as they are published")
-    return Options(**vars(parser.parse_args(argv)))
+    return parser
+
+
+def _parse(argv: Sequence[str]) -> Options:
+    return Options(**vars(make_parser().parse_args(argv)))
 
 
 def _seconds(text: str) -> float:

@@ -21,6 +21,7 @@ Locks touched: whatever bodies ask for, the pool's mutex, and the registry's own
 from __future__ import annotations
 
 import errno
+import importlib
 import itertools
 import logging
 import os
@@ -28,7 +29,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import Enum
 from functools import partial
 from threading import get_ident
@@ -225,7 +226,7 @@ class Executor(ABC):
                 (a worker's SystemExit, say) becomes OSError(EIO).
         """
         request = self._admit(name, body, awaited=True)
-        await self._drive(request)
+        await self.drive(request)
         if request.at != get_ident():
             request.cross()
         counted = self.answered.get(name)
@@ -276,7 +277,11 @@ class Executor(ABC):
             return [r.describe() for r in self.requests.values() if r.started <= before]
 
     @abstractmethod
-    async def _drive(self, request: Request) -> None: ...
+    async def drive(self, request: Request) -> None:
+        """Take a request to its end: to where `advance` has answered DONE.
+
+        Called on the dispatcher. May not be left, nor cancelled, before that.
+        """
 
     @abstractmethod
     def close(self) -> None:
@@ -293,7 +298,7 @@ class Executor(ABC):
             self.requests[request.tag] = request
         return request
 
-    def _advance(self, request: Request, resume: Callable[[], None]) -> Step:
+    def advance(self, request: Request, resume: Callable[[], None]) -> Step:
         """Run a body up to its next blocking call, on this thread.
 
         Once this has answered PARKED the request may be running on another thread:
@@ -370,6 +375,21 @@ class Executor(ABC):
             other._joiners.append(resume)
             return False
 
+    def left_behind(self) -> Iterator[Request]:
+        """Make the deferred calls, and yield what was left to the background, on this thread.
+
+        A request that is yielded is to be driven to its end before the next one is asked for.
+        """
+        self._clean_up()
+        while self._background:
+            try:
+                request = self._background.popleft()
+            except IndexError:  # another thread was quicker
+                return
+            yield request
+            request.log_failure()
+            self._clean_up()
+
     def _clean_up(self) -> None:
         """Make the deferred calls, on this thread, unless enough are at it.
 
@@ -404,13 +424,13 @@ class NoThreading(Executor):
 
     model = "none"
 
-    async def _drive(self, request: Request) -> None:
+    async def drive(self, request: Request) -> None:
         self.drive_here(request)
         self._after()
 
     def drive_here(self, request: Request) -> None:
         """Run a request to its end on this thread."""
-        while (step := self._advance(request, _never)) is not Step.DONE:
+        while (step := self.advance(request, _never)) is not Step.DONE:
             if step is Step.PARKED:
                 raise RuntimeError(f"{request.describe()}: nobody is left to let it go")
             request.perform()
@@ -427,12 +447,8 @@ class NoThreading(Executor):
         self._after()
 
     def _after(self) -> None:
-        self._clean_up()
-        while self._background:
-            request = self._background.popleft()
+        for request in self.left_behind():
             self.drive_here(request)
-            request.log_failure()
-            self._clean_up()
 
 
 class _Pooled(Executor, trio.abc.Instrument):
@@ -534,7 +550,7 @@ class _Pooled(Executor, trio.abc.Instrument):
         if request.call is not None:  # it waited for this call's place, and has it now
             step, place = Step.CALL, request.call.on
         else:
-            step = self._advance(request, resume)
+            step = self.advance(request, resume)
         while step is Step.CALL:
             assert request.call is not None
             on = request.call.on
@@ -549,7 +565,7 @@ class _Pooled(Executor, trio.abc.Instrument):
                 call, begin = request.call, time.monotonic_ns()
                 request.perform()
                 self.pace.took_there(call, time.monotonic_ns() - begin)
-            step = self._advance(request, resume)
+            step = self.advance(request, resume)
         if step is Step.DONE:
             if request.task is not None:
                 self._complete(request)
@@ -574,10 +590,10 @@ class FirstModel(_Pooled):
 
     model = "first"
 
-    async def _drive(self, request: Request) -> None:
+    async def drive(self, request: Request) -> None:
         request.task = trio.lowlevel.current_task()
         granted = partial(self._complete, request)
-        while (step := self._advance(request, granted)) is not Step.DONE:
+        while (step := self.advance(request, granted)) is not Step.DONE:
             if step is Step.CALL:
                 assert request.call is not None
                 self.pool.submit(partial(self._one_call, request), request.call.on)
@@ -606,10 +622,10 @@ class SecondModel(_Pooled):
         super().__init__(threads)
         self._batching = False  # whether deferred calls wait for more of them
 
-    async def _drive(self, request: Request) -> None:
+    async def drive(self, request: Request) -> None:
         request.task = trio.lowlevel.current_task()
         resume = partial(self._resume, request)
-        step = self._advance(request, resume)
+        step = self.advance(request, resume)
         if self.pace is not None and step is Step.CALL and not self._is_behind():
             step = await self._run_on(request, resume, self.pace)
         if step is Step.DONE:
@@ -689,7 +705,7 @@ class SecondModel(_Pooled):
                     break  # it could not be finished there
             else:
                 break
-            step = self._advance(request, resume)
+            step = self.advance(request, resume)
         return step
 
 
@@ -697,12 +713,29 @@ def create(model: str, threads: int) -> Executor:
     """The driver of a threading model.
 
     Args:
-        model: one of `MODELS`.
+        model: one of `MODELS`, or the module and the name of an `Executor` of the user's own,
+            as ``package.module:Class``. It is called with the number of threads.
         threads: workers of the pool, 1 or more; the none model has no pool.
+
+    Raises:
+        ValueError: there is no such class, or it is no `Executor`.
     """
     if model == "none":
         return NoThreading()
+    if ":" in model:
+        return _plugged_in(model)(threads)
     return {"first": FirstModel, "second": SecondModel}[model](threads)
+
+
+def _plugged_in(model: str) -> Callable[[int], Executor]:
+    module, _, name = model.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(str(error)) from error
+    if not (isinstance(found, type) and issubclass(found, Executor)):
+        raise ValueError(f"{name} is no subclass of ninefuse.executor.Executor")
+    return found
 
 
 def _never() -> None:

@@ -99,7 +99,7 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
     one_cpu = uring is None if settings.one_cpu is None else settings.one_cpu
     if one_cpu and settings.model != "none":
         _share_one_cpu()
-    driver = executor.create(settings.model, settings.threads)
+    driver = _driver(settings)
     mounts = MountsBelow(settings.source)
     if inline and isinstance(driver, executor.SecondModel):
         local = syscalls.is_local(source)
@@ -129,6 +129,13 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
             logs.tell_repeats(all_of_them=True)
     log.info("%s: unmounted", settings.mountpoint)
     return ExitCode.OK
+
+
+def _driver(settings: Settings) -> executor.Executor:
+    try:
+        return executor.create(settings.model, settings.threads)
+    except ValueError as error:
+        raise Failure(ExitCode.USAGE, f"--model {settings.model}: {error}") from error
 
 
 @contextlib.contextmanager

@@ -24,8 +24,8 @@ help:
 	@echo 'make conformance PJDFSTEST=/some/dir'
 	@echo '             pjdfstest, built there, on mounts of each model and engine; as root'
 	@echo '             ARGS="--rows second --only chmod/*.t": further arguments'
-	@echo 'make check   ruff check, ruff format --check and mypy --strict'
-	@echo 'make pages   write anew what follows from the options: man pages, completions, a table here'
+	@echo 'make check   ruff check, ruff format --check, mypy --strict, and the site of docs/ in build/site'
+	@echo 'make pages   write anew what follows from the options: man pages, completions; and pictures'
 	@echo 'make clean   remove .venv, caches and build leftovers'
 
 demo:
@@ -58,10 +58,12 @@ check:
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy --strict
+	.venv/bin/mkdocs build --strict
 
 pages:
 	@tools/setup
-	@exec .venv/bin/python tools/pages.py
+	@.venv/bin/python tools/pages.py
+	@exec .venv/bin/python tools/pictures.py
 
 clean:
 	rm -rf .venv build dist ninefuse.egg-info ninefuse/_ring.*.so

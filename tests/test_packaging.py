@@ -351,8 +351,8 @@ STAMPED = ("requirements.txt", "setup.cfg", "setup.py", "pyproject.toml", "ninef
 
 BASICS = "sh cat cksum cp cut dirname env flock grep id ln mkdir mktemp mv rm sed sleep"
 TEST_TOOLS = (
-    "fusermount3 getfattr setfattr getfacl setfacl mount umount unshare setpriv ps pgrep"
-    " pkg-config gcc git groff rsync mkfs.xfs mkfs.btrfs"
+    "fusermount3 getfattr setfattr getfacl setfacl mount umount unshare setpriv ps pgrep pkill"
+    " fuser pkg-config gcc git groff rsync mkfs.xfs mkfs.btrfs"
 )
 
 
@@ -591,7 +591,7 @@ def commands(tmp_path: Path) -> Path:
     """Return a directory with the Makefile, where set-up and Python only say their arguments."""
     shutil.copy2(ROOT / "Makefile", tmp_path)
     script(tmp_path / "tools" / "setup", "echo setup $*\n")
-    for name in ("python", "ruff", "mypy"):
+    for name in ("python", "ruff", "mypy", "mkdocs"):
         script(tmp_path / ".venv" / "bin" / name, 'for word; do echo "<$word>"; done\n')
     return tmp_path
 
@@ -632,7 +632,9 @@ def test_make_test_runs_pytest_with_further_arguments(commands: Path) -> None:
 
 
 def test_make_check_ends_at_the_first_failure(commands: Path) -> None:
-    assert make(commands, "check").stdout.count("setup\n") == 1
+    done = make(commands, "check")
+    assert done.stdout.count("setup\n") == 1
+    assert done.stdout.endswith("<build>\n<--strict>\n")
     script(commands / ".venv" / "bin" / "ruff", "exit 1\n")
     done = make(commands, "check")
     assert done.returncode != 0

@@ -20,7 +20,7 @@ help:
 	@echo 'make test    the whole test suite, real mounts included'
 	@echo '             ARGS="-x -k rename": further arguments for pytest'
 	@echo 'make soak    the tests of long runs: a million files, power failures, kills, faults, random'
-	@echo '             calls, locks; no io_uring'
+	@echo '             calls, locks; no io_uring; installing with every Python'
 	@echo 'make conformance PJDFSTEST=/some/dir'
 	@echo '             pjdfstest, built there, on mounts of each model and engine; as root'
 	@echo '             ARGS="--rows second --only chmod/*.t": further arguments'

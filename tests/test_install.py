@@ -143,8 +143,7 @@ def test_an_installed_wheel_works_from_anywhere(tmp_path: Path, mountpoint: Path
     assert (site / f"ninefuse-{ninefuse.__version__}.dist-info/licenses/LICENSE").exists()
     where = call(python, "-c", "import ninefuse.cli; print(ninefuse.cli.__file__)", cwd=tmp_path)
     assert where.startswith(str(site))
-    for command in COMMANDS:
-        assert "usage: " + command in call(venv / "bin" / command, "--help", cwd=Path("/"))
+    assert "usage: ninefuse-bench" in call(venv / "bin/ninefuse-bench", "--help", cwd=Path("/"))
     serves(venv / "bin", tmp_path, mountpoint)
 
 

@@ -37,7 +37,6 @@ SHARED = (
     "test_ended_waits_for_a_request_that_fails",
     "test_ended_returns_at_once_for_unknown_tags_and_for_itself",
     "test_no_end_is_missed",
-    "test_one_thread_gets_through_a_storm",
     "test_close_finishes_what_was_deferred_and_started_in_the_background",
     "test_close_without_any_request",
     "test_close_of_an_unused_executor",

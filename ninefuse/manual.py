@@ -107,10 +107,10 @@ MOUNT = (
         ", which is faster where workers make the calls (default without io_uring), or not",
     ),
     Option(
-        "max_inodes=N",
+        "max_inodes=",
         "of how many files the kernel may know",
-        f" before it is asked to forget those not used for long: {DEFAULT_MAX_INODES:,} by default, "
-        "which take some 500 bytes each here, and more in the kernel; 0 for any number",
+        f" before it is asked to forget those not used for long: {DEFAULT_MAX_INODES:,} by "
+        "default, which take some 500 bytes each here, and more in the kernel; 0 for any number",
     ),
     Option("fsname=, subtype=, auto_unmount", "as in mount.fuse3(8)"),
     Option("debug, default_permissions", "as `-d`; as it is in any case"),

@@ -296,7 +296,7 @@ def known_words() -> list[str]:
     return [
         *_KERNEL_FLAGS,
         *_SWITCHES,
-        *(f"{name}=" for name in (*_NAMES, "threads", *_TIMEOUTS)),
+        *(f"{name}=" for name in (*_NAMES, "threads", "max_inodes", *_TIMEOUTS)),
         *(f"{name}={value}" for name, values in _CHOICES.items() for value in values),
     ]
 

@@ -210,7 +210,7 @@ class Watch:
     # What is put in the place of ninefuse's own
 
     def put_around(self, advance: Callable[..., Any]) -> Callable[..., Any]:
-        """`Executor._advance`, which also says whose body a thread runs."""
+        """`Executor.advance`, which also says whose body a thread runs."""
 
         @functools.wraps(advance)
         def advancing(driver: Any, request: executor.Request, resume: Callable[[], None]) -> Any:
@@ -461,7 +461,7 @@ def _put_in_place(watch: Watch, patches: contextlib.ExitStack) -> None:
 
     put(RenameLock, "acquire", acquire)
     put(RenameLock, "release", release)
-    put(executor.Executor, "_advance", watch.put_around(executor.Executor._advance))
+    put(executor.Executor, "advance", watch.put_around(executor.Executor.advance))
     for name in ("perform", "perform_quickly"):
         call = getattr(executor.Request, name)
         put(executor.Request, name, watch.put_around_call(call))

@@ -94,6 +94,14 @@ NOT_RUN: dict[Key, str] = {
     ("docs/models.md", "dispatcher  ──body──[chmod]"): PICTURE,
     ("docs/models.md", "dispatcher  ──body──┐         ┌"): PICTURE,
     ("docs/models.md", "dispatcher  ──body──┐          "): PICTURE,
+    ("docs/mounting.md", 'ln -s "$('): "would stay: test_mount_helper.py makes links of its own",
+    ("docs/mounting.md", "mount -t fuse.ninefuse"): "test_mount_helper.py, with such a link",
+    (
+        "docs/mounting.md",
+        "/srv/data /mnt/data fuse.ninefuse",
+    ): "fstab: test_mount_helper.py",
+    ("docs/mounting.md", "mount -t fuse3"): "test_mount_helper.py, with its own paths",
+    ("docs/mounting.md", "/var/log/ninefuse.log {"): "for logrotate; test_mount_logs.py rotates",
     MODEL: "test_new_model.py runs it",
     (
         "docs/options.md",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,19 +29,17 @@ def in_the_code() -> Iterator[tuple[int, str]]:
         for function in ast.walk(ast.parse(path.read_text())):
             if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
                 continue
-            texts = {
-                target.id: node.value
-                for node in ast.walk(function)
-                if isinstance(node, ast.Assign)
-                for target in node.targets
-                if isinstance(target, ast.Name)
-            }
+            texts: dict[str, list[ast.expr]] = {}  # what each name is made
+            for node in ast.walk(function):
+                if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                    texts.setdefault(node.targets[0].id, []).append(node.value)
             for node in ast.walk(function):
                 if isinstance(node, ast.Call) and ast.unparse(node.func) == "Failure":
                     code, _, name = ast.unparse(node.args[0]).partition(".")
-                    text = template(node.args[1], texts)
-                    if code == "ExitCode" and not _NOT_A_TEXT.fullmatch(text):
-                        yield int(ExitCode[name]), text
+                    for chosen in itertools.product(*texts.values()):
+                        text = template(node.args[1], dict(zip(texts, chosen, strict=True)))
+                        if code == "ExitCode" and not _NOT_A_TEXT.fullmatch(text):
+                            yield int(ExitCode[name]), text
 
 
 def template(node: ast.expr, texts: dict[str, ast.expr]) -> str:

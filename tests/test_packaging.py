@@ -4,7 +4,6 @@ tools/setup runs here in a scratch checkout, with a PATH that holds stand-ins fo
 and the compiler, so that nothing is downloaded and nothing of the machine is touched.
 """
 
-import ast
 import configparser
 import importlib
 import os
@@ -25,7 +24,6 @@ from packaging.utils import canonicalize_name
 
 import ninefuse
 from ninefuse import cli
-from ninefuse.exitcodes import ExitCode
 from ninefuse.options import parse_options
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -647,47 +645,6 @@ def test_scripts_are_executable(name: str) -> None:
 
 
 # ---- docs/ --------------------------------------------------------------------------------------
-
-
-def documented_failures() -> dict[ExitCode, list[str]]:
-    """The texts that docs/exit-codes.md gives for each code; a row without one adds to the last."""
-    texts: dict[ExitCode, list[str]] = {}
-    for line in (ROOT / "docs/exit-codes.md").read_text().splitlines():
-        row = re.match(r"\| (?:(\d+) \| (\w+) )?(?:\| )*\| (.*?) \| .* \|$", line)
-        if row is None or "|---|" in line or row[3] == "name":
-            continue
-        if row[1]:
-            code = ExitCode(int(row[1]))
-            assert code.name == row[2]
-            texts[code] = []
-        texts[code] += re.findall("`([^`]+)`", row[3])
-    return texts
-
-
-def texts_of_the_source() -> re.Pattern[str]:
-    """What matches any of the package's strings, with anything in an f-string's gaps."""
-    patterns = set()
-    for path in (ROOT / "ninefuse").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            parts: list[ast.expr] = []
-            if isinstance(node, ast.JoinedStr):
-                parts = node.values
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                parts = [node]
-            texts = [p.value if isinstance(p, ast.Constant) else None for p in parts]
-            if sum(len(str(text)) for text in texts if text) >= 12:
-                patterns.add("".join(re.escape(str(t)) if t else "(.+)" for t in texts))
-    return re.compile("|".join(f"(?:{p})" for p in patterns))
-
-
-def test_every_exit_code_is_documented_with_what_the_command_says() -> None:
-    documented = documented_failures()
-    assert set(documented) == set(ExitCode) - {ExitCode.OK}
-    source = texts_of_the_source()
-    for code, texts in documented.items():
-        assert texts, code
-        for text in texts:
-            assert source.fullmatch(text.removesuffix(" (see ninefuse --help)")), text
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ after one ENOSYS the kernel answers some requests by itself, for good.) stdout s
 
 arms a fault beside those that are armed: the operation (`*`: any of `STEPS`), after `skip` of
 them, fails with the errno, or reads and writes so many bytes at most; `times`, or always if that
-is null. `{}` takes all faults away. Each answer says how often the faults that were armed have
-met something: `{"met": 1}`; `{"direct": true}` has files that are opened from then on read and
-written without the kernel's cache.
+is null. `{"clear": true}` takes all faults away; `{"direct": true}` has files that are opened
+from then on read and written without the kernel's cache; `{}` does nothing. Each answer says how
+often the faults that were armed have met something: `{"met": 1}`.
 """
 
 from __future__ import annotations
@@ -89,11 +89,11 @@ class FaultFS(MemoryFS):
 
     def command(self, words: dict[str, Any]) -> dict[str, int]:
         met = sum(fault.met for fault in self.faults)
-        if "direct" in words:
-            self.direct = words["direct"]
-        elif words:
+        if "operation" in words:
             self.faults.append(Fault(**words))
-        else:
+        elif "direct" in words:
+            self.direct = words["direct"]
+        elif "clear" in words:
             self.faults.clear()
         return {"met": met}
 

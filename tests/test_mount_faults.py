@@ -1,0 +1,534 @@
+"""Errors and short answers of the source, on a source that fails when told (faultfs.py).
+
+Each reaches the caller as it does on the source itself, with one exception: ENOSYS comes
+through as EOPNOTSUPP, since from a callback it would switch the operation off for the whole
+mount. (The source's own kernel remembers it, too: see `REMEMBERED`.)
+
+A FUSE file system is no local one, so under the second model all its calls go to workers,
+whatever the engine; errors of a local disk are in test_mount_disk.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import mmap
+import os
+import random
+import socket
+import stat
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from faultfs import ENDS
+from mounting import SOAK, Mount, Watchdog, errno_of, wait_until
+from test_mount_durable import SERVERS
+
+from ninefuse.uring import Refused, Uring
+
+CODES = (errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EROFS, errno.ENOSPC, errno.ENOSYS)
+PAGE = mmap.PAGESIZE
+DATA = random.Random(9).randbytes(3 * PAGE + 100)
+
+# After one ENOSYS the kernel of the source answers these by itself, for good: as if they had
+# been done (open, opendir: every handle is 0 then), or in another way (create: mknod and open),
+# or with EOPNOTSUPP (extended attributes), or EPERM (link).
+REMEMBERED = {
+    *("getxattr", "setxattr", "listxattr", "removexattr", "flush", "fsync", "fsyncdir", "link"),
+    *("create", "opendir", "open"),
+}
+
+
+def servers() -> list[str]:
+    """The models and engines to test: the default one, or all."""
+    return list(SERVERS) if SOAK else ["second"]
+
+
+def options_of(server: str) -> tuple[str, ...]:
+    if server == "second":
+        return ()
+    if "uring" in server:
+        try:
+            Uring().close()
+        except Refused as reason:
+            pytest.skip(f"no io_uring here: {reason}")
+    return SERVERS[server]
+
+
+def shown(code: int) -> int:
+    """The errno that a caller of the mount gets for one of the source."""
+    return errno.EOPNOTSUPP if code == errno.ENOSYS else code
+
+
+class FaultSource:
+    """The mount of a faultfs, and the way to have it fail."""
+
+    def __init__(self, mount: Mount, control: socket.socket) -> None:
+        self.path = mount.path
+        self.mount = mount
+        self._stream = control.makefile("rw", encoding="ascii")
+
+    def arm(
+        self,
+        operation: str,
+        code: int | None = None,
+        *,
+        short: int | None = None,
+        skip: int = 0,
+        times: int | None = None,
+    ) -> None:
+        """Have an operation fail, or read or write little; see faultfs.py."""
+        words = {"operation": operation, "errno": code, "short": short}
+        self.tell({**words, "skip": skip, "times": times})
+
+    def clear(self) -> int:
+        """Take all faults away; how often they have met something."""
+        return self.tell({"clear": True})
+
+    def tell(self, words: dict[str, object]) -> int:
+        """Say something; how often the faults that were armed have met something."""
+        self._stream.write(json.dumps(words) + "\n")
+        self._stream.flush()
+        met: int = json.loads(self._stream.readline())["met"]
+        return met
+
+
+@contextlib.contextmanager
+def faulty(watchdog: Watchdog, base: Path) -> Iterator[FaultSource]:
+    """Mount a faultfs, for a while."""
+    path = base / "fault-source"
+    path.mkdir(parents=True)
+    script = Path(__file__).with_name("faultfs.py")
+    words = [sys.executable, str(script), str(path)]
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        mount = Mount(
+            watchdog, path, path, base / "faultfs-log", words, r"^ready$", stdin=theirs.fileno()
+        )
+        source = FaultSource(mount, ours)
+        try:
+            yield source
+        finally:
+            if mount.process.poll() is None:
+                source.clear()
+            mount.end()
+            mount.log.check()
+
+
+@pytest.fixture
+def source(guard: Watchdog, tmp_path: Path) -> Iterator[FaultSource]:
+    with faulty(guard, tmp_path) as found:
+        yield found
+
+
+@pytest.fixture
+def mounted(source: FaultSource, new_mount: Callable[..., Mount]) -> Iterator[Callable[..., Mount]]:
+    """Mount the source with options of one's own, until before the source goes."""
+    mounts: list[Mount] = []
+
+    def make(*options: str) -> Mount:
+        mounts.append(new_mount(*options, source=source.path))
+        return mounts[-1]
+
+    yield make
+    if source.mount.process.poll() is None:
+        source.clear()
+    for mount in mounts:
+        mount.end()
+
+
+# What is done while something fails
+
+
+class Spot:
+    """A directory, on the mount or on its source, with files to do things to.
+
+    Attributes: path: it. fd, directory: descriptors of `file` and of itself, in a with block.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.fd = self.directory = -1
+
+    def make(self) -> None:
+        self.path.mkdir()
+        for name in ("kept", "file"):
+            (self.path / name).write_bytes(DATA)
+        os.setxattr(self.path / "file", "user.a", b"value")
+        (self.path / "symlink").symlink_to("nowhere")
+        self.restore()
+
+    def restore(self) -> None:
+        """Have the names that should be there, whatever was done or half done."""
+        found = set(os.listdir(self.path))
+        for name in found & {"made", "moved"}:
+            path = self.path / name
+            (os.rmdir if stat.S_ISDIR(path.lstat().st_mode) else os.unlink)(path)
+        if "victim" not in found:
+            (self.path / "victim").touch()
+        if "empty" not in found:
+            (self.path / "empty").mkdir()
+
+    def __enter__(self) -> Spot:
+        self.directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        self.fd = os.open(self.path / "file", os.O_RDWR)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for fd in (self.fd, self.directory):
+            if fd >= 0:
+                os.close(fd)
+        self.fd = self.directory = -1
+
+
+def _read(spot: Spot) -> None:
+    assert os.pread(spot.fd, len(DATA), 0) == DATA
+
+
+def _remove_attribute(spot: Spot) -> None:
+    os.setxattr(spot.path / "file", "user.b", b"value")
+    os.removexattr(spot.path / "file", "user.b")
+
+
+def _create(spot: Spot) -> None:
+    os.close(os.open(spot.path / "made", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+
+
+def _open(spot: Spot) -> None:
+    os.close(os.open(spot.path / "file", os.O_RDONLY))
+
+
+def _open_directory(spot: Spot) -> None:
+    os.close(os.open(spot.path, os.O_RDONLY | os.O_DIRECTORY))
+
+
+def _close(spot: Spot) -> None:
+    fd, spot.fd = spot.fd, -1
+    os.close(fd)
+
+
+def _close_directory(spot: Spot) -> None:
+    fd, spot.directory = spot.directory, -1
+    os.close(fd)
+
+
+# One call for each operation of the source, which leads to it there and through the mount.
+CALLS: dict[str, Callable[[Spot], object]] = {
+    "lookup": lambda spot: os.stat(spot.path / "file"),
+    "getattr": lambda spot: os.fstat(spot.fd),
+    "setattr": lambda spot: os.fchmod(spot.fd, 0o640),
+    "readlink": lambda spot: os.readlink(spot.path / "symlink"),
+    "mknod": lambda spot: os.mknod(spot.path / "made", stat.S_IFIFO | 0o600),
+    "mkdir": lambda spot: os.mkdir(spot.path / "made"),
+    "symlink": lambda spot: os.symlink("nowhere", spot.path / "made"),
+    "link": lambda spot: os.link(spot.path / "file", spot.path / "made"),
+    "unlink": lambda spot: os.unlink(spot.path / "victim"),
+    "rmdir": lambda spot: os.rmdir(spot.path / "empty"),
+    "rename": lambda spot: os.rename(spot.path / "victim", spot.path / "moved"),
+    "read": _read,
+    "write": lambda spot: os.pwrite(spot.fd, DATA[:PAGE], 0),
+    "fsync": lambda spot: os.fsync(spot.fd),
+    "flush": lambda spot: os.close(os.dup(spot.fd)),
+    "release": _close,
+    "readdir": lambda spot: os.listdir(spot.path),
+    "fsyncdir": lambda spot: os.fsync(spot.directory),
+    "releasedir": _close_directory,
+    "statfs": lambda spot: os.statvfs(spot.path),
+    "removexattr": _remove_attribute,
+    "getxattr": lambda spot: os.getxattr(spot.path / "file", "user.a"),
+    "setxattr": lambda spot: os.setxattr(spot.path / "file", "user.a", b"new"),
+    "listxattr": lambda spot: os.listxattr(spot.path / "file"),
+    # Last, for what their ENOSYS does to the others.
+    "create": _create,
+    "opendir": _open_directory,
+    "open": _open,
+}
+
+
+# Those after which a name is there or gone.
+OF_NAMES = {"mknod", "mkdir", "symlink", "link", "unlink", "rmdir", "rename", "create"}
+
+
+def tree(top: Path) -> dict[str, tuple[int, int, bytes]]:
+    """What is below a directory: types and permissions, link counts, data or target."""
+    found = {}
+    for path in sorted(top.iterdir()):
+        s = path.lstat()
+        data = b""
+        if stat.S_ISREG(s.st_mode):
+            data = path.read_bytes()
+        elif stat.S_ISLNK(s.st_mode):
+            data = os.fsencode(os.readlink(path))
+        found[path.name] = s.st_mode, s.st_nlink, data
+    return found
+
+
+def state(mount: Mount) -> tuple[int, int, int, int]:
+    """What must not grow. Asked for until it is at rest: closes are deferred, forgets late."""
+    counters = mount.counters()
+    return counters.fids, counters.opened, counters.descriptors, counters.under_way
+
+
+def wait_for_state(mount: Mount, before: tuple[int, int, int, int], what: str) -> None:
+    def as_before() -> bool:
+        # What the kernel still knows, it forgets under pressure only; it may know less.
+        now = state(mount)
+        return now[0] <= before[0] and now[1] == before[1] and now[2] <= before[2] and not now[3]
+
+    with contextlib.suppress(TimeoutError):
+        wait_until(as_before, "", 3.0)
+    assert as_before(), f"{what}: {before} fids, open, descriptors, under way; now {state(mount)}"
+
+
+# Errors
+
+
+def attempt(source: FaultSource, spot: Spot, operation: str, code: int) -> tuple[int, int]:
+    """Make a call while the source fails; how often the fault was met, and the errno."""
+    with spot:
+        source.arm(operation, code)
+        failed = errno_of(CALLS[operation], spot)
+        if operation in ENDS:  # for which nobody waits
+            wait_until(lambda: source.tell({}), f"{operation} at the source")
+        met = source.clear()
+    if not failed and operation in OF_NAMES:
+        spot.restore()
+    return met, failed
+
+
+def afterwards(spot: Spot, operation: str) -> int:
+    """The errno of the same call, without a fault; what it did is undone."""
+    with spot:
+        code = errno_of(CALLS[operation], spot)
+    if operation in OF_NAMES:
+        spot.restore()
+    return code
+
+
+def beside(mount: Mount, source: FaultSource) -> tuple[Spot, Spot]:
+    """Two directories with the same in them, one to be used through the mount, one without."""
+    spots = Spot(mount.path / "through"), Spot(source.path / "direct")
+    for spot in spots:
+        spot.make()
+        for operation in CALLS:  # once without any fault, for the counters of `state`
+            assert afterwards(spot, operation) == 0, operation
+    return spots
+
+
+def check_nothing_is_lost(spot: Spot, mount: Mount, source: FaultSource) -> None:
+    """What was acknowledged is there, and the mount and its source agree."""
+    assert (spot.path / "kept").read_bytes() == DATA
+    same = source.path / spot.path.relative_to(mount.path)
+    assert tree(spot.path) == tree(same)
+
+
+@pytest.mark.parametrize("server", servers())
+def test_errors_of_the_source_reach_the_caller_of_the_mount(
+    source: FaultSource, mounted: Callable[..., Mount], server: str
+) -> None:
+    mount = mounted(*options_of(server), "-o", "cache=none")
+    through, direct = beside(mount, source)
+    before = state(mount)
+    tried: Counter[str] = Counter()
+    for operation in CALLS:
+        for code in CODES:
+            if code == errno.ENOSYS:
+                continue
+            what = f"{operation}, {errno.errorcode[code]}"
+            met, failed = attempt(source, through, operation, code)
+            assert met, what
+            assert attempt(source, direct, operation, code)[1] == failed, what
+            # The end of a file or directory is told to nobody.
+            assert failed == (0 if operation in ENDS else code), what
+            if SOAK or code == errno.ENOSPC:
+                assert afterwards(through, operation) == 0, what
+            tried[operation] += met
+        wait_for_state(mount, before, operation)
+    check_nothing_is_lost(through, mount, source)
+    print(f"{server}: faults met, with each of {len(CODES) - 1} errnos: {dict(tried)}")
+
+
+@pytest.mark.parametrize("server", servers())
+def test_an_operation_that_the_source_does_not_have(
+    source: FaultSource, mounted: Callable[..., Mount], server: str
+) -> None:
+    """ENOSYS: the mount says EOPNOTSUPP where the source says ENOSYS, or what its kernel says."""
+    mount = mounted(*options_of(server), "-o", "cache=none")
+    through, direct = beside(mount, source)
+    before = state(mount)
+    remembered = set()
+    for operation in CALLS:
+        met, failed = attempt(source, through, operation, errno.ENOSYS)
+        assert met, operation
+        met, expected = attempt(source, direct, operation, errno.ENOSYS)
+        if not met:
+            remembered.add(operation)
+        assert failed == shown(expected), operation
+        if operation not in ("opendir", "open"):  # nothing else is of use after these
+            assert afterwards(through, operation) == afterwards(direct, operation), operation
+            wait_for_state(mount, before, operation)
+        if operation == "create":  # the last after which anything can be listed
+            check_nothing_is_lost(through, mount, source)
+    assert remembered == REMEMBERED
+
+
+@pytest.mark.limit(200)
+@pytest.mark.parametrize("server", servers())
+def test_an_error_of_any_step_of_a_request_leaves_nothing_behind(
+    source: FaultSource, mounted: Callable[..., Mount], server: str
+) -> None:
+    """Each call is made with its first step at the source failing, with its second, and so on."""
+    mount = mounted(*options_of(server), "-o", "cache=none")
+    spot, _ = beside(mount, source)
+    before = state(mount)
+    steps: dict[str, int] = {}
+    for operation in CALLS if SOAK else ("setattr", "link", "rename", "readdir", "write", "create"):
+        for code in CODES[:-1] if SOAK else [errno.EIO]:
+            for skip in range(100):
+                with spot:
+                    source.arm("*", code, skip=skip, times=1)
+                    failed = errno_of(CALLS[operation], spot)
+                    met = source.clear()
+                assert failed in (0, code), (operation, skip)
+                if operation in OF_NAMES:
+                    spot.restore()
+                if not met:
+                    assert not failed, (operation, skip)
+                    steps[operation] = skip
+                    break
+            else:
+                pytest.fail(f"{operation} has no end")
+        wait_for_state(mount, before, operation)
+        if operation in OF_NAMES:
+            check_nothing_is_lost(spot, mount, source)
+    check_nothing_is_lost(spot, mount, source)
+    print(f"{server}: steps that failed one by one: {steps}")
+
+
+# Short answers
+
+SHORT = (1000, PAGE, PAGE + 1)  # bytes, of BLOCK
+BLOCK = DATA[: 3 * PAGE]
+
+
+@pytest.mark.parametrize("server", servers())
+def test_short_reads_of_the_source(
+    source: FaultSource, mounted: Callable[..., Mount], server: str
+) -> None:
+    """The mount reads on, as programs do: its kernel takes a short read for the end."""
+    through, beside = mounted(*options_of(server)).path / "file", source.path / "file"
+    through.write_bytes(DATA)
+    for direct in (True, False):
+        source.tell({"direct": direct})
+        for size in SHORT:
+            source.arm("read", short=size)
+            expected, found = beside.read_bytes(), through.read_bytes()
+            assert source.clear() > (4 if direct else 1)
+            # In the cache of the source's kernel a short read is an end, and a hole after it.
+            assert found == (DATA if direct else expected), size
+            assert expected == DATA or not direct
+            assert through.read_bytes() == beside.read_bytes() == DATA, size
+
+
+@pytest.mark.parametrize("server", servers())
+def test_short_writes_of_the_source(
+    source: FaultSource, mounted: Callable[..., Mount], server: str
+) -> None:
+    """The mount writes the rest; if that is refused it is a short count, and then the error."""
+    mount = mounted(*options_of(server))
+    for number, (direct, flags) in enumerate(
+        (direct, flags) for direct in (True, False) for flags in (0, os.O_SYNC, os.O_APPEND)
+    ):
+        source.tell({"direct": direct})
+        name, other = f"file{number}", f"beside{number}"
+        fd = os.open(mount.path / name, os.O_CREAT | os.O_WRONLY | flags)
+        # Not to append: at an odd place the kernel makes two writes of one.
+        beside = os.open(source.path / other, os.O_CREAT | os.O_WRONLY | flags & os.O_SYNC)
+        try:
+            for size in SHORT:
+                at = os.fstat(fd).st_size
+                source.arm("write", short=size)
+                assert os.pwrite(beside, BLOCK, at) == size
+                assert os.pwrite(fd, BLOCK, at) == len(BLOCK)
+                assert source.clear() > 3
+                at += len(BLOCK)
+                source.arm("write", short=size, times=1)
+                source.arm("write", errno.EDQUOT)
+                assert os.pwrite(fd, BLOCK, at) == size
+                assert errno_of(os.pwrite, fd, BLOCK, at + size) == errno.EDQUOT
+                source.clear()
+                assert os.fstat(fd).st_size == at + size
+                assert (mount.path / name).read_bytes()[at:] == BLOCK[:size]
+                assert os.pwrite(fd, BLOCK[size:], at + size) == len(BLOCK) - size
+        finally:
+            os.close(fd)
+            os.close(beside)
+        assert (mount.path / name).read_bytes() == 2 * len(SHORT) * BLOCK
+        assert (source.path / name).read_bytes() == 2 * len(SHORT) * BLOCK
+
+
+# What is written back later
+
+
+def write_back(path: Path, source: FaultSource, code: int) -> list[int]:
+    """Have writing back mapped pages fail: what those are told who sync, first and again."""
+    path.write_bytes(bytes(2 * PAGE))
+    results = []
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open(path, "r+b", buffering=0)) for _ in range(3)]
+        mapped = stack.enter_context(mmap.mmap(files[0].fileno(), 2 * PAGE))
+        mapped[:4] = b"lost"
+        source.arm("write", code)
+        results.append(errno_of(mapped.flush))
+        assert source.clear()
+        for _ in range(2):
+            results += [errno_of(os.fsync, file.fileno()) for file in files]
+        mapped[PAGE : PAGE + 4] = b"kept"
+        results.append(errno_of(mapped.flush))
+        results += [errno_of(os.fsync, file.fileno()) for file in files]
+    assert path.read_bytes()[PAGE : PAGE + 4] == b"kept"
+    return results
+
+
+@pytest.mark.parametrize("server", servers())
+def test_an_error_of_writing_back_is_told_to_each_open_descriptor_once(
+    source: FaultSource, mounted: Callable[..., Mount], server: str
+) -> None:
+    mount = mounted(*options_of(server))
+    for code in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+        expected = write_back(source.path / "direct", source, code)
+        # The first descriptor was told by msync; the two others are by their first fsync.
+        assert expected == [code, 0, code, code, *[0] * 7], expected
+        assert write_back(mount.path / "through", source, code) == expected
+        assert (mount.path / "through").read_bytes() == (source.path / "through").read_bytes()
+
+
+# The source's server is gone
+
+
+@pytest.mark.parametrize("server", servers())
+def test_a_source_whose_server_has_died(
+    source: FaultSource, mounted: Callable[..., Mount], server: str
+) -> None:
+    """Each call fails as it does on the source; the daemon lives, and unmounts cleanly."""
+    mount = mounted(*options_of(server), "-o", "cache=none")
+    through, direct = beside(mount, source)
+    with contextlib.ExitStack() as stack:
+        for spot in (through, direct):
+            spot.__enter__()
+            for fd in (spot.fd, spot.directory):  # one that can be written says so at its close
+                stack.callback(errno_of, os.close, fd)
+        source.mount.process.kill()
+        source.mount.process.wait()
+        for operation, call in CALLS.items():
+            if operation in ENDS:
+                continue
+            expected = errno_of(call, direct)
+            assert expected in (errno.ENOTCONN, errno.ECONNABORTED), operation
+            assert errno_of(call, through) == expected, operation
+    wait_until(lambda: state(mount)[1] == 0, "the end of all handles")
+    mount.end()

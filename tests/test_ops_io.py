@@ -622,6 +622,43 @@ def test_a_write_that_stops_says_how_far_it_came(
     assert file.read_bytes() == b"abcdefgh89"
 
 
+@pytest.mark.parametrize(
+    ("flags", "offset", "written"),
+    [
+        (os.O_RDWR, 0, None),
+        (os.O_RDWR, 4096, None),
+        (os.O_RDWR, 5, 4),
+        (os.O_RDWR | os.O_APPEND, 0, 4),
+        (os.O_RDWR | os.O_SYNC, 0, 4),
+        (os.O_WRONLY, 0, 4),
+    ],
+)
+def test_a_write_that_may_be_of_mapped_pages_stops_with_the_error(
+    client: Client,
+    file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: int,
+    offset: int,
+    written: int | None,
+) -> None:
+    """The kernel would not look at the count; of others it is the answer."""
+    real = os.pwrite
+    fid = client.open("file", flags=flags)
+    room = [4]
+
+    def filling(fd: int, data: bytes, offset: int) -> int:
+        if not room:
+            raise OSError(errno.EDQUOT, "no more")
+        return real(fd, data[: room.pop()], offset)
+
+    monkeypatch.setattr(os, "pwrite", filling)
+    if written is None:
+        with fails(errno.EDQUOT):
+            client.do(ops.write, fid, offset, b"abcdefgh")
+    else:
+        assert client.do(ops.write, fid, offset, b"abcdefgh") == written
+
+
 def test_errors_of_reading_come_through(
     client: Client, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import stat
 import struct
@@ -193,7 +194,8 @@ async def write(session: Session, fid: int, offset: int, data: bytes) -> int:
 
     Raises:
         OSError: EINVAL, unopened; EBADF, not open for writing; ENOSPC, more than the
-            size declared for an attribute; the errors of pwrite(2).
+            size declared for an attribute; the errors of pwrite(2), also after some was
+            written where these may be pages that were changed in mapped memory.
 
     Source: read(5) of Plan 9.
     """
@@ -206,12 +208,15 @@ async def write(session: Session, fid: int, offset: int, data: bytes) -> int:
         if not file.writable:
             raise error(errno.EBADF)
         check_offset(offset)
-        on = use.node.path
-        if file.writer is not None:
-            return await blocking(on, _write_as, file.writer, file.fd, data, offset)
-        # Two kinds: one waits for the disk.
-        pwrite = _write_durably if file.flags & os.O_DSYNC else _write_fully
-        return await blocking(on, pwrite, file.fd, data, offset)
+        written = await _write(use.node.path, file, data, offset)
+        while written < len(data) and _may_be_written_back(file, offset):
+            # Of such a write the kernel heeds the error alone: a short count would be a loss
+            # that no msync or fsync tells of.
+            more = await _write(use.node.path, file, data[written:], offset + written)
+            if not more:
+                raise error(errno.EIO)
+            written += more
+        return written
     finally:
         session.fids.put(use)
 
@@ -425,6 +430,23 @@ def _writer(flags: int, caller: Caller | None) -> Caller | None:
     if flags & os.O_ACCMODE == os.O_RDONLY or caller is None or not needs_acting(caller):
         return None
     return caller
+
+
+async def _write(on: int, file: OpenFile, data: bytes, offset: int) -> int:
+    if file.writer is not None:
+        return await blocking(on, _write_as, file.writer, file.fd, data, offset)
+    # Two kinds: one waits for the disk.
+    pwrite = _write_durably if file.flags & os.O_DSYNC else _write_fully
+    return await blocking(on, pwrite, file.fd, data, offset)
+
+
+def _may_be_written_back(file: OpenFile, offset: int) -> bool:
+    """Whether a write may be of mapped pages; FUSE says so, but pyfuse3 does not pass it on.
+
+    A file can be mapped shared and writable only if it is open for both and not direct.
+    """
+    is_cached = file.flags & (os.O_ACCMODE | os.O_APPEND | os.O_DSYNC) == os.O_RDWR
+    return is_cached and offset % mmap.PAGESIZE == 0
 
 
 def _write_as(writer: Caller, fd: int, data: bytes, offset: int) -> int:

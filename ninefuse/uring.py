@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 # What a worker is to do from the start: nothing was done.
 _AGAIN = frozenset((-errno.EAGAIN, -errno.EINTR, -errno.ECANCELED, -errno.ENOMEM))
+# But of calls that sync ENOMEM may be what became of writing back, which is told once: asked
+# again, they would say that all is well.
+_SYNCING = frozenset((os.fsync, os.fdatasync, io._write_durably))
 
 _ENTRIES = 256  # submitted at once; more are submitted in between
 
@@ -128,7 +131,8 @@ class Uring:
     def _finished(self, request: Request, call: Call, result: int, data: bytes | None) -> bool:
         """Keep the outcome of a call; False if a worker is to make it again, or to go on."""
         if result < 0:
-            if result in _AGAIN:
+            told_once = result == -errno.ENOMEM and call.kind in _SYNCING
+            if result in _AGAIN and not told_once:
                 return False
             request.fail(OSError(-result, os.strerror(-result)))
         elif data is not None:

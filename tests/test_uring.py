@@ -245,6 +245,30 @@ def test_what_a_short_result_means(
     request.body.close()
 
 
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [(os.fsync, ()), (os.fdatasync, ()), (io._write_durably, (b"12345", 0))],
+)
+def test_what_a_sync_says_is_said_once_and_not_asked_again(
+    engine: Uring, tmp_path: Path, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    """ENOMEM of writing back, say: a worker that syncs again would be told that all is well."""
+    with open(tmp_path / "file", "wb") as file:
+        request = Request(1, "call", ops.clunk(Session(SecondModel(1)), 1))
+        request.call = Call(7, function, (file.fileno(), *arguments))
+        real, engine._ring = engine._ring, FakeRing(-errno.ENOMEM)  # type: ignore[assignment]
+        try:
+            engine.start(request)
+            assert engine.done() == [request]
+        finally:
+            engine._ring = real
+    left = request.call is not None
+    assert not left, "a worker is to make it again"
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        request.result()
+    request.body.close()
+
+
 @pytest.mark.parametrize("flags", [0, os.O_APPEND])
 @pytest.mark.parametrize("done", [0, 2, 4])
 def test_after_a_short_write_only_the_rest_is_written(

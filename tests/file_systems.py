@@ -27,32 +27,45 @@ def mounted(kind: str, device: str | Path, on: Path, options: str = "") -> Itera
     finally:
         # The daemon's last closes are deferred, and may take a moment after its end.
         with contextlib.suppress(TimeoutError):
-            wait_until(lambda: run("umount", on).returncode == 0, f"umount {on}", 2.0)
+            wait_until(
+                lambda: not is_mounted(on) or run("umount", on).returncode == 0, f"umount {on}", 2.0
+            )
         if is_mounted(on):
             run("umount", "-l", on)
 
 
 @contextlib.contextmanager
-def image(kind: str, base: Path, *options: str) -> Iterator[Path]:
+def image(
+    kind: str,
+    base: Path,
+    *words: str,
+    size: int = 300 << 20,
+    file: Path | None = None,
+    options: str = "",
+) -> Iterator[Path]:
     """A new file system in a sparse file, mounted by way of a loop device.
 
     Args:
-        kind: its type; skip the test where it cannot be made.
-        base: an empty directory for the file and the mount point.
-        options: for mkfs.
+        kind: of the file system.
+        base: where its file and its mount point are made.
+        words: for mkfs.
+        size: bytes.
+        file: the file, where it is not to be in ``base``.
+        options: of the mount.
     """
     make = shutil.which(f"mkfs.{kind}", path=SBIN)
     if make is None:
         pytest.skip(f"there is no mkfs.{kind}")
     if not os.path.exists("/dev/loop-control"):
         pytest.skip("there are no loop devices")
-    file = base / "image"
+    if file is None:
+        file = base / "image"
     with open(file, "wb") as new:
-        new.truncate(300 << 20)
-    done = run(make, "-q", *options, file)
+        new.truncate(size)
+    done = run(make, "-q", *words, file)
     assert done.returncode == 0, done.stderr
     try:
-        with mounted(kind, file, base / "disk", "loop") as disk:
+        with mounted(kind, file, base / "disk", ",".join(filter(None, ("loop", options)))) as disk:
             yield disk
     finally:
         file.unlink()

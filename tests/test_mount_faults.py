@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import mmap
 import os
@@ -26,7 +27,7 @@ from typing import NamedTuple
 
 import pytest
 from faultfs import ENDS
-from mounting import SOAK, Mount, Watchdog, errno_of, wait_until
+from mounting import NINEFUSE, SOAK, Mount, Watchdog, errno_of, wait_until
 from test_mount_durable import SERVERS
 
 from ninefuse.uring import Refused, Uring
@@ -51,7 +52,8 @@ def servers() -> list[str]:
 
 def options_of(server: str) -> tuple[str, ...]:
     if server == "second":
-        return ()
+        engine = os.environ.get("NINEFUSE_ENGINE")
+        return ("--engine", engine) if engine else ()
     if "uring" in server:
         try:
             Uring().close()
@@ -120,26 +122,49 @@ def faulty(watchdog: Watchdog, base: Path) -> Iterator[FaultSource]:
             mount.log.check()
 
 
-@pytest.fixture
-def source(guard: Watchdog, tmp_path: Path) -> Iterator[FaultSource]:
-    with faulty(guard, tmp_path) as found:
+@pytest.fixture(scope="module")
+def ground(watchdog: Watchdog, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultSource]:
+    with faulty(watchdog, tmp_path_factory.mktemp("faults")) as found:
         yield found
 
 
+@pytest.fixture(scope="module")
+def mounts(
+    watchdog: Watchdog, ground: FaultSource, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Mount]]:
+    """The mounts of the source that tests share, by their options."""
+    found: dict[tuple[str, ...], Mount] = {}
+
+    def mount(*options: str) -> Mount:
+        if options not in found:
+            base = tmp_path_factory.mktemp("mount")
+            path = base / "mount"
+            path.mkdir()
+            words = [*NINEFUSE, "-f", *options, str(ground.path), str(path)]
+            found[options] = Mount(
+                watchdog, ground.path, path, base / "log", words, r"mounted on .*\n"
+            )
+        return found[options]
+
+    with contextlib.ExitStack() as ends:
+        yield mount
+        for one in found.values():
+            ends.callback(one.log.check)
+            ends.callback(one.end)
+
+
 @pytest.fixture
-def mounted(source: FaultSource, new_mount: Callable[..., Mount]) -> Iterator[Callable[..., Mount]]:
-    """Mount the source with options of one's own, until before the source goes."""
-    mounts: list[Mount] = []
+def source(ground: FaultSource, guard: Watchdog) -> Iterator[FaultSource]:
+    """The source that tests share, with no fault at the beginning and the end of each."""
+    yield ground
+    ground.clear()
+    ground.tell({"direct": False})
 
-    def make(*options: str) -> Mount:
-        mounts.append(new_mount(*options, source=source.path))
-        return mounts[-1]
 
-    yield make
-    if source.mount.process.poll() is None:
-        source.clear()
-    for mount in mounts:
-        mount.end()
+@pytest.fixture
+def own_source(guard: Watchdog, tmp_path: Path) -> Iterator[FaultSource]:
+    with faulty(guard, tmp_path) as found:
+        yield found
 
 
 # What is done while something fails
@@ -331,14 +356,22 @@ def afterwards(spot: Spot, operation: str) -> int:
     return code
 
 
+_numbers = itertools.count(1)
+
+
 def beside(mount: Mount, source: FaultSource) -> tuple[Spot, Spot]:
     """Two directories with the same in them, one to be used through the mount, one without."""
-    spots = Spot(mount.path / "through"), Spot(source.path / "direct")
-    for spot in spots:
+    through, direct = (Spot(top / f"spot{next(_numbers)}") for top in (mount.path, source.path))
+    for spot in (through, direct):
         spot.make()
-        for operation in CALLS:  # once without any fault, for the counters of `state`
-            assert afterwards(spot, operation) == 0, operation
-    return spots
+    return through, direct
+
+
+def state_before(mount: Mount, spot: Spot) -> State:
+    """The state once all calls were made without a fault."""
+    for operation in CALLS:
+        assert afterwards(spot, operation) == 0, operation
+    return state_at_rest(mount)
 
 
 def check_nothing_is_lost(spot: Spot, mount: Mount, source: FaultSource) -> None:
@@ -350,11 +383,11 @@ def check_nothing_is_lost(spot: Spot, mount: Mount, source: FaultSource) -> None
 
 @pytest.mark.parametrize("server", servers())
 def test_errors_of_the_source_reach_the_caller_of_the_mount(
-    source: FaultSource, mounted: Callable[..., Mount], server: str
+    source: FaultSource, mounts: Callable[..., Mount], server: str
 ) -> None:
-    mount = mounted(*options_of(server), "-o", "cache=none")
+    mount = mounts(*options_of(server), "-o", "cache=none")
     through, direct = beside(mount, source)
-    before = state_at_rest(mount)
+    before = state_before(mount, through)
     tried: Counter[str] = Counter()
     for operation in CALLS:
         for code in CODES:
@@ -363,7 +396,8 @@ def test_errors_of_the_source_reach_the_caller_of_the_mount(
             what = f"{operation}, {errno.errorcode[code]}"
             met, failed = attempt(source, through, operation, code)
             assert met, what
-            assert attempt(source, direct, operation, code)[1] == failed, what
+            if SOAK or code == errno.EDQUOT:
+                assert attempt(source, direct, operation, code)[1] == failed, what
             # The end of a file or directory is told to nobody.
             assert failed == (0 if operation in ENDS else code), what
             if SOAK or code == errno.ENOSPC:
@@ -376,12 +410,13 @@ def test_errors_of_the_source_reach_the_caller_of_the_mount(
 
 @pytest.mark.parametrize("server", servers())
 def test_an_operation_that_the_source_does_not_have(
-    source: FaultSource, mounted: Callable[..., Mount], server: str
+    own_source: FaultSource, new_mount: Callable[..., Mount], server: str
 ) -> None:
     """ENOSYS: the mount says EOPNOTSUPP where the source says ENOSYS, or what its kernel says."""
-    mount = mounted(*options_of(server), "-o", "cache=none")
+    source = own_source
+    mount = new_mount(*options_of(server), "-o", "cache=none", source=source.path)
     through, direct = beside(mount, source)
-    before = state_at_rest(mount)
+    before = state_before(mount, through)
     remembered = set()
     for operation in CALLS:
         met, failed = attempt(source, through, operation, errno.ENOSYS)
@@ -401,14 +436,14 @@ def test_an_operation_that_the_source_does_not_have(
 @pytest.mark.limit(200)
 @pytest.mark.parametrize("server", servers())
 def test_an_error_of_any_step_of_a_request_leaves_nothing_behind(
-    source: FaultSource, mounted: Callable[..., Mount], server: str
+    source: FaultSource, mounts: Callable[..., Mount], server: str
 ) -> None:
     """Each call is made with its first step at the source failing, with its second, and so on."""
-    mount = mounted(*options_of(server), "-o", "cache=none")
+    mount = mounts(*options_of(server), "-o", "cache=none")
     spot, _ = beside(mount, source)
-    before = state_at_rest(mount)
+    before = state_before(mount, spot)
     steps: dict[str, int] = {}
-    for operation in CALLS if SOAK else ("mkdir", "link", "rename", "readdir", "create"):
+    for operation in CALLS if SOAK else ("mkdir", "readdir", "create"):
         for code in CODES[:-1] if SOAK else [errno.EIO]:
             for skip in range(100):
                 with spot:
@@ -439,10 +474,11 @@ BLOCK = DATA[: 3 * PAGE]
 
 @pytest.mark.parametrize("server", servers())
 def test_short_reads_of_the_source(
-    source: FaultSource, mounted: Callable[..., Mount], server: str
+    source: FaultSource, mounts: Callable[..., Mount], server: str
 ) -> None:
     """The mount reads on, as programs do: its kernel takes a short read for the end."""
-    through, beside = mounted(*options_of(server)).path / "file", source.path / "file"
+    through = mounts(*options_of(server)).path / f"read by {server}"
+    beside = source.path / through.name
     through.write_bytes(DATA)
     for direct in (True, False):
         source.tell({"direct": direct})
@@ -458,15 +494,18 @@ def test_short_reads_of_the_source(
 
 @pytest.mark.parametrize("server", servers())
 def test_short_writes_of_the_source(
-    source: FaultSource, mounted: Callable[..., Mount], server: str
+    source: FaultSource, mounts: Callable[..., Mount], server: str
 ) -> None:
-    """The mount writes the rest; if that is refused it is a short count, and then the error."""
-    mount = mounted(*options_of(server))
+    """The mount writes the rest; if that is refused it is a short count, and then the error.
+
+    (Not of an open with O_RDWR: see docs/conformance.md.)
+    """
+    mount = mounts(*options_of(server))
     for number, (direct, flags) in enumerate(
         (direct, flags) for direct in (True, False) for flags in (0, os.O_SYNC, os.O_APPEND)
     ):
         source.tell({"direct": direct})
-        name, other = f"file{number}", f"beside{number}"
+        name, other = f"{server}{number}", f"beside {server}{number}"
         fd = os.open(mount.path / name, os.O_CREAT | os.O_WRONLY | flags)
         # Not to append: at an odd place the kernel makes two writes of one.
         beside = os.open(source.path / other, os.O_CREAT | os.O_WRONLY | flags & os.O_SYNC)
@@ -518,15 +557,15 @@ def write_back(path: Path, source: FaultSource, code: int) -> list[int]:
 
 @pytest.mark.parametrize("server", servers())
 def test_an_error_of_writing_back_is_told_to_each_open_descriptor_once(
-    source: FaultSource, mounted: Callable[..., Mount], server: str
+    source: FaultSource, mounts: Callable[..., Mount], server: str
 ) -> None:
-    mount = mounted(*options_of(server))
+    mount = mounts(*options_of(server))
     for code in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
-        expected = write_back(source.path / "direct", source, code)
+        expected = write_back(source.path / f"beside {server}", source, code)
         # The first descriptor was told by msync; the two others are by their first fsync.
         assert expected == [code, 0, code, code, *[0] * 7], expected
-        assert write_back(mount.path / "through", source, code) == expected
-        assert (mount.path / "through").read_bytes() == (source.path / "through").read_bytes()
+        assert write_back(mount.path / server, source, code) == expected
+        assert (mount.path / server).read_bytes() == (source.path / server).read_bytes()
 
 
 # The source's server is gone
@@ -534,10 +573,11 @@ def test_an_error_of_writing_back_is_told_to_each_open_descriptor_once(
 
 @pytest.mark.parametrize("server", servers())
 def test_a_source_whose_server_has_died(
-    source: FaultSource, mounted: Callable[..., Mount], server: str
+    own_source: FaultSource, new_mount: Callable[..., Mount], server: str
 ) -> None:
     """Each call fails as it does on the source; the daemon lives, and unmounts cleanly."""
-    mount = mounted(*options_of(server), "-o", "cache=none")
+    source = own_source
+    mount = new_mount(*options_of(server), "-o", "cache=none", source=source.path)
     through, direct = beside(mount, source)
     with contextlib.ExitStack() as stack:
         for spot in (through, direct):

@@ -295,21 +295,6 @@ def test_numbers_are_unique_and_stay(spot: Place) -> None:
     assert after["moved/file"] == before["directory3/file"]
 
 
-def test_a_full_file_system_says_so_and_goes_on(
-    new_mount: Callable[..., Mount], tmp_path: Path
-) -> None:
-    with ExitStack() as stack:
-        source = stack.enter_context(mounted("tmpfs", "tmpfs", tmp_path / "small", "size=1m"))
-        mount = new_mount(source=source)
-        stack.callback(mount.end)
-        with open(mount.path / "file", "wb", buffering=0) as file:
-            assert errno_of(lambda: [file.write(bytes(65536)) for _ in range(32)]) == errno.ENOSPC
-        assert (source / "file").stat().st_size == (mount.path / "file").stat().st_size <= 1 << 20
-        (mount.path / "file").unlink()
-        (mount.path / "other").write_bytes(b"x" * 65536)
-        assert (source / "other").read_bytes() == b"x" * 65536
-
-
 # Overlayfs
 
 

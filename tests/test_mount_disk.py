@@ -21,7 +21,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from mounting import PATIENCE, SOAK, Child, Mount, Watchdog, errno_of, run, wait_until
+from mounting import SOAK, Child, Mount, Watchdog, errno_of, run, wait_until
 from test_mount_durable import SERVERS
 from test_mount_faults import FaultSource, faulty, options_of, servers
 from test_mount_sources import ending
@@ -311,6 +311,12 @@ def check_changes(top: Path) -> None:
     assert os.listdir(top / "unlink") == []
 
 
+def _chmod_often(path: Path) -> None:
+    """Until the second model's dispatcher makes such calls itself."""
+    for number in range(60):
+        path.chmod(0o640 + number % 8)
+
+
 @pytest.mark.limit(200)
 def test_a_frozen_source_keeps_those_waiting_who_change_it(
     new_mount: Callable[..., Mount], tmp_path: Path
@@ -330,6 +336,7 @@ def test_a_frozen_source_keeps_those_waiting_who_change_it(
             mount = stack.enter_context(ending(new_mount(*options, source=disk / row)))
             tops[row] = mount.path
             assert (mount.path / "there/cached").read_bytes() == DATA
+            _chmod_often(mount.path / "chmod/file")
         with frozen(disk):
             until = time.monotonic() + HOLD
             changing = {
@@ -352,9 +359,18 @@ def test_a_frozen_source_keeps_those_waiting_who_change_it(
     print(f"frozen for {HOLD:g} s: {', '.join(rows)}: {len(changing)} waited, none was lost")
 
 
-def _chmod_often(path: Path) -> None:
-    for number in range(100):
-        path.chmod(0o600 + number % 8)
+def _is_stalled(mount: Mount, disk: Path) -> bool:
+    """Freeze the source while somebody changes it: whether those who look wait, too."""
+    with ExitStack() as stack:
+        with frozen(disk):
+            change = stack.enter_context(Child(CHANGES["chmod"], mount.path / "chmod/file"))
+            wait_until(lambda: mount.counters().under_way, "a chmod under way")
+            look = stack.enter_context(Child(_look, mount.path))
+            stalled = not look.done(1.0)
+            assert not change.done()
+        change.result()
+        assert look.result() == SEEN
+    return stalled
 
 
 def test_a_frozen_source_stalls_the_dispatcher_once(
@@ -365,18 +381,15 @@ def test_a_frozen_source_stalls_the_dispatcher_once(
         disk = stack.enter_context(image("ext4", tmp_path, size=32 << 20))
         plant(disk / "top")
         mount = stack.enter_context(ending(new_mount(source=disk / "top")))
-        _chmod_often(mount.path / "chmod/file")
-        for stalls in (True, False):
-            with frozen(disk):
-                change = stack.enter_context(Child(CHANGES["chmod"], mount.path / "chmod/file"))
-                time.sleep(0.2)
-                look = stack.enter_context(Child(_look, mount.path))
-                assert look.done(0.6 if stalls else PATIENCE) == (not stalls)
-                assert not change.done()
-            change.result()
-            assert look.result() == SEEN
+        for _ in range(5):  # where others take the processors, such calls seem long
+            _chmod_often(mount.path / "chmod/file")
+            if _is_stalled(mount, disk):
+                break
+        else:
+            pytest.fail("chmod was never made on the dispatcher")
         dispatcher = json.loads(os.getxattr(mount.path, "user.ninefuse.stats"))["dispatcher"]
-        assert 0.7 < dispatcher["longest_call"] < PATIENCE
+        assert dispatcher["longest_call"] > 0.9
+        assert not _is_stalled(mount, disk)
 
 
 # A source that goes

@@ -20,6 +20,7 @@ import random
 import socket
 import stat
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -173,7 +174,7 @@ def own_source(guard: Watchdog, tmp_path: Path) -> Iterator[FaultSource]:
 class Spot:
     """A directory, on the mount or on its source, with files to do things to.
 
-    Attributes: path: it. fd, directory: descriptors of `file` and of itself, in a with block.
+    Attributes: path: it. fd, directory: descriptors of `file` and of itself, while open.
     """
 
     def __init__(self, path: Path) -> None:
@@ -199,16 +200,25 @@ class Spot:
         if "empty" not in found:
             (self.path / "empty").mkdir()
 
-    def __enter__(self) -> Spot:
-        self.directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+    def open(self) -> None:
         self.fd = os.open(self.path / "file", os.O_RDWR)
-        return self
+        self.directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
 
-    def __exit__(self, *exc: object) -> None:
+    def close(self) -> None:
+        """Close what is open; whatever that says."""
         for fd in (self.fd, self.directory):
-            if fd >= 0:
-                os.close(fd)
+            errno_of(os.close, fd)
         self.fd = self.directory = -1
+
+    @contextlib.contextmanager
+    def ready(self, operation: str) -> Iterator[None]:
+        """Have open what the call for an operation needs to be."""
+        if operation in OF_DESCRIPTORS:
+            self.open()
+        try:
+            yield
+        finally:
+            self.close()
 
 
 def _read(spot: Spot) -> None:
@@ -275,6 +285,10 @@ CALLS: dict[str, Callable[[Spot], object]] = {
 }
 
 
+# Those whose calls take a descriptor.
+OF_DESCRIPTORS = {
+    *("getattr", "setattr", "read", "write", "fsync", "flush", "release", "fsyncdir", "releasedir")
+}
 # Those after which a name is there or gone.
 OF_NAMES = {"mknod", "mkdir", "symlink", "link", "unlink", "rmdir", "rename", "create"}
 
@@ -308,15 +322,13 @@ def state(mount: Mount) -> State:
 
 
 def state_at_rest(mount: Mount) -> State:
-    """The state once all that was deferred is done."""
-    found = [state(mount)]
-
-    def rests() -> bool:
-        found.append(state(mount))
-        return found[-1] == found[-2]
-
-    wait_until(rests, "a daemon at rest")
-    return found[-1]
+    """The state once all that was deferred is done, for which it is the same for a while."""
+    found, since = state(mount), time.monotonic()
+    while time.monotonic() < since + 0.2:
+        now = state(mount)
+        if now != found:
+            found, since = now, time.monotonic()
+    return found
 
 
 def wait_for_state(mount: Mount, before: State, what: str) -> None:
@@ -327,7 +339,7 @@ def wait_for_state(mount: Mount, before: State, what: str) -> None:
         return {name: n for name, n in now.items() if n > getattr(before, name)}
 
     with contextlib.suppress(TimeoutError):
-        wait_until(lambda: not grown(), "", 5.0)
+        wait_until(lambda: not grown(), "what is deferred")
     assert not grown(), f"{what}: before it there was {before}"
 
 
@@ -336,7 +348,7 @@ def wait_for_state(mount: Mount, before: State, what: str) -> None:
 
 def attempt(source: FaultSource, spot: Spot, operation: str, code: int) -> tuple[int, int]:
     """Make a call while the source fails; how often the fault was met, and the errno."""
-    with spot:
+    with spot.ready(operation):
         source.arm(operation, code)
         failed = errno_of(CALLS[operation], spot)
         if operation in ENDS:  # for which nobody waits
@@ -349,7 +361,7 @@ def attempt(source: FaultSource, spot: Spot, operation: str, code: int) -> tuple
 
 def afterwards(spot: Spot, operation: str) -> int:
     """The errno of the same call, without a fault; what it did is undone."""
-    with spot:
+    with spot.ready(operation):
         code = errno_of(CALLS[operation], spot)
     if operation in OF_NAMES:
         spot.restore()
@@ -446,7 +458,7 @@ def test_an_error_of_any_step_of_a_request_leaves_nothing_behind(
     for operation in CALLS if SOAK else ("mkdir", "readdir", "create"):
         for code in CODES[:-1] if SOAK else [errno.EIO]:
             for skip in range(100):
-                with spot:
+                with spot.ready(operation):
                     source.arm("*", code, skip=skip, times=1)
                     failed = errno_of(CALLS[operation], spot)
                     met = source.clear()
@@ -581,9 +593,8 @@ def test_a_source_whose_server_has_died(
     through, direct = beside(mount, source)
     with contextlib.ExitStack() as stack:
         for spot in (through, direct):
-            spot.__enter__()
-            for fd in (spot.fd, spot.directory):  # one that can be written says so at its close
-                stack.callback(errno_of, os.close, fd)
+            spot.open()
+            stack.callback(spot.close)
         source.mount.process.kill()
         source.mount.process.wait()
         for operation, call in CALLS.items():

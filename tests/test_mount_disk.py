@@ -21,6 +21,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from file_systems import image, mounted
 from mounting import SOAK, Child, Mount, Watchdog, errno_of, run, wait_until
 from test_mount_durable import SERVERS
 from test_mount_faults import FaultSource, faulty, options_of, servers

@@ -37,8 +37,16 @@ def bounded(
     function: Callable[[], T],
     patience: float = PATIENCE,
     report: Callable[[], list[str]] = list,
+    progress: Callable[[], object] = bool,
 ) -> T:
-    """Call a function on a thread of its own, and fail the test if it does not end."""
+    """Call a function on a thread of its own, and fail the test if it does not end.
+
+    Args:
+        function: which.
+        patience: seconds from its start, or since ``progress`` last gave another answer.
+        report: lines to fail with, besides the threads' stacks.
+        progress: by default there is none to be seen.
+    """
     values: list[T] = []
     errors: list[BaseException] = []
 
@@ -50,10 +58,14 @@ def bounded(
 
     thread = threading.Thread(target=call, name="bounded", daemon=True)
     thread.start()
-    thread.join(patience)
-    if thread.is_alive():
-        lines = [f"not over after {patience} s", *report(), *stacks()]
-        pytest.fail("\n".join(lines))
+    seen, since = progress(), time.monotonic()
+    while thread.is_alive():
+        thread.join(0.1)
+        now = progress()
+        if now != seen:
+            seen, since = now, time.monotonic()
+        elif thread.is_alive() and time.monotonic() - since > patience:
+            pytest.fail("\n".join([f"no progress for {patience:g} s", *report(), *stacks()]))
     if errors:
         raise errors.pop()
     return values.pop()

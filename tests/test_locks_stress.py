@@ -18,7 +18,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +26,7 @@ from typing import Any, TypeVar, cast
 
 import pytest
 import trio
-from helpers_executor import PATIENCE, begin, eager_switches, stacks, until
+from helpers_executor import PATIENCE, begin, bounded, eager_switches, until
 from lock_order import Watch, watching
 from mounting import SOAK
 from ops_helpers import ROOT, daemon_umask, no_leaks
@@ -92,37 +92,6 @@ def create(server: str, threads: int, rng: random.Random) -> Executor:
 # The watchdog
 
 
-def run_lively(
-    function: Callable[[], T],
-    progress: Callable[[], object],
-    report: Callable[[], list[str]],
-    patience: float = STUCK,
-) -> T:
-    """Call a function on a thread of its own; fail if nothing changes for that many seconds."""
-    values: list[T] = []
-    errors: list[BaseException] = []
-
-    def call() -> None:
-        try:
-            values.append(function())
-        except BaseException as failure:
-            errors.append(failure)
-
-    thread = threading.Thread(target=call, name="dispatcher", daemon=True)
-    thread.start()
-    seen, since = progress(), time.monotonic()
-    while thread.is_alive():
-        thread.join(0.1)
-        now = progress()
-        if now != seen:
-            seen, since = now, time.monotonic()
-        elif thread.is_alive() and time.monotonic() - since > patience:
-            pytest.fail("\n".join([f"no progress for {patience:g} s", *report(), *stacks()]))
-    if errors:
-        raise errors.pop()
-    return values.pop()
-
-
 def test_the_watchdog_says_who_has_and_who_awaits_what() -> None:
     """Of two who wait for each other: one has the rename lock, and waits for the other's call."""
     with watching() as watch:
@@ -150,7 +119,7 @@ def test_the_watchdog_says_who_has_and_who_awaits_what() -> None:
             return [*driver.slow_requests(0), *watch.describe()]
 
         with pytest.raises(pytest.fail.Exception) as failure:
-            run_lively(life, lambda: len(driver.requests), report, 0.3)
+            bounded(life, 0.3, report, lambda: len(driver.requests))
         text = str(failure.value)
         gate.set()
         for expected in (
@@ -578,7 +547,7 @@ def test_fifty_clients(tmp_path: Path, server: str, threads: int, is_watched: bo
         def report() -> list[str]:
             return [f"seed {seed}", *driver.slow_requests(0), *watch.describe()]
 
-        run_lively(life, lambda: world.ended, report)
+        bounded(life, STUCK, report, lambda: world.ended)
     world.check_tree(clients)
 
     session = world.session

@@ -565,7 +565,8 @@ def test_fifty_clients(tmp_path: Path, server: str, threads: int, is_watched: bo
     assert world.longest < LONGEST
     assert watch.overtaken < OVERTAKEN
     assert world.reopened > 10, "descriptors were not reclaimed: this tested little"
-    if isinstance(driver, SecondModel) and driver.uring is not None:
+    # A single worker is behind most of the time, and is left to catch up; not so in a long run.
+    if isinstance(driver, SecondModel) and driver.uring is not None and (SOAK or threads > 1):
         assert driver.uring.count > 0
     if server != "none":
         assert waits["rename lock"].waits > 10, "nobody waited: this tested nothing"

@@ -46,7 +46,7 @@ COMMAND_LINE = (
         "log to FILE; a daemon otherwise logs to syslog",
         ", if there is one, and `-f` to stderr",
     ),
-    Option("--log-level LEVEL", "error, warning, info (so by default) or debug"),
+    Option("--log-level LEVEL", "error, warning, info (default) or debug"),
     Option(
         "--trace FILE",
         "write the way of requests to FILE, for [Perfetto](docs/observing.md#traces)",
@@ -93,7 +93,7 @@ MOUNT = (
         "osync=direct|cached",
         "writes of O_SYNC and O_DSYNC opens",
         ": one durable write past the page cache (default), or a cached write and an fsync, for "
-        "programs that map such a file shared (`cache=none` implies it)",
+        "programs that map such a file shared (default with `cache=none`)",
     ),
     Option(
         "inline=auto|off",
@@ -108,12 +108,13 @@ MOUNT = (
     ),
     Option(
         "max_inodes=",
-        "of how many files the kernel may know",
-        f" before it is asked to forget those not used for long: {DEFAULT_MAX_INODES:,} by "
-        "default, which take some 500 bytes each here, and more in the kernel; 0 for any number",
+        "how many files the kernel may know",
+        " before it is asked to forget those long unused "
+        f"({DEFAULT_MAX_INODES:,}; each takes some 500 bytes in the daemon, and more in the "
+        "kernel); 0: no limit",
     ),
     Option("fsname=, subtype=, auto_unmount", "as in mount.fuse3(8)"),
-    Option("debug, default_permissions", "as `-d`; as it is in any case"),
+    Option("debug, default_permissions", "the first as `-d`; the second is on anyway"),
     Option(
         "model=, threads=, engine=",
         "as above, for /etc/fstab",

@@ -26,11 +26,12 @@ def documented() -> list[tuple[int, str]]:
 def in_the_code() -> Iterator[tuple[int, str]]:
     """Yield the exit code and the text of each Failure that is made anywhere."""
     for path in (ROOT / "ninefuse").rglob("*.py"):
-        for function in ast.walk(ast.parse(path.read_text())):
+        tree = ast.parse(path.read_text())
+        for function in ast.walk(tree):
             if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
                 continue
             texts: dict[str, list[ast.expr]] = {}  # what each name is made
-            for node in ast.walk(function):
+            for node in (*tree.body, *ast.walk(function)):
                 if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
                     texts.setdefault(node.targets[0].id, []).append(node.value)
             for node in ast.walk(function):

@@ -27,16 +27,23 @@ def in_the_code() -> Iterator[tuple[int, str]]:
     """Yield the exit code and the text of each Failure that is made anywhere."""
     for path in (ROOT / "ninefuse").rglob("*.py"):
         tree = ast.parse(path.read_text())
+        constants = {
+            node.targets[0].id: node.value
+            for node in tree.body
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+        }
         for function in ast.walk(tree):
             if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
                 continue
             texts: dict[str, list[ast.expr]] = {}  # what each name is made
-            for node in (*tree.body, *ast.walk(function)):
+            for node in ast.walk(function):
                 if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
                     texts.setdefault(node.targets[0].id, []).append(node.value)
             for node in ast.walk(function):
                 if isinstance(node, ast.Call) and ast.unparse(node.func) == "Failure":
                     code, _, name = ast.unparse(node.args[0]).partition(".")
+                    if isinstance(node.args[1], ast.Name) and node.args[1].id in constants:
+                        texts = {node.args[1].id: [constants[node.args[1].id]]}
                     for chosen in itertools.product(*texts.values()):
                         text = template(node.args[1], dict(zip(texts, chosen, strict=True)))
                         if code == "ExitCode" and not _NOT_A_TEXT.fullmatch(text):

@@ -16,7 +16,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
-import sys
+import stat
 from collections.abc import Callable
 
 from ninefuse import syscalls
@@ -140,12 +140,12 @@ class Descriptors:
         left = self.shared - spare - count - fids.open_descriptors
         if left > 0 and count <= self._again_at:
             return  # nodes have many, but nothing is short, and little could be closed
-        if self._let_go(fids.coldest(_LOOKED_AT, _LOOKED_AT, near.device), _AT_ONCE):
+        # Few at a time: what one has in hand, others do not find.
+        if self._let_go(fids.coldest(2 * _AT_ONCE, _LOOKED_AT, near.device), _AT_ONCE):
             return
         self._again_at = count + most // 8
         # The calls under way may each have one too many.
-        too_many = left <= (0 if spare else -self._threads)
-        if too_many and not self._let_go(fids.coldest(sys.maxsize), _AT_ONCE):
+        if left <= -self._threads and not self._let_go_of_any():
             raise error(errno.ENFILE)
 
     def note(self) -> None:
@@ -176,11 +176,26 @@ class Descriptors:
         # have to be opened again to see that its entries can be.
         self._let_go(self._fids.coldest(surplus)[::-1], surplus)
 
-    def _let_go(self, nodes: list[Node], most: int) -> int:
+    def _let_go_of_any(self) -> bool:
+        """Close some descriptors whatever it takes; False if all are in use.
+
+        At last also those of files whose remembered names have gone, but which have others:
+        the kernel, told ESTALE, looks for them again by the path that it was given.
+        """
+        for last_resort in (False, True):
+            for _ in range(2 * self._fids.descriptors // _AT_ONCE):
+                nodes = self._fids.coldest(2 * _AT_ONCE)
+                if not nodes:
+                    break
+                if self._let_go(nodes, _AT_ONCE, last_resort):
+                    return True
+        return False
+
+    def _let_go(self, nodes: list[Node], most: int, last_resort: bool = False) -> int:
         """Close the descriptors of some pinned nodes that nobody else uses, and unpin all.
 
         None of those that could not be opened again: they have lost their names, or their
-        parents have.
+        parents have. As a last resort, of files that have another name.
 
         Returns:
             How many were closed, up to ``most``.
@@ -189,7 +204,9 @@ class Descriptors:
         try:
             for node in nodes:
                 fd = -1
-                if closed < most and look.leads_back(node):
+                if closed < most and (
+                    look.leads_back(node) or (last_resort and _has_another_name(node))
+                ):
                     fd = fids.take_descriptor(node)
                 fids.unpin(node)
                 if fd >= 0:
@@ -289,6 +306,13 @@ class _Look:
             self._fd = self._open_again(directory, use=False)
             self._directory = directory
         return self._fd
+
+
+def _has_another_name(node: Node) -> bool:
+    try:
+        return node.kind != stat.S_IFDIR and stat_descriptor(node.fd).nlink > 0
+    except OSError:
+        return False
 
 
 def _close(fd: int) -> None:

@@ -27,11 +27,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import logging
 import os
 import select
 import signal
-from collections.abc import Awaitable, Callable, Iterator
+import struct
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -48,6 +50,9 @@ WaitReadable = Callable[[int], Awaitable[None]]
 
 _TICK = 0.1  # seconds: how long a read may stand still, twice that at worst
 _IN_A_ROW = 16  # requests read without a round of trio's loop, for the others' sake
+
+_OUT_HEADER = struct.Struct("=IiQ")  # length, error or kind of notification, unique
+_NOTIFY_PRUNE = 9
 
 # Requests in the background; the kernel's defaults are 12 and 9. Well below what mount.py
 # lets run at once, so that they alone never stop the device from being read.
@@ -89,6 +94,10 @@ class _Lowlevel:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(trio.lowlevel, name)
+
+    def descriptor(self) -> int:
+        """The device's, as it was waited for last; -1 before that."""
+        return int(self._pollfd.fd)
 
     async def _wait_for_request(self, fd: int) -> None:
         self._pollfd.fd = fd
@@ -167,6 +176,27 @@ def install(around: Callable[[WaitReadable], WaitReadable] | None = None) -> Non
 def has_request() -> bool:
     """Whether a request lies in the device. On the dispatcher, after `install`."""
     return bool(pyfuse3.trio.lowlevel.has_request())  # type: ignore[attr-defined]
+
+
+def prune(nodeids: Sequence[int]) -> None:
+    """Ask the kernel to forget files that nobody uses (FUSE_NOTIFY_PRUNE). After `install`.
+
+    It passes over those in use, and over names that something is mounted on, in whichever
+    mount namespace. Unlike dropping a name (FUSE_NOTIFY_INVAL_ENTRY) this takes no lock of a
+    directory, whose holder may wait for us: there would be no end to it once we serve no more.
+
+    Raises:
+        OSError: EINVAL, the kernel does not know of it (before Linux 6.18), or the device has
+            not been waited for yet.
+
+    Source: Linux include/uapi/linux/fuse.h.
+    """
+    fd = pyfuse3.trio.lowlevel.descriptor()  # type: ignore[attr-defined]
+    if fd < 0:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    count = len(nodeids)
+    body = struct.pack(f"=IIQ{count}Q", count, 0, 0, *nodeids)
+    os.write(fd, _OUT_HEADER.pack(_OUT_HEADER.size + len(body), _NOTIFY_PRUNE, 0) + body)
 
 
 def terminate() -> None:

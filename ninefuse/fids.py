@@ -29,9 +29,8 @@ from __future__ import annotations
 import errno
 import itertools
 import os
-import stat
 import threading
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -253,7 +252,9 @@ class FidTable:
         self._handles = itertools.count(FIRST_HANDLE)
         self._root: tuple[tuple[int, int], int] | None = None
         self._paths: QidPaths | None = None
-        self._clock: deque[Node] = deque()  # nodes with a descriptor, in the reclaimer's order
+        # Nodes with a descriptor, in the reclaimer's order; in no other list, or a node that has
+        # gone would keep the memory around it.
+        self._clock: OrderedDict[Node, None] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._fids)
@@ -393,7 +394,7 @@ class FidTable:
             node.refs -= 1
             if node.refs:
                 return
-            fd, node.fd = node.fd, -1
+            fd = self._take(node)
         if fd >= 0:
             self._defer(self.close_node, fd)
 
@@ -603,10 +604,8 @@ class FidTable:
             for _ in range(2 * len(self._clock) if looks is None else looks):
                 if len(cold) >= most or not self._clock:
                     break
-                node = self._clock.popleft()
-                if node.fd < 0:
-                    continue
-                self._clock.append(node)
+                node, _ = self._clock.popitem(last=False)
+                self._clock[node] = None  # at the end now
                 if device not in (None, node.device):
                     continue
                 if node.recent:
@@ -629,35 +628,29 @@ class FidTable:
         with self._counts:
             if node.pins > 1 or node.refs > 2 or node.recent:
                 return -1
-            fd, node.fd = node.fd, -1
-            return fd
+            return self._take(node)
 
     # Letting the kernel forget
 
-    def next_entries(self, looks: int) -> list[tuple[int, bytes]]:
-        """Names that the kernel could do without, those it was told of first at the front.
+    def next_idle(self, looks: int) -> list[int]:
+        """Nodeids that the kernel could do without, those it was told of first at the front.
 
-        Files only: a directory may be somebody's working directory, or mounted on. And none
-        that is open, or was used since it was last looked at here.
+        None that is open, or was used since it was last looked at here.
 
         Args:
             looks: at how many fids to look; the next call looks at those that follow.
-
-        Returns:
-            (nodeid of the parent, name) of each.
         """
-        found: list[tuple[int, bytes]] = []
+        found: list[int] = []
         with self.lock.writing:
             for number in list(itertools.islice(self._fids, looks)):
                 fid = self._fids[number] = self._fids.pop(number)  # at the end now
                 node = fid.node
-                if number >= FIRST_HANDLE or node.place is None or node.kind == stat.S_IFDIR:
+                if number >= FIRST_HANDLE or number == ROOT_NODEID:
                     continue
                 if node.recent:
                     node.recent = False
                 elif node.refs == 1:
-                    parent, name = node.place
-                    found.append((ROOT_NODEID if parent.place is None else parent.path, name))
+                    found.append(number)
         return found
 
     # Helpers that expect the locks to be held
@@ -682,14 +675,16 @@ class FidTable:
     def _give(self, node: Node, fd: int) -> None:
         node.fd = fd
         node.recent = True
-        self._clock.append(node)
-        if len(self._clock) > 2 * self.descriptors + 64:
-            # Once each: one that lost its descriptor and got another is there twice.
-            self._clock = deque(dict.fromkeys(n for n in self._clock if n.fd >= 0))
+        self._clock[node] = None
+
+    def _take(self, node: Node) -> int:
+        fd, node.fd = node.fd, -1
+        if fd >= 0:
+            del self._clock[node]
+        return fd
 
     def _share_descriptor(self, found: Node, known: Node) -> None:
         """A node that lost its descriptor gets the one of a newly found twin."""
         with self._counts:
             if known.fd < 0 <= found.fd and known.refs and found.refs == 1:
-                fd, found.fd = found.fd, -1
-                self._give(known, fd)
+                self._give(known, self._take(found))

@@ -1,24 +1,22 @@
 """Asking the kernel to forget files, when it knows more of them than it should.
 
 The kernel keeps what it has looked up for as long as it has memory, and each file that it
-knows has a fid here. Above a mark it is asked to drop the names of files that have not been
-used for long, whereupon it forgets them. Asking waits for the parent directory, which may be
-locked by somebody whose request waits for us: so it is done by a thread of its own, which
-nobody waits for.
+knows has a fid here. Above a mark it is asked to forget those that have not been used for
+long. It may have to wait for a file's pages, which may wait for us: so it is asked by a
+thread of its own, which nobody waits for.
 
 Locks touched: the fid table's, through fids.py; a mutex of its own, to start its thread
-once; in the kernel, those of directories.
+once.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
-import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ninefuse.fids import FidTable
-from ninefuse.mounts import mounts_below
 
 log = logging.getLogger(__name__)
 
@@ -32,26 +30,21 @@ class Forgetter:
     Args:
         fids: the table.
         most: the mark, in files and directories.
-        mountpoint: whose entries they are; what is mounted on one of them keeps it.
-        invalidate: ``invalidate(nodeid of the parent, name)`` asks the kernel.
+        prune: ``prune(nodeids)`` asks the kernel to forget them unless they are in use.
+
+    Attributes:
+        asked: how many files it was asked to forget.
     """
 
-    def __init__(
-        self,
-        fids: FidTable,
-        most: int,
-        mountpoint: str,
-        invalidate: Callable[[int, bytes], None],
-    ) -> None:
+    def __init__(self, fids: FidTable, most: int, prune: Callable[[Sequence[int]], None]) -> None:
         self._fids = fids
         self._most = most
-        self._mountpoint = mountpoint
-        self._invalidate = invalidate
+        self._prune = prune
         self._wanted = threading.Event()
         self._starting = threading.Lock()
         self._ends = False
         self._thread: threading.Thread | None = None
-        self.asked = 0  # times that the kernel was asked to forget something
+        self.asked = 0
 
     def note(self) -> None:
         """Have the kernel asked if it knows too much. Any thread; does not wait."""
@@ -74,13 +67,16 @@ class Forgetter:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        while True:
+        while not self._ends:
             self._wanted.wait()
             self._wanted.clear()
-            if self._ends:
-                return
             try:
                 self._ask()
+            except OSError as error:
+                if error.errno == errno.EINVAL:
+                    log.info("the kernel takes no requests to forget (Linux does from 6.18 on)")
+                    return
+                log.warning("the kernel cannot be asked to forget: %s", error)
             except Exception:  # tried again when the table has grown further
                 log.exception("the kernel cannot be asked to forget")
 
@@ -88,17 +84,10 @@ class Forgetter:
         """Ask for as many as there are above seven eighths of the mark, if there are so many."""
         surplus = len(self._fids) - self._most * 7 // 8
         looks = 2 * len(self._fids)  # a file that was used is passed over once
-        # Dropping a name takes away what is mounted on it.
-        kept = {os.path.basename(point) for point in mounts_below(self._mountpoint)}
         while surplus > 0 and looks > 0 and not self._ends:
             looks -= _LOOKS
-            for parent, name in self._fids.next_entries(_LOOKS):
-                if self._ends or surplus <= 0:
-                    return
-                if name not in kept:
-                    surplus -= 1
-                    self.asked += 1
-                    try:
-                        self._invalidate(parent, name)
-                    except OSError as error:  # it knows nothing of it any more, say
-                        log.debug("forgetting %r below %d: %s", name, parent, error)
+            nodeids = self._fids.next_idle(_LOOKS)[:surplus]
+            if nodeids:
+                self._prune(nodeids)
+                self.asked += len(nodeids)
+                surplus -= len(nodeids)

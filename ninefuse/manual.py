@@ -109,7 +109,7 @@ MOUNT = (
     Option(
         "max_inodes=",
         "how many files the kernel may know",
-        " before it is asked to forget those long unused "
+        " before it is asked to forget those long unused, from Linux 6.18 on "
         f"({DEFAULT_MAX_INODES:,}; each takes some 500 bytes in the daemon, and more in the "
         "kernel); 0: no limit",
     ),

@@ -221,13 +221,18 @@ async def _serve(
     stopper.number = device.connection(settings.mountpoint)
     if stopper.number is not None and not settings.one_file_system:
         session.own_mount = OwnMount(mounts, stopper.number)
+    forgetter = _mind_the_table(session, settings)
+
+    def stop() -> None:
+        forgetter.end()  # while what it asks is still answered
+        stopper.stop()
+
     signals.start(
-        stop=stopper.stop,
+        stop=stop,
         end_now=stopper.abandon,
         counters=lambda: _log_lines(counters.lines()),
         stacks=lambda: _log_lines(report.stacks(driver)),
     )
-    forgetter = _mind_the_table(session, settings)
     device.install(None if tracer is None else tracer.around_wait)
     try:
         async with trio.open_nursery() as nursery:
@@ -243,7 +248,7 @@ async def _serve(
             rootmount.detach(settings.mountpoint)
         if forgetter.end():
             pyfuse3.close(unmount=is_mounted)
-        else:  # a call into libfuse's session has not come back, and nobody may take it away
+        else:  # a call to the device has not come back, and nobody may take it away
             log.error("%s: the kernel does not answer; ending without", settings.mountpoint)
             stopper.abandon()
 
@@ -251,7 +256,7 @@ async def _serve(
 def _mind_the_table(session: Session, settings: Settings) -> Forgetter:
     """Have what a big table needs done as it grows."""
     most = settings.max_inodes or sys.maxsize
-    forgetter = Forgetter(session.fids, most, settings.mountpoint, pyfuse3.invalidate_entry)
+    forgetter = Forgetter(session.fids, most, device.prune)
 
     def changed() -> None:
         memory.settle()

@@ -29,13 +29,6 @@ def fields_of(table: bytes) -> Iterator[tuple[bytes, bytes]]:
         yield fields[2], fields[4].decode("unicode_escape").encode("latin-1")
 
 
-def mounts_below(directory: str) -> list[bytes]:
-    """The mount points below a directory, as its path is in the mount table."""
-    prefix = os.fsencode(directory).rstrip(b"/") + b"/"
-    with open(_MOUNTINFO, "rb") as table:
-        return [point for _, point in fields_of(table.read()) if point.startswith(prefix)]
-
-
 def kind_at(path: str) -> str:
     """The type of what is mounted on top at a real path; "" where nothing is."""
     with open(_MOUNTINFO, "rb") as file:

@@ -580,9 +580,10 @@ def test_only_descriptors_of_ones_own_device_are_closed_to_make_room(tmp_path: P
         make_files(below, 40)
         with limited(source) as client:
             here = [client.know(f"{number:04d}") for number in range(25)]
-            there = [client.know("below", f"{number:04d}") for number in range(25)]
+            top = client.know("below").number
+            there = [client.know(f"{number:04d}", start=top) for number in range(25)]
             client.session.descriptors._reclaiming = True  # it hangs somewhere
-            more = [client.know("below", f"{number:04d}") for number in range(25, 40)]
+            more = [client.know(f"{number:04d}", start=top) for number in range(25, 40)]
             assert all(fid.node.fd >= 0 for fid in here), "nobody who was looking below"
             assert sum(fid.node.fd >= 0 for fid in (*there, *more)) < 40
             assert in_use(client) <= 60
@@ -616,6 +617,62 @@ def test_what_has_no_name_any_more_keeps_its_descriptor(source: Path) -> None:
             client.know(f"{number:04d}")
             assert in_use(client) <= 61
         assert [client.do(ops.getattr, fid.number).nlink for fid in gone] == [0] * 30
+
+
+def test_files_that_were_linked_and_unlinked_are_reclaimed(source: Path) -> None:
+    """As mail and git make them: under one name, linked to another, the first one removed."""
+    with limited(source) as client:
+        for number in range(150):
+            handle = client.create("temporary", b"x")
+            fid = client.know(start=handle)
+            client.do(ops.clunk, handle)
+            client.do(ops.link, ROOT, fid.number, b"%d" % number)
+            client.do(ops.unlinkat, ROOT, b"temporary")
+            assert in_use(client) <= 61
+
+
+def test_files_whose_known_names_went_are_reclaimed_at_last(source: Path) -> None:
+    """Each has another name, by which it is found again: ESTALE has the kernel look for it."""
+    (source / "kept").mkdir()
+    (source / "gone").mkdir()
+    with limited(source) as client:
+        kept, gone = client.know("kept").number, client.know("gone").number
+        known = []
+        for number in range(150):
+            name = b"%d" % number
+            (source / "kept" / f"{number}").write_bytes(b"x" * number)
+            os.link(source / "kept" / f"{number}", source / "gone" / f"{number}")
+            known.append(client.know(name, start=gone))
+            client.do(ops.unlinkat, gone, name)
+            assert in_use(client) <= 62
+        with fails(errno.ESTALE):
+            for fid in known:
+                client.do(ops.getattr, fid.number)
+        for number, fid in enumerate(known):
+            assert client.know(f"{number}", start=kept) is fid
+            assert client.do(ops.getattr, fid.number).size == number
+            assert in_use(client) <= 62
+
+
+def test_one_who_makes_room_leaves_others_something_to_close(source: Path) -> None:
+    """What it looks at is not to be had for others meanwhile, who need not be refused."""
+    make_files(source, 60)
+    with limited(source) as client:
+        fids = client.session.fids
+        for number in range(55):
+            client.know(f"{number:04d}").node.recent = False
+        for fid in fids._fids.values():
+            fid.node.recent = False
+        in_hand = fids.coldest(8, 64)
+        fids.claim(60)
+        fids.claim(60)
+        for _ in range(5):
+            client.session.descriptors.make_room_for_open(client.node(ROOT))
+        assert len(in_hand) == 8
+        for node in in_hand:
+            fids.unpin(node)
+        fids.unclaim()
+        fids.unclaim()
 
 
 def test_where_nothing_can_be_closed_a_lookup_is_refused_and_no_call_fails(source: Path) -> None:

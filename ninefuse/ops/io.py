@@ -83,7 +83,7 @@ async def lopen(session: Session, fid: int, flags: int, caller: Caller | None = 
         try:
             attributes = await blocking(on, stat_descriptor, use.fd)
             session.fids.open(use.fid, opened)
-        except OSError:
+        except BaseException:
             await blocking(on, session.fids.close_open, opened.fd)
             raise
     return session.fids.qid_of(attributes)
@@ -140,7 +140,7 @@ async def lcreate(
                 session.fids.open(use.fid, opened, node)
             finally:
                 session.fids.drop(node)
-        except OSError:
+        except BaseException:
             # The file stays: it may be somebody's by now.
             await blocking(on, session.fids.close_open, fd)
             raise

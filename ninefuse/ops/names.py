@@ -133,6 +133,8 @@ async def link(
         if file.node.kind == stat.S_IFDIR:
             raise error(errno.EPERM)
         await blocking(directory.node.path, _link, file.fd, directory.fd, name, caller)
+        # Of its names, the one that is likely to stay: mail and git link, and unlink the first.
+        file.node.place = directory.node, name
         await session.settle(directory.node)
 
 

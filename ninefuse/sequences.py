@@ -75,7 +75,7 @@ async def link(
     session: Session, nodeid: int, parent: int, name: bytes, caller: Caller | None = None
 ) -> tuple[Fid, Attributes]:
     """link, walk from the file to itself (a lookup is counted), getattr."""
-    await ops.link(session, parent, nodeid, name, caller)
+    await ops.link(session, parent, nodeid, name, caller, remember=True)
     _, fid = await ops.walk(session, nodeid, KERNEL)
     assert fid is not None
     return fid, await _attributes(session, fid)

@@ -626,7 +626,7 @@ def test_files_that_were_linked_and_unlinked_are_reclaimed(source: Path) -> None
             handle = client.create("temporary", b"x")
             fid = client.know(start=handle)
             client.do(ops.clunk, handle)
-            client.do(ops.link, ROOT, fid.number, b"%d" % number)
+            client.do(ops.link, ROOT, fid.number, b"%d" % number, remember=True)
             client.do(ops.unlinkat, ROOT, b"temporary")
             assert in_use(client) <= 61
 

@@ -119,8 +119,8 @@ def test_thousands_of_files_leave_nothing_and_little_memory(
     new_mount: Callable[..., Mount],
     record_property: Callable[[str, object], None],
 ) -> None:
-    """Six thousand; `make soak`, twenty thousand."""
-    directories = 20 if SOAK else 6
+    """Two thousand; `make soak`, twenty thousand."""
+    directories = 20 if SOAK else 2
     copied, source = quick_directory / "copied", quick_directory / "source"
     for below in range(directories):
         (copied / str(below)).mkdir(parents=True)
@@ -181,7 +181,7 @@ def most_descriptors_of(mount: Mount) -> Iterator[list[int]]:
 def test_a_tree_far_larger_than_the_limit_on_open_files(
     new_mount: Callable[..., Mount], model: str
 ) -> None:
-    count = 3000 if SOAK or model == "second" else 500
+    count = 3000 if SOAK else 1500
     # With a long timeout the kernel goes on knowing every file that it has seen.
     mount = new_mount("--model", model, "-o", "entry_timeout=1000", command=LIMITED)
     assert resource.prlimit(mount.pid, resource.RLIMIT_NOFILE)[1] == FEW_DESCRIPTORS

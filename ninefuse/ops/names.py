@@ -103,7 +103,13 @@ async def symlink(
 
 
 async def link(
-    session: Session, dirfid: int, fid: int, name: bytes, caller: Caller | None = None
+    session: Session,
+    dirfid: int,
+    fid: int,
+    name: bytes,
+    caller: Caller | None = None,
+    *,
+    remember: bool = False,
 ) -> None:
     """Give a file another name.
 
@@ -113,6 +119,8 @@ async def link(
         fid: the file.
         name: its new name.
         caller: who asks; None: the daemon.
+        remember: whether the file's node is to be found by this name from now on. Mail and git
+            link, and remove the name that they began with.
 
     Raises:
         OSError: EEXIST; ENOENT, the file has no name left; EPERM, a directory; EXDEV;
@@ -133,8 +141,8 @@ async def link(
         if file.node.kind == stat.S_IFDIR:
             raise error(errno.EPERM)
         await blocking(directory.node.path, _link, file.fd, directory.fd, name, caller)
-        # Of its names, the one that is likely to stay: mail and git link, and unlink the first.
-        file.node.place = directory.node, name
+        if remember:
+            file.node.place = directory.node, name
         await session.settle(directory.node)
 
 

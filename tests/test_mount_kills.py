@@ -168,6 +168,7 @@ class Tree:
         elif call == "write":
             name, _, offset, data = arguments
             file = self.there[name]
+            assert file.kind == "file", f"not as answered: {asked}"
             data = data[: asked.count]
             if data:
                 file.content = (
@@ -178,6 +179,7 @@ class Tree:
         elif call == "truncate":
             name, size = arguments
             file = self.there[name]
+            assert file.kind == "file", f"not as answered: {asked}"
             file.content = file.content[:size].ljust(size, b"\0")
         elif call == "link":
             assert arguments[1] not in self.there, f"not as answered: {asked}"

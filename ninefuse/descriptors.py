@@ -28,7 +28,7 @@ _OWN = 40  # descriptors of the daemon itself
 _IN_FLIGHT = 3  # that one call has open at a time, besides what it is asked to open
 _LEAST = 32  # to share where the limit leaves next to nothing
 _FEW = 64  # that open fids leave for nodes, or a quarter where there is little to share
-_MOST = 16384  # for nodes: each keeps an inode of the source in memory
+MOST = 16384  # for nodes: each keeps an inode of the source in memory
 _AT_ONCE = 4  # closed by one who makes room, so that it is not made at each step
 _LOOKED_AT = 64  # nodes, by one who makes room
 
@@ -52,7 +52,7 @@ class Descriptors:
         stat_name: Callable[[int, bytes], Attributes] = syscalls.stat_name,
         open_step: Callable[[int, bytes], int] = syscalls.open_step,
         *,
-        most: int = _MOST,
+        most: int = MOST,
         threads: int = 1,
         limit: int | None = None,
     ) -> None:

@@ -4,7 +4,8 @@ A bind mount may show a daemon's own mount inside its source. Were it to ask the
 it would wait for itself: for ever, where the dispatcher makes the call, or where the request
 holds a lock that the one behind it waits for.
 
-Locks touched: one of its own around asking the table, innermost.
+Locks touched: a mutex of its own, held while the table is asked and read, with no other lock
+outside it but the rename lock.
 """
 
 from __future__ import annotations
@@ -16,28 +17,44 @@ import re
 import select
 import threading
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from ninefuse.syscalls import PollFd, device_behind, is_ready
 
 _MOUNTINFO = "/proc/self/mountinfo"
 
 
-def fields_of(table: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Device (major:minor) and mount point of each line of mountinfo (proc(5))."""
+class MountLine(NamedTuple):
+    """A line of mountinfo, as far as we need it (proc(5))."""
+
+    device: bytes  # major:minor
+    point: bytes
+    kind: bytes  # of file system
+    options: bytes  # of the file system itself, separated by commas
+
+
+def lines_of(table: bytes) -> Iterator[MountLine]:
+    """The lines of mountinfo; of several on one mount point the last is on top."""
     for line in table.split(b"\n")[:-1]:
-        fields = line.split(b" ", 5)
-        yield fields[2], fields[4].decode("unicode_escape").encode("latin-1")
+        mount, _, file_system = line.partition(b" - ")
+        fields = mount.split(b" ", 5)
+        kind, _, options = (file_system.split(b" ") + [b""] * 3)[:3]
+        point = fields[4].decode("unicode_escape").encode("latin-1")
+        yield MountLine(fields[2], point, kind, options)
+
+
+def fields_of(table: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Device (major:minor) and mount point of each line of mountinfo."""
+    for line in lines_of(table):
+        yield line.device, line.point
 
 
 def kind_at(path: str) -> str:
     """The type of what is mounted on top at a real path; "" where nothing is."""
-    with open(_MOUNTINFO, "rb") as file:
-        table = file.read()
     kind = b""
-    for line in table.splitlines(keepends=True):
-        ((_, point),) = fields_of(line)
-        if point == os.fsencode(path):
-            kind = line.partition(b" - ")[2].split()[0]
+    for line in lines_of(_table()):
+        if line.point == os.fsencode(path):
+            kind = line.kind
     return os.fsdecode(kind)
 
 
@@ -50,16 +67,20 @@ def of_device(fd: int) -> tuple[str, frozenset[str]] | None:
     try:
         with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
             found = re.search(rb"^fuse_connection:\t(\d+)$", file.read(), re.M)
-        with open(_MOUNTINFO, "rb") as file:
-            table = file.read()
+        table = _table()
     except OSError:
         return None
-    for line in table.splitlines(keepends=True):
-        ((device, point),) = fields_of(line)
-        if found is not None and device == b"0:" + found[1]:
-            options = line.partition(b" - ")[2].split()[2]
-            return os.fsdecode(point), frozenset(os.fsdecode(options).split(","))
+    if found is None:
+        return None
+    for line in lines_of(table):
+        if line.device == b"0:" + found[1]:
+            return os.fsdecode(line.point), frozenset(os.fsdecode(line.options).split(","))
     return None
+
+
+def _table() -> bytes:
+    with open(_MOUNTINFO, "rb") as file:
+        return file.read()
 
 
 class MountsBelow:

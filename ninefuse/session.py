@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from ninefuse.commands import Body, Call, blocking
-from ninefuse.descriptors import Descriptors
+from ninefuse.descriptors import MOST, Descriptors
 from ninefuse.fids import Fid, FidTable, Node, error
 from ninefuse.locks import RenameLock
 from ninefuse.mounts import OwnMount
@@ -56,7 +56,7 @@ class Session:
         *,
         read_only: bool = False,
         sync_directories: bool = False,
-        most_descriptors: int = 16384,
+        most_descriptors: int = MOST,
         threads: int = 1,
         attr_timeout: float = 0.0,
     ) -> None:

@@ -40,7 +40,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def debian(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The root directory of a Debian, with this checkout in /root/ninefuse."""
+    """The root directory of a Debian, with this checkout in /srv/ninefuse."""
     given = os.environ.get("NINEFUSE_DEBIAN")
     root = Path(given) if given else tmp_path_factory.mktemp("debian")
     if not given:
@@ -49,7 +49,7 @@ def debian(tmp_path_factory: pytest.TempPathFactory) -> Path:
         packages = "--include=ca-certificates,git,make,python3"
         command = ["debootstrap", "--variant=minbase", packages, SUITE, str(root)]
         subprocess.run(command, stdin=subprocess.DEVNULL, check=True, timeout=600)
-    home = root / "root/ninefuse"
+    home = root / "srv/ninefuse"
     unwanted = shutil.ignore_patterns(".git", ".venv", ".*_cache", "__pycache__", "*.so", "build")
     shutil.copytree(REPO, home, ignore=unwanted, dirs_exist_ok=True)
     return root
@@ -59,7 +59,7 @@ def inside(root: Path, commands: str, seconds: float) -> str:
     """Run commands in the checkout there; what they print."""
     done = subprocess.run(
         ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", INSIDE, "sh", root],
-        input=f"cd /root/ninefuse\n{commands}\n",
+        input=f"cd /srv/ninefuse\n{commands}\n",
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -91,6 +91,9 @@ class Adapter(pyfuse3.Operations):
         self.errors: Counter[tuple[str, int]] = Counter()
         self.statistics: Callable[[], bytes] = bytes
         self.unmasked = False
+        # Who opened a file or directory, by its handle: pyfuse3 does not say whose a read is,
+        # and the kernel writes back in nobody's name.
+        self._openers: dict[int, int] = {}
 
     def init(self) -> None:
         self._started()
@@ -101,9 +104,8 @@ class Adapter(pyfuse3.Operations):
         self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
         try:
-            fid, attributes = await self._answer(
-                "lookup", sequences.lookup(self._session, parent_inode, name)
-            )
+            body = sequences.lookup(self._session, parent_inode, name)
+            fid, attributes = await self._answer("lookup", body, ctx.uid)
         except pyfuse3.FUSEError as e:
             if e.errno != errno.ENOENT or not self._negative_timeout:
                 raise
@@ -120,32 +122,34 @@ class Adapter(pyfuse3.Operations):
         self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
         body = sequences.mknod(self._session, parent_inode, name, mode, rdev, self._caller(ctx))
-        return self._entry(*await self._answer("mknod", body))
+        return self._entry(*await self._answer("mknod", body, ctx.uid))
 
     async def mkdir(
         self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
         body = sequences.mkdir(self._session, parent_inode, name, mode, self._caller(ctx))
-        return self._entry(*await self._answer("mkdir", body))
+        return self._entry(*await self._answer("mkdir", body, ctx.uid))
 
     async def symlink(
         self, parent_inode: int, name: bytes, target: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
         body = sequences.symlink(self._session, parent_inode, name, target, self._caller(ctx))
-        return self._entry(*await self._answer("symlink", body))
+        return self._entry(*await self._answer("symlink", body, ctx.uid))
 
     async def link(
         self, inode: int, new_parent_inode: int, new_name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
         caller = self._caller(ctx)
         body = sequences.link(self._session, inode, new_parent_inode, new_name, caller)
-        return self._entry(*await self._answer("link", body))
+        return self._entry(*await self._answer("link", body, ctx.uid))
 
     async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        await self._answer("unlink", ops.unlinkat(self._session, parent_inode, name))
+        body = ops.unlinkat(self._session, parent_inode, name)
+        await self._answer("unlink", body, ctx.uid)
 
     async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        await self._answer("rmdir", ops.unlinkat(self._session, parent_inode, name, AT_REMOVEDIR))
+        body = ops.unlinkat(self._session, parent_inode, name, AT_REMOVEDIR)
+        await self._answer("rmdir", body, ctx.uid)
 
     async def rename(
         self,
@@ -165,12 +169,12 @@ class Adapter(pyfuse3.Operations):
             flags,
             self._caller(ctx),
         )
-        await self._answer("rename", body)
+        await self._answer("rename", body, ctx.uid)
 
     # Attributes
 
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
-        attributes = await self._answer("getattr", ops.getattr(self._session, inode))
+        attributes = await self._answer("getattr", ops.getattr(self._session, inode), ctx.uid)
         return self._attributes(inode, attributes)
 
     async def setattr(
@@ -194,13 +198,13 @@ class Adapter(pyfuse3.Operations):
             changes = changes._replace(ctime=True)  # a chown to nobody: it moves that at least
         handle = None if fh is None else _fid(fh)
         body = sequences.setattr(self._session, inode, handle, changes)
-        return self._attributes(inode, await self._answer("setattr", body))
+        return self._attributes(inode, await self._answer("setattr", body, ctx.uid))
 
     async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
-        return await self._answer("readlink", ops.readlink(self._session, inode))
+        return await self._answer("readlink", ops.readlink(self._session, inode), ctx.uid)
 
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
-        found = await self._answer("statfs", sequences.statfs(self._session))
+        found = await self._answer("statfs", sequences.statfs(self._session), ctx.uid)
         data = pyfuse3.StatvfsData()
         data.f_bsize = found.f_bsize
         data.f_frsize = found.f_frsize
@@ -217,7 +221,8 @@ class Adapter(pyfuse3.Operations):
 
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         body = sequences.open_fid(self._session, inode, self._kept(flags), self._caller(ctx))
-        return self._opened(await self._answer("open", body), flags)
+        handle = await self._answer("open", body, ctx.uid)
+        return self._opened(handle, flags, ctx)
 
     async def create(
         self,
@@ -229,34 +234,41 @@ class Adapter(pyfuse3.Operations):
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         kept = self._kept(flags)
         body = sequences.create(self._session, parent_inode, name, kept, mode, self._caller(ctx))
-        handle, fid, attributes = await self._answer("create", body)
-        return self._opened(handle, flags), self._entry(fid, attributes)
+        handle, fid, attributes = await self._answer("create", body, ctx.uid)
+        return self._opened(handle, flags, ctx), self._entry(fid, attributes)
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
-        return await self._answer("read", ops.read(self._session, _fid(fh), off, size))
+        body = ops.read(self._session, _fid(fh), off, size)
+        return await self._answer("read", body, self._openers.get(fh))
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:
-        return await self._answer("write", ops.write(self._session, _fid(fh), off, buf))
+        body = ops.write(self._session, _fid(fh), off, buf)
+        return await self._answer("write", body, self._openers.get(fh))
 
     async def flush(self, fh: int) -> None:
-        await self._answer("flush", sequences.flush(self._session, _fid(fh)))
+        body = sequences.flush(self._session, _fid(fh))
+        await self._answer("flush", body, self._openers.get(fh))
 
     async def fsync(self, fh: int, datasync: bool) -> None:
-        await self._answer("fsync", ops.fsync(self._session, _fid(fh), datasync))
+        body = ops.fsync(self._session, _fid(fh), datasync)
+        await self._answer("fsync", body, self._openers.get(fh))
 
     async def release(self, fh: int) -> None:
+        self._openers.pop(fh, None)
         await self._answer("release", ops.clunk(self._session, _fid(fh)))
 
     # Directories
 
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
         body = sequences.open_fid(self._session, inode, os.O_DIRECTORY)
-        return _handle(await self._answer("opendir", body))
+        handle = _handle(await self._answer("opendir", body, ctx.uid))
+        self._openers[handle] = ctx.uid
+        return handle
 
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         directory = _fid(fh)
         body = ops.readdirplus(self._session, directory, start_id)
-        entries = await self._answer("readdir", body)
+        entries = await self._answer("readdir", body, self._openers.get(fh))
         fit = 0
         try:
             for entry in entries:
@@ -276,9 +288,11 @@ class Adapter(pyfuse3.Operations):
             fitted(self._session, directory, entries, fit)
 
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
-        await self._answer("fsyncdir", ops.fsync(self._session, _fid(fh), datasync))
+        body = ops.fsync(self._session, _fid(fh), datasync)
+        await self._answer("fsyncdir", body, self._openers.get(fh))
 
     async def releasedir(self, fh: int) -> None:
+        self._openers.pop(fh, None)
         await self._answer("releasedir", ops.clunk(self._session, _fid(fh)))
 
     # Extended attributes
@@ -287,11 +301,13 @@ class Adapter(pyfuse3.Operations):
         self._need_xattr()
         if inode == ROOT_NODEID and name == STATISTICS:
             return self._statistics()
-        return await self._answer("getxattr", sequences.getxattr(self._session, inode, name))
+        body = sequences.getxattr(self._session, inode, name)
+        return await self._answer("getxattr", body, ctx.uid)
 
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
         self._need_xattr()
-        names = await self._answer("listxattr", sequences.listxattr(self._session, inode))
+        body = sequences.listxattr(self._session, inode)
+        names = await self._answer("listxattr", body, ctx.uid)
         if inode == ROOT_NODEID:
             # Where the source has an attribute of that name it cannot be reached.
             names = [name for name in names if name != STATISTICS]
@@ -307,19 +323,30 @@ class Adapter(pyfuse3.Operations):
         self._need_xattr()
         _refuse_statistics(inode, name)
         body = sequences.setxattr(self._session, inode, name, value, self._caller(ctx))
-        await self._answer("setxattr", body)
+        await self._answer("setxattr", body, ctx.uid)
 
     async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
         self._need_xattr()
         _refuse_statistics(inode, name)
-        await self._answer("removexattr", sequences.removexattr(self._session, inode, name))
+        body = sequences.removexattr(self._session, inode, name)
+        await self._answer("removexattr", body, ctx.uid)
 
     # What all callbacks share
 
-    async def _answer(self, callback: str, body: Body[T]) -> T:
-        """Run a body; raise nothing but FUSEError."""
+    async def _answer(self, callback: str, body: Body[T], user: int | None = None) -> T:
+        """Run a body; raise nothing but FUSEError.
+
+        Args:
+            callback: its name.
+            body: of the operation.
+            user: whose request it is, a uid; None: it is not to be refused, nor held back.
+        """
+        if self._executor.has_too_many(user):
+            body.close()
+            self.errors[callback, errno.EAGAIN] += 1
+            raise pyfuse3.FUSEError(errno.EAGAIN)
         try:
-            result = await self._executor.run(callback, body)
+            result = await self._executor.run(callback, body, user)
             if self._debug:
                 log.debug("%s: %s", callback, _shortened(result))
             return result
@@ -396,9 +423,11 @@ class Adapter(pyfuse3.Operations):
         # It sends none for a direct one, nor for a mount with -o sync.
         return flags | os.O_SYNC if self._sync else flags
 
-    def _opened(self, handle: int, flags: int) -> pyfuse3.FileInfo:
+    def _opened(self, fid: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        handle = _handle(fid)
+        self._openers[handle] = ctx.uid
         return pyfuse3.FileInfo(
-            fh=_handle(handle), direct_io=self._is_direct(flags), keep_cache=self._keep_cache
+            fh=handle, direct_io=self._is_direct(flags), keep_cache=self._keep_cache
         )
 
 

@@ -7,10 +7,12 @@ drivers, one for each threading model), and goes on with the command's result:
 * ``await blocking(on, function, *args)``: make this call. ``on`` names the inode
   that the call may get stuck on (a qid path, or None), so that calls stuck on one
   file cannot take every worker. ``blocking_unless(on, quick, function, *args)``: the
-  same, where a form of the call never blocks; ``blocking_elsewhere``: the same, never
-  on the dispatcher under the second model.
+  same, where the call has a form that never waits; ``brief(on, function, *args)``: the
+  same, where the call itself is such a form.
 * ``async with lock.reading`` / ``async with lock.writing`` (locks.py): take a lock,
-  give it back.
+  give it back. No other command may be given in between: whoever waits for a call
+  would have all wait who want the lock.
+* ``await later()``: go on after a while, to try again.
 * ``await ended(tag)``: wait until another request has ended.
 
 Locks touched: none.
@@ -44,14 +46,14 @@ class Call:
     """Make the call ``function(*args)``, which may block, on the inode ``on``.
 
     Attributes:
-        kind: calls of one kind take similar times.
-        quick: does the same with the same arguments, but never blocks: where it would, it
-            raises BlockingIOError and has done nothing. None: there is no such form.
-        may_be_here: whether the dispatcher may make it by its past (pace.py). Not where
-            somebody may keep it waiting at will.
+        kind: what is called, without the arguments that are bound to it.
+        quick: does the same with the same arguments, and waits for nobody on a local file
+            system: where it would, it raises BlockingIOError and has done nothing. None: there
+            is no such form. (A call of any other kind may wait for as long as somebody likes:
+            who holds an inode's lock may be waiting for memory that a FUSE server brings.)
     """
 
-    __slots__ = ("args", "function", "kind", "may_be_here", "on", "quick")
+    __slots__ = ("args", "function", "kind", "on", "quick")
 
     def __init__(
         self,
@@ -60,14 +62,12 @@ class Call:
         args: tuple[Any, ...],
         quick: Callable[..., Any] | None = None,
         kind: Hashable = None,
-        may_be_here: bool = True,
     ) -> None:
         self.on = on
         self.function = function
         self.args = args
         self.quick = quick
         self.kind = kind or function
-        self.may_be_here = may_be_here
 
 
 class Acquire:
@@ -104,7 +104,16 @@ class Ended:
         return f"the end of request {self.tag}"
 
 
-Command = Call | Acquire | Release | Ended
+class Later:
+    """Go on after a while; see patience.py."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return "another try"
+
+
+Command = Call | Acquire | Release | Ended | Later
 Body = Coroutine[Any, Any, T]
 
 
@@ -140,26 +149,31 @@ async def blocking_unless(
     *args: P.args,
     **kwargs: P.kwargs,
 ) -> T:
-    """As `blocking`, for a call that has a form which never blocks (`Call.quick`).
-
-    The other form is what waits, so it is never made on the dispatcher under the second
-    model. It takes no keyword arguments.
-    """
-    assert not kwargs
-    result: T = await _ask(Call(on, function, args, quick, may_be_here=False))
-    return result
-
-
-async def blocking_elsewhere(
-    on: int | None, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
-) -> T:
-    """As `blocking`, for a call that others may keep waiting (`Call.may_be_here`).
+    """As `blocking`, for a call that has a form which waits for nobody (`Call.quick`).
 
     It takes no keyword arguments.
     """
     assert not kwargs
-    result: T = await _ask(Call(on, function, args, may_be_here=False))
+    result: T = await _ask(Call(on, function, args, quick))
     return result
+
+
+async def brief(
+    on: int | None, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
+) -> T:
+    """As `blocking`, for a call that takes no lock of an inode: statx of a descriptor, say.
+
+    On a local file system it waits for nobody, so it is its own quick form. It takes no
+    keyword arguments.
+    """
+    assert not kwargs
+    result: T = await _ask(Call(on, function, args, function))
+    return result
+
+
+async def later() -> None:
+    """Go on after a while (some hundredths of a second), on no thread meanwhile."""
+    await _ask(Later())
 
 
 async def ended(tag: int) -> None:

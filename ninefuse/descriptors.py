@@ -79,6 +79,11 @@ class Descriptors:
         """Whether room has to be made before anything is opened for a fid."""
         return self._fids.descriptors >= self.for_nodes - self._few
 
+    @property
+    def have_room(self) -> bool:
+        """Whether a node can have another descriptor without one's being closed."""
+        return self._fids.descriptors < self.for_nodes
+
     def claim(self) -> None:
         """Count the descriptor that an open fid is about to have (`FidTable.close_open`).
 
@@ -93,8 +98,6 @@ class Descriptors:
 
     def reopen(self, node: Node) -> None:
         """Open a node again, which is pinned, by its parent and name. Blocks.
-
-        The rename lock is held, unless it does no harm to fail where a name is just moving.
 
         Raises:
             OSError: ESTALE, the names do not lead there any more; ENFILE.

@@ -56,7 +56,7 @@ _NOTIFY_PRUNE = 9
 
 # Requests in the background; the kernel's defaults are 12 and 9. Well below what mount.py
 # lets run at once, so that they alone never stop the device from being read.
-_LIMITS = {"max_background": 1000, "congestion_threshold": 750}
+_LIMITS = {"max_background": 16_000, "congestion_threshold": 12_000}
 
 
 class _NoLock:
@@ -129,10 +129,6 @@ class _Lowlevel:
             self._wake(max(1, self._round))
             self._round = 0
 
-    def has_request(self) -> bool:
-        """Whether the device has something to read."""
-        return is_ready(self._pollfd_address)
-
     def close(self) -> None:
         """Let nobody wait any more."""
         self._closed = True
@@ -171,11 +167,6 @@ def install(around: Callable[[WaitReadable], WaitReadable] | None = None) -> Non
     signal.signal(signal.SIGALRM, stand_in.lowlevel.tick)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
     pyfuse3.trio = stand_in  # type: ignore[attr-defined]
-
-
-def has_request() -> bool:
-    """Whether a request lies in the device. On the dispatcher, after `install`."""
-    return bool(pyfuse3.trio.lowlevel.has_request())  # type: ignore[attr-defined]
 
 
 def prune(nodeids: Sequence[int]) -> None:

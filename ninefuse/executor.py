@@ -10,10 +10,12 @@ A body (ninefuse/ops/) is a coroutine that yields a command wherever it may bloc
   rest of the body to a worker, which makes every later call in place: one crossing out
   and one back, whatever the body does.
 
-The dispatcher is the thread that runs trio. A request that was handed over is waited
-for with cancellation refused: a started body always runs to its end. A body that has
-to wait for a lock is put aside and occupies no thread; whoever lets the lock go
-resumes it.
+The dispatcher is the thread that runs trio. Of a threading model it makes only calls that have
+a form which waits for nobody (`Call.quick`), however short others were before: one caller
+can keep the lock of an inode for as long as he likes, and all would wait with the dispatcher.
+A request that was handed over is waited for with cancellation refused: a started body always
+runs to its end. A body that has to wait for a lock is put aside and occupies no thread; whoever
+lets the lock go resumes it. No operation makes a call while it holds one (the tests check).
 
 Locks touched: whatever bodies ask for, the pool's mutex, and the registry's own.
 """
@@ -28,7 +30,7 @@ import os
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from enum import Enum
 from functools import partial
@@ -37,11 +39,12 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import trio
 
-from ninefuse.commands import Acquire, Body, Call, Ended, Release
+from ninefuse.commands import Acquire, Body, Call, Ended, Later, Release
 from ninefuse.counters import Answered
 from ninefuse.locks import table_lock_held
-from ninefuse.pace import Pace
-from ninefuse.uring import Uring
+from ninefuse.patience import Patience
+from ninefuse.qids import is_on_own_device
+from ninefuse.uring import STUCK, Uring
 from ninefuse.workers import PoolStatistics, WorkerPool
 
 log = logging.getLogger(__name__)
@@ -54,6 +57,16 @@ MODELS = ("none", "first", "second")
 _BATCH = 6  # deferred calls that may wait for more of them, …
 _BATCH_TIME = 0.01  # … for so many seconds
 _MOST_BEHIND = 8  # deferred calls
+_STUCK = 0.1  # seconds without a deferred call's end
+_MOST_CLEANERS = 64  # threads that make deferred calls, where some are stuck
+
+# Requests of one user under way, of those that are for the executor to refuse.
+MOST_REQUESTS = 4000
+
+_A_WHILE = 0.05  # seconds until another try, without threads
+
+# No place of the pool's: not even one for a call on no inode.
+_NO_PLACE = -1
 
 
 class Step(Enum):
@@ -81,19 +94,21 @@ class Request:
         "tag",
         "task",
         "thread",
+        "user",
         "waits",
     )
 
-    def __init__(self, tag: int, name: str, body: Body[Any]) -> None:
+    def __init__(self, tag: int, name: str, body: Body[Any], user: int | None = None) -> None:
         self.tag = tag
         self.name = name
         self.body = body
+        self.user = user  # whose it is, a uid; None: nobody's in particular
         self.started = time.monotonic_ns()
         self.call: Call | None = None  # the call to be made next
         self.at = get_ident()  # the thread that it was seen on last
         self.crossings = 0  # how often that changed
         self.holds: tuple[Acquire, ...] = ()
-        self.waits: Acquire | Ended | None = None
+        self.waits: Acquire | Ended | Later | None = None
         self.task: trio.lowlevel.Task | None = None
         self.thread: str = ""
         self._value: Any = None
@@ -202,16 +217,18 @@ class Executor(ABC):
         self.requests: dict[int, Request] = {}  # tag -> request under way
         self._tags = itertools.count(1)
         self._registry = threading.Lock()
+        self._users: Counter[int] = Counter()  # requests under way, of each
         self._cleanups: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
-        self._cleaners = threading.Semaphore(most_cleaners)
+        self._most_cleaners = most_cleaners
+        self._cleaners = 0
+        self._cleaned = time.monotonic()  # when a deferred call was over
+        self._patience = Patience()
         self._background: deque[Request] = deque()
         self._behind: set[int] = set()  # those of the background that have not ended
         self.answered: dict[str, Answered] = {}  # by the name that `run` was given
         self.observer: Observer | None = None
-        # Decides what the second model's dispatcher calls itself; None: nothing.
-        self.pace: Pace | None = None
 
-    async def run(self, name: str, body: Body[T]) -> T:
+    async def run(self, name: str, body: Body[T], user: int | None = None) -> T:
         """Drive a body to its end and return its result.
 
         Called on the dispatcher only. Cancellation is refused from the moment the body
@@ -220,12 +237,13 @@ class Executor(ABC):
         Args:
             name: what reports call the request.
             body: an operation that has not been started.
+            user: who has his share of the workers, a uid; None and 0: nobody in particular.
 
         Raises:
             Exception: what the body raised. Anything that is not an `Exception`
                 (a worker's SystemExit, say) becomes OSError(EIO).
         """
-        request = self._admit(name, body, awaited=True)
+        request = self._admit(name, body, user, awaited=True)
         await self.drive(request)
         if request.at != get_ident():
             request.cross()
@@ -254,12 +272,9 @@ class Executor(ABC):
             function = self.observer.watch_call(function)
         self._cleanups.append((function, args))
 
-    def defer_short(self, call: Call) -> None:
-        """As `defer`, for a call that waits for nothing as a rule. Any thread.
-
-        The dispatcher may make it at once, by its past.
-        """
-        self.defer(call.function, *call.args)
+    def has_too_many(self, user: int | None) -> bool:
+        """Whether a user has as many requests under way as one may."""
+        return bool(user) and self._users[user or 0] >= MOST_REQUESTS
 
     def statistics(self) -> ExecutorStatistics:
         """Counters and queue lengths now."""
@@ -290,12 +305,16 @@ class Executor(ABC):
     def _pool(self) -> PoolStatistics:
         return PoolStatistics(0, 0, 0)
 
-    def _admit(self, name: str, body: Body[Any], *, awaited: bool = False) -> Request:
-        request = Request(next(self._tags), name, body)
+    def _admit(
+        self, name: str, body: Body[Any], user: int | None = None, *, awaited: bool = False
+    ) -> Request:
+        request = Request(next(self._tags), name, body, user)
         if self.observer is not None:
             request.body = self.observer.watch(request.tag, name, body, awaited=awaited)
         with self._registry:
             self.requests[request.tag] = request
+            if user:
+                self._users[user] += 1
         return request
 
     def advance(self, request: Request, resume: Callable[[], None]) -> Step:
@@ -354,12 +373,24 @@ class Executor(ABC):
                 if not self._join(command.tag, request, resume):
                     return Step.PARKED
                 request.waits = None
+            elif type(command) is Later:
+                request.waits = command
+                self.wait_a_while(request, resume)
+                return Step.PARKED
             else:
                 request._error = TypeError(f"{request.name} awaits {command!r}: not a command")
+
+    def wait_a_while(self, request: Request, resume: Callable[[], None]) -> None:
+        """Have a parked body go on after a while."""
+        self._patience.wait(resume, request.user)
 
     def _end(self, request: Request) -> None:
         with self._registry:
             del self.requests[request.tag]
+            if user := request.user:
+                self._users[user] -= 1
+                if not self._users[user]:
+                    del self._users[user]
             self._behind.discard(request.tag)
             joiners = request._joiners
         for resume in joiners or ():
@@ -393,13 +424,23 @@ class Executor(ABC):
     def _clean_up(self) -> None:
         """Make the deferred calls, on this thread, unless enough are at it.
 
-        A few threads at a time: if closing hangs, it is not to take worker after worker.
+        A few threads at a time: if closing hangs, it is not to take worker after worker. But
+        where all of them are stuck, one more goes on.
         """
-        while self._cleanups and self._cleaners.acquire(blocking=False):
+        while self._cleanups and self._may_clean():
             try:
                 self._make_deferred_calls()
             finally:
-                self._cleaners.release()
+                with self._registry:
+                    self._cleaners -= 1
+
+    def _may_clean(self) -> bool:
+        with self._registry:
+            is_stuck = time.monotonic() > self._cleaned + _STUCK
+            if self._cleaners < (_MOST_CLEANERS if is_stuck else self._most_cleaners):
+                self._cleaners += 1
+                return True
+            return False
 
     def _make_deferred_calls(self) -> None:
         while self._cleanups:
@@ -408,6 +449,7 @@ class Executor(ABC):
             except IndexError:  # another thread was quicker
                 return
             self._make_deferred(function, args)
+            self._cleaned = time.monotonic()
 
     @staticmethod
     def _make_deferred(function: Callable[..., Any], args: tuple[Any, ...]) -> None:
@@ -431,9 +473,14 @@ class NoThreading(Executor):
     def drive_here(self, request: Request) -> None:
         """Run a request to its end on this thread."""
         while (step := self.advance(request, _never)) is not Step.DONE:
-            if step is Step.PARKED:
+            if step is Step.CALL:
+                request.perform()
+            elif not isinstance(request.waits, Later):
                 raise RuntimeError(f"{request.describe()}: nobody is left to let it go")
-            request.perform()
+
+    def wait_a_while(self, request: Request, resume: Callable[[], None]) -> None:
+        """Wait in place: nothing else is under way, and all that comes waits for this."""
+        time.sleep(_A_WHILE)
 
     def run_here(self, body: Body[T]) -> T:
         """Run a body to its end on this thread, without trio; its result or error."""
@@ -460,24 +507,23 @@ class _Pooled(Executor, trio.abc.Instrument):
     when it sleeps. trio tells us through its instrument hooks when that is.
     """
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, *, by_user: bool = False) -> None:
         super().__init__(most_cleaners=max(1, threads // 2))
-        self.pool = WorkerPool(threads)
+        self.pool = WorkerPool(threads, by_user=by_user)
         self._token: trio.lowlevel.TrioToken | None = None
         self._dispatcher = -1  # which thread it is
         self._completed: deque[Request] = deque()
         self._asleep = False
-        self.has_waiting: Callable[[], bool] = bool  # whether the device has a request
         self.uring: Uring | None = None  # makes calls in the workers' place
 
-    async def run(self, name: str, body: Body[T]) -> T:
+    async def run(self, name: str, body: Body[T], user: int | None = None) -> T:
         if self._token is None:
             self._token = trio.lowlevel.current_trio_token()
             self._dispatcher = get_ident()
             trio.lowlevel.add_instrument(self)
             if self.uring is not None:
                 trio.lowlevel.spawn_system_task(self._be_woken, self.uring)
-        return await super().run(name, body)
+        return await super().run(name, body, user)
 
     def before_io_wait(self, timeout: float) -> None:
         """trio is about to wait for events."""
@@ -543,10 +589,11 @@ class _Pooled(Executor, trio.abc.Instrument):
         none, the rest waits for one in the inode's queue, and this worker is free.
         """
         request.thread = threading.current_thread().name
+        user = request.user
         resume = partial(self._resume, request)
         # Which inode's place it has. Kept here: once parked, the request is no longer ours
         # to look at, and one that comes back from there has none.
-        place = None
+        place: int | None = _NO_PLACE
         if request.call is not None:  # it waited for this call's place, and has it now
             step, place = Step.CALL, request.call.on
         else:
@@ -554,24 +601,21 @@ class _Pooled(Executor, trio.abc.Instrument):
         while step is Step.CALL:
             assert request.call is not None
             on = request.call.on
-            if on is not None and on != place:
-                self.pool.leave(place)
-                if not self.pool.enter(partial(self._rest, request), on):
+            if place == _NO_PLACE or on not in (None, place):
+                if place != _NO_PLACE:
+                    self.pool.leave(place, user)
+                if not self.pool.enter(partial(self._rest, request), on, user):
                     return
                 place = on
-            if self.pace is None:
-                request.perform()
-            else:
-                call, begin = request.call, time.monotonic_ns()
-                request.perform()
-                self.pace.took_there(call, time.monotonic_ns() - begin)
+            request.perform()
             step = self.advance(request, resume)
         if step is Step.DONE:
             if request.task is not None:
                 self._complete(request)
             else:
                 request.log_failure()
-        self.pool.leave(place)
+        if place != _NO_PLACE:
+            self.pool.leave(place, user)
         if self._cleanups:
             self._clean_up()
         if self._background:
@@ -596,40 +640,47 @@ class FirstModel(_Pooled):
         while (step := self.advance(request, granted)) is not Step.DONE:
             if step is Step.CALL:
                 assert request.call is not None
-                self.pool.submit(partial(self._one_call, request), request.call.on)
+                job = partial(self._one_call, request)
+                self.pool.submit(job, request.call.on, request.user)
             await trio.lowlevel.wait_task_rescheduled(_refuse)
         self._after()
 
     def _one_call(self, request: Request) -> None:
         request.thread = threading.current_thread().name
         assert request.call is not None
-        on = request.call.on
+        on, user = request.call.on, request.user
         request.perform()
         self._complete(request)
-        self.pool.leave(on)
+        self.pool.leave(on, user)
 
 
 class SecondModel(_Pooled):
     """The dispatcher runs to the first call; a worker runs the rest: two crossings.
 
-    With a pace it runs to the first call that would block, or has proved to take long, and
-    with an engine, to the first that this does not take.
+    Where the source is local it runs to the first call that would block and, with an engine, to
+    the first that this does not take.
+
+    Attributes:
+        is_local: whether the source lies on a local file system, whose calls have forms that
+            wait for nobody, and the dispatcher is to make these.
     """
 
     model = "second"
 
-    def __init__(self, threads: int) -> None:
-        super().__init__(threads)
+    def __init__(self, threads: int, *, by_user: bool = False) -> None:
+        super().__init__(threads, by_user=by_user)
+        self.is_local = False
         self._batching = False  # whether deferred calls wait for more of them
+        self._is_minding = False  # whether what waits for the engine is looked after
 
     async def drive(self, request: Request) -> None:
         request.task = trio.lowlevel.current_task()
         resume = partial(self._resume, request)
         step = self.advance(request, resume)
-        if self.pace is not None and step is Step.CALL and not self._is_behind():
-            step = await self._run_on(request, resume, self.pace)
+        if self.is_local and step is Step.CALL and not self._is_behind():
+            step = await self._run_on(request, resume)
         if step is Step.DONE:
-            if self.pace is None or self._background or len(self._cleanups) > _BATCH:
+            if not self.is_local or self._background or len(self._cleanups) > _BATCH:
                 self._after()
             elif self._cleanups and not self._batching:
                 self._batching = True
@@ -637,7 +688,7 @@ class SecondModel(_Pooled):
             return
         if step is Step.CALL:
             assert request.call is not None
-            self.pool.submit(partial(self._rest, request), request.call.on)
+            self.pool.submit(partial(self._rest, request), request.call.on, request.user)
         await trio.lowlevel.wait_task_rescheduled(_refuse)
 
     async def _end_batch(self) -> None:
@@ -648,26 +699,6 @@ class SecondModel(_Pooled):
             self._batching = False
         self._after()
 
-    def defer_short(self, call: Call) -> None:
-        pace = self.pace
-        if pace is None:
-            super().defer_short(call)
-            return
-        if self.observer is not None:
-            call.function = self.observer.watch_call(call.function)
-        if get_ident() == self._dispatcher and pace.is_here(call):
-            pace.begins()
-            begin = time.monotonic_ns()
-            self._make_deferred(call.function, call.args)
-            pace.took_here(call, time.monotonic_ns() - begin, self.has_waiting)
-        else:
-            self._cleanups.append((self._make_measured, (pace, call)))
-
-    def _make_measured(self, pace: Pace, call: Call) -> None:
-        begin = time.monotonic_ns()
-        self._make_deferred(call.function, call.args)
-        pace.took_there(call, time.monotonic_ns() - begin)
-
     def _is_behind(self) -> bool:
         """Whether the workers have to catch up with what requests left them to do.
 
@@ -676,30 +707,27 @@ class SecondModel(_Pooled):
         """
         return bool(self._behind) or len(self._cleanups) > _MOST_BEHIND
 
-    async def _run_on(self, request: Request, resume: Callable[[], None], pace: Pace) -> Step:
+    async def _run_on(self, request: Request, resume: Callable[[], None]) -> Step:
         """Make calls without a worker as long as that is right; where the body stopped then."""
-        pace.arrived(alone=len(self.requests) == 1)
         request.thread = "dispatcher"
         step = Step.CALL
         while step is Step.CALL:
             call = request.call
             assert call is not None
-            engine = self.uring is not None and self.uring.takes(call)
+            if not is_on_own_device(call.on):
+                break
             if call.quick is not None and request.perform_quickly():
                 pass
-            elif pace.is_here(call, engine):
-                pace.begins()
+            elif self.uring is not None and self.uring.takes(call):
                 begin = time.monotonic_ns()
-                request.perform()
-                pace.took_here(call, time.monotonic_ns() - begin, self.has_waiting)
-            elif engine and pace.is_local(call):
-                assert self.uring is not None
-                begin = time.monotonic_ns()
-                self.uring.start(request)
+                if not self.uring.start(request):
+                    break
+                if not self._is_minding and self.uring.has_waiting():
+                    self._is_minding = True
+                    trio.lowlevel.spawn_system_task(self._mind, self.uring)
                 await trio.lowlevel.wait_task_rescheduled(_refuse)
-                end = time.monotonic_ns()
-                pace.took_there(call, end - begin)
-                if self.observer is not None:
+                if self.observer is not None and request.call is not call:
+                    end = time.monotonic_ns()
                     self.observer.made_by_engine(request.body, call, begin, end)
                 if request.call is not None:
                     break  # it could not be finished there
@@ -708,14 +736,27 @@ class SecondModel(_Pooled):
             step = self.advance(request, resume)
         return step
 
+    async def _mind(self, uring: Uring) -> None:
+        """Send to the workers what waits for an engine that is stuck."""
+        try:
+            while uring.has_waiting():
+                await trio.sleep(STUCK)
+                for request in uring.overdue():
+                    assert request.task is not None
+                    trio.lowlevel.reschedule(request.task)
+        finally:
+            self._is_minding = False
 
-def create(model: str, threads: int) -> Executor:
+
+def create(model: str, threads: int, *, by_user: bool = False) -> Executor:
     """The driver of a threading model.
 
     Args:
         model: one of `MODELS`, or the module and the name of an `Executor` of the user's own,
             as ``package.module:Class``. It is called with the number of threads.
         threads: workers of the pool, 1 or more; the none model has no pool.
+        by_user: whether each user is to have his share of the workers (not of a plugged in
+            model's).
 
     Raises:
         ValueError: there is no such class, or it is no `Executor`.
@@ -724,7 +765,7 @@ def create(model: str, threads: int) -> Executor:
         return NoThreading()
     if ":" in model:
         return _plugged_in(model)(threads)
-    return {"first": FirstModel, "second": SecondModel}[model](threads)
+    return {"first": FirstModel, "second": SecondModel}[model](threads, by_user=by_user)
 
 
 def _plugged_in(model: str) -> Callable[[int], Executor]:

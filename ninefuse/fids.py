@@ -34,7 +34,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from ninefuse.commands import Call
 from ninefuse.credentials import Caller
 from ninefuse.identity import Devices, Mark
 from ninefuse.listing import Listing
@@ -58,7 +57,6 @@ class Node:
     __slots__ = (
         "bare",
         "device",
-        "emptied",
         "fd",
         "inode",
         "kind",
@@ -92,7 +90,6 @@ class Node:
         # Monotonic seconds until which it is known to have no security.capability; while
         # that is asked, minus the time of asking.
         self.bare = 0.0
-        self.emptied = False  # whether it was truncated, by way of this node
 
     def __repr__(self) -> str:
         name = self.place[1] if self.place else b"/"
@@ -231,12 +228,9 @@ class FidTable:
 
     Args:
         defer: ``defer(close, fd)`` has a descriptor closed where that may block.
-        defer_short: the same for a call that waits for nothing as a rule; by default, `defer`.
     """
 
-    def __init__(
-        self, defer: Callable[..., None], defer_short: Callable[[Call], None] | None = None
-    ) -> None:
+    def __init__(self, defer: Callable[..., None]) -> None:
         self.lock = TableLock()
         self.devices = Devices()
         self.descriptors = 0  # of nodes, those on their way to being closed among them
@@ -248,7 +242,6 @@ class FidTable:
         self.on_change: Callable[[], None] = _nothing  # each `step` fids more, and far fewer
         self._told = 0  # of how many fids was told last
         self._defer = defer
-        self._defer_short = defer_short
         self._handles = itertools.count(FIRST_HANDLE)
         self._root: tuple[tuple[int, int], int] | None = None
         self._paths: QidPaths | None = None
@@ -318,19 +311,8 @@ class FidTable:
         # Only the last one comes here: a fid in the table has the table's reference,
         # and one that has left it gets no new ones.
         if fid.opened is not None and fid.opened.fd >= 0:
-            self._close(fid.opened, fid.node)
+            self._defer(self.close_open, fid.opened.fd)
         self.drop(fid.node)
-
-    def _close(self, opened: Opened, node: Node) -> None:
-        """Have an open file's descriptor closed, while the node is still there."""
-        fd = opened.fd
-        # The last close of an unlinked file frees its blocks, which takes its time; and ext4 has
-        # any close of a file that was emptied and written anew begin to write it to the disk.
-        writable = isinstance(opened, OpenFile) and opened.writable
-        if node.fd < 0 or writable or node.emptied or self._defer_short is None:
-            self._defer(self.close_open, fd)
-        else:
-            self._defer_short(Call(node.path, self.close_open, (fd,)))
 
     def claim(self, most: int) -> None:
         """Count a descriptor that is about to be opened for a fid; `close_open` counts it off.

@@ -73,6 +73,10 @@ class Devices:
         if known is None or known.by is not by:
             self._known[number] = Device(number, by)
 
+    def has_births(self, a: Attributes) -> bool:
+        """Whether the files of this file's device are told apart by their birth."""
+        return self.of(a).by is _By.BIRTH
+
     def mark(self, a: Attributes, file: int, name: bytes = b"") -> Mark:
         """The mark of a file. Blocks, where marks are file handles.
 

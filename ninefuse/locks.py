@@ -220,11 +220,18 @@ class _BodySection:
 class RenameLock(RWLock):
     """The global rename lock: ``async with lock.reading:`` in operation bodies.
 
-    Read by whatever makes or uses the (parent, name) that a node remembers, written by
-    rename. The driver takes it and gives it back; see executor.py.
+    Written where a rename moves the (parent, name) that nodes remember, read where a name
+    that was just looked at becomes such a place. It is held for that alone, never across a call:
+    a call on a directory can be stuck for as long as somebody likes, and everybody else would be
+    stuck behind the lock. So whoever looks at a name notes `moves` before, and looks again if it
+    has changed when he has the lock. The driver takes it and gives it back; see executor.py.
+
+    Attributes:
+        moves: raised in write mode, before a name is moved and after.
     """
 
     def __init__(self, name: str = "rename lock") -> None:
         super().__init__(name)
+        self.moves = 0
         self.reading = _BodySection(self, READ)
         self.writing = _BodySection(self, WRITE)

@@ -98,7 +98,7 @@ MOUNT = (
     Option(
         "inline=auto|off",
         "whether the dispatcher makes calls itself",
-        " that do not block or are soon over, under the second model (default), "
+        " that wait for nobody, under the second model (default), "
         "[or not](docs/models.md#until-it-would-block)",
     ),
     Option(

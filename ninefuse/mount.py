@@ -43,7 +43,6 @@ from ninefuse.forgetting import Forgetter
 from ninefuse.mounts import MountsBelow, OwnMount
 from ninefuse.notify import notify
 from ninefuse.options import Settings
-from ninefuse.pace import Pace
 from ninefuse.qids import ROOT_NODEID
 from ninefuse.session import Session
 from ninefuse.trace_file import TraceFile
@@ -56,7 +55,7 @@ log = logging.getLogger(__name__)
 _MIN_TASKS = 32
 # Requests under way at which the device is read no more: well above what the kernel
 # sends when every thread of a busy machine is stuck in one file.
-_MAX_TASKS = 2000
+_MAX_TASKS = 20_000
 
 _MIN_STEP = 256  # fids by which the table grows until somebody minds it
 
@@ -102,10 +101,7 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
     driver = _driver(settings)
     mounts = MountsBelow(settings.source)
     if inline and isinstance(driver, executor.SecondModel):
-        local = syscalls.is_local(source)
-        hidden = settings.one_file_system
-        driver.pace = Pace(lambda: local and (hidden or mounts.none()))
-        driver.has_waiting = device.has_request
+        driver.is_local = syscalls.is_local(source)
         driver.uring = uring
     session = Session(
         driver,
@@ -121,8 +117,6 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
         try:
             trio.run(_serve, settings, driver, session, source, mounts, ready, tracer)
         finally:
-            # From here on everything is left to workers: there is no device to ask any more.
-            driver.pace = None
             session.fids.clear()
             driver.close()
             os.close(source)
@@ -133,9 +127,16 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
 
 def _driver(settings: Settings) -> executor.Executor:
     try:
-        return executor.create(settings.model, settings.threads)
+        by_user = _serves_several(settings)
+        return executor.create(settings.model, settings.threads, by_user=by_user)
     except ValueError as error:
         raise Failure(ExitCode.USAGE, f"--model {settings.model}: {error}") from error
+
+
+def _serves_several(settings: Settings) -> bool:
+    """Whether others than the one who mounts may use the mount, so that each has a share."""
+    # What a mount lets in that somebody else has made is not known.
+    return settings.allow_other or preflight.is_descriptor(settings.mountpoint)
 
 
 @contextlib.contextmanager
@@ -181,7 +182,7 @@ def _engine(settings: Settings) -> Uring | None:
     if settings.engine == "threads":
         return None
     try:
-        return Uring()
+        return Uring(by_user=_serves_several(settings))
     except Refused as reason:
         if settings.engine == "uring":
             raise Failure(ExitCode.USAGE, f"--engine uring: {reason}") from None

@@ -81,7 +81,6 @@ class Counters:
                 "queued": executor.pool.queued,
                 "held_back": executor.pool.held_back,
             },
-            "dispatcher": self._dispatcher(),
             "locks": {lock.name: _lock(lock) for lock in locks},
             "fids": {"known": fids.fids, "open": fids.opened},
             "descriptors": {"open": _descriptors(), "nodes": fids.descriptors},
@@ -102,7 +101,6 @@ class Counters:
         count = sum(one["count"] for one in operations.values())
         crossings = sum(one["crossings"] for one in operations.values())
         requests, fids, descriptors = now["requests"], now["fids"], now["descriptors"]
-        dispatcher = now["dispatcher"]
         return [
             f"model {now['model']}, {now['threads']} workers, {now['uptime']:.0f} s, "
             f"{now['memory']['resident'] >> 20} MiB",
@@ -111,19 +109,10 @@ class Counters:
             f"requests: {stayed} ended on the dispatcher, {count - stayed} handed over, "
             f"{crossings} crossings; {requests['running']} under way, "
             f"{requests['queued']} queued, {requests['held_back']} held back for their inode",
-            f"dispatcher: longest call of its own {dispatcher['longest_call'] * 1000:.1f} ms, "
-            f"{dispatcher['demotions']} times a kind of call was sent to the workers for that",
             *(_lock_line(name, lock) for name, lock in now["locks"].items()),
             f"fids: {fids['known']}, {fids['open']} of them open; "
             f"descriptors: {descriptors['open']}, {descriptors['nodes']} of them for nodes",
         ]
-
-    def _dispatcher(self) -> dict[str, Any]:
-        pace = self._executor.pace
-        return {
-            "longest_call": 0.0 if pace is None else round(pace.longest_stall, 6),
-            "demotions": 0 if pace is None else pace.demotions,
-        }
 
     def _resident(self) -> int:
         """Bytes of memory that the process has (proc(5))."""

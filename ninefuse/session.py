@@ -3,8 +3,7 @@
 Also the one way to a node's descriptor: `using` pins it, and has it opened again where it
 was reclaimed or never made.
 
-Locks touched: the rename lock, read, to open a node again by its name. The fid table's,
-through fids.py.
+Locks touched: the fid table's, through fids.py.
 """
 
 from __future__ import annotations
@@ -12,26 +11,31 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable
-from typing import Protocol
+import time
+from collections.abc import Awaitable, Callable
+from typing import Protocol, TypeVar
 
-from ninefuse.commands import Body, Call, blocking
+from ninefuse.commands import Body, blocking, later
 from ninefuse.descriptors import MOST, Descriptors
 from ninefuse.fids import Fid, FidTable, Node, error
 from ninefuse.locks import RenameLock
 from ninefuse.mounts import OwnMount
 from ninefuse.syscalls import Attributes, open_step, stat_name
 
+T = TypeVar("T")
+
 NAME_MAX = 255  # bytes
 PERMISSIONS = 0o7777  # mode bits besides the type: set-user-id and the like are among them
+
+# How often names are looked at that are being moved; then what was seen last is believed.
+MOST_TRIES = 4
+_GRACE = 5.0  # seconds beyond the time after which the kernel breaks a lease
 
 
 class Background(Protocol):
     """What a session needs of its driver: to have things done after a body."""
 
     def defer(self, function: Callable[..., object], *args: object) -> None: ...
-
-    def defer_short(self, call: Call) -> None: ...
 
     def in_background(self, name: str, body: Body[None]) -> None: ...
 
@@ -61,7 +65,8 @@ class Session:
         attr_timeout: float = 0.0,
     ) -> None:
         self.attr_timeout = attr_timeout
-        self.fids = FidTable(driver.defer, driver.defer_short)
+        self.defer = driver.defer
+        self.fids = FidTable(driver.defer)
         self.rename_lock = RenameLock()
         self.read_only = read_only
         self.sync_directories = sync_directories
@@ -76,7 +81,7 @@ class Session:
         )
         self.msize = 0  # bytes of a message, agreed by version
 
-    def using(self, number: int, *, locked: bool = False) -> Use:
+    def using(self, number: int) -> Use:
         """``async with session.using(fid) as use``: reference a fid, pin its node.
 
         Inside, ``use.fid`` is the fid, ``use.node`` its node and ``use.fd`` the node's
@@ -84,20 +89,40 @@ class Session:
 
         Args:
             number: the fid.
-            locked: whether the body holds the rename lock already.
 
         Raises:
             OSError: unknown fid (see `FidTable.get`); ESTALE where the node had no
                 descriptor and its name leads to it no more.
-
-        Locks: the rename lock, read, if the node's descriptor has to be opened again
-        and ``locked`` is false.
         """
-        return Use(self, number, locked)
+        return Use(self, number)
 
-    def using_node(self, node: Node, *, locked: bool = False) -> UseNode:
+    def using_node(self, node: Node) -> UseNode:
         """``async with session.using_node(node)``: as `using`, for a node held already."""
-        return UseNode(self, node, locked)
+        return UseNode(self, node)
+
+    async def reopen(self, node: Node) -> None:
+        """Give a pinned node its descriptor again, by the names that it remembers.
+
+        Raises:
+            OSError: ESTALE, they do not lead there any more; ENFILE.
+        """
+        await self.unless_moved(lambda: blocking(node.path, self.descriptors.reopen, node))
+
+    async def unless_moved(self, find: Callable[[], Awaitable[T]]) -> T:
+        """Await what finds a file by its remembered place; again, if a rename came in between.
+
+        Raises:
+            OSError: what ``find`` raises; ESTALE only if no name was moved meanwhile, or
+                `MOST_TRIES` times.
+        """
+        for _ in range(MOST_TRIES - 1):
+            moves = self.rename_lock.moves
+            try:
+                return await find()
+            except OSError as e:
+                if e.errno != errno.ESTALE or moves == self.rename_lock.moves:
+                    raise
+        return await find()
 
     def writable(self) -> None:
         """Refuse with EROFS on a read-only session."""
@@ -126,13 +151,11 @@ class Session:
         return open_step(directory, name)
 
     def keeping(self, directory: Node, name: bytes) -> Keeping:
-        """``async with session.keeping(directory, name)``, around taking the name away.
+        """``async with session.keeping(directory, name) as node``, around taking the name away.
 
         The file behind the name gets its descriptor, if the kernel knows the file, and
-        keeps it: without, it could not be opened again after the name is gone, but the
-        kernel may still use it.
-
-        Locks: the rename lock is held by the caller.
+        keeps it: without, it could not be opened again while the name goes, or after, but
+        the kernel may still use it. ``node`` is None if the kernel does not know it.
         """
         return Keeping(self, directory, name)
 
@@ -170,15 +193,15 @@ class Keeping:
         self._name = name
         self._node: Node | None = None
 
-    async def __aenter__(self) -> None:
+    async def __aenter__(self) -> Node | None:
         session, directory, fids = self._session, self._directory, self._session.fids
         try:
             a = await blocking(directory.path, session.stat_name, directory.fd, self._name)
         except FileNotFoundError:
-            return
+            return None
         node = fids.known(a)
         if node is None:
-            return
+            return None
         has_descriptor = fids.pin(node)
         fids.drop(node)  # the pin's reference is enough
         self._node = node
@@ -190,6 +213,7 @@ class Keeping:
                 fids.unpin(node)
                 raise
             session.descriptors.note()
+        return node
 
     async def __aexit__(self, *exc: object) -> None:
         if self._node is not None:
@@ -199,23 +223,17 @@ class Keeping:
 class UseNode:
     """A node referenced and pinned, for an ``async with`` block; `Session.using_node`."""
 
-    __slots__ = ("_locked", "_session", "node")
+    __slots__ = ("_session", "node")
 
-    def __init__(self, session: Session, node: Node, locked: bool) -> None:
+    def __init__(self, session: Session, node: Node) -> None:
         self._session = session
-        self._locked = locked
         self.node = node
 
     async def __aenter__(self) -> Node:
         session, node = self._session, self.node
         if not session.fids.pin(node):
-            reopen = session.descriptors.reopen
             try:
-                if self._locked:
-                    await blocking(node.path, reopen, node)
-                else:
-                    async with session.rename_lock.reading:
-                        await blocking(node.path, reopen, node)
+                await session.reopen(node)
                 session.descriptors.note()
             except BaseException:
                 session.fids.unpin(node)
@@ -229,20 +247,19 @@ class UseNode:
 class Use:
     """A fid referenced and its node pinned, for an ``async with`` block; `Session.using`."""
 
-    __slots__ = ("_locked", "_number", "_pin", "_session", "fid")
+    __slots__ = ("_number", "_pin", "_session", "fid")
 
     fid: Fid
     _pin: UseNode
 
-    def __init__(self, session: Session, number: int, locked: bool) -> None:
+    def __init__(self, session: Session, number: int) -> None:
         self._session = session
         self._number = number
-        self._locked = locked
 
     async def __aenter__(self) -> Use:
         self.fid = self._session.fids.get(self._number)
         # The fid may be moved to another node meanwhile: this one is what is used here.
-        self._pin = UseNode(self._session, self.fid.node, self._locked)
+        self._pin = UseNode(self._session, self.fid.node)
         try:
             await self._pin.__aenter__()
         except BaseException:
@@ -263,6 +280,40 @@ class Use:
     def fd(self) -> int:
         """The node's O_PATH descriptor."""
         return self._pin.node.fd
+
+
+async def patiently(ask: Callable[[], Awaitable[T]]) -> T:
+    """Await what answers EAGAIN while somebody holds a lease on the file, until he gives it up.
+
+    Whoever asks so begins to break the lease, which the kernel ends after a time
+    (fcntl(2), F_SETLEASE). No thread waits meanwhile.
+
+    Args:
+        ask: makes a call in the form that does not wait (O_NONBLOCK).
+
+    Raises:
+        OSError: what ``ask`` raises; EAGAIN, nobody has given up anything in that time.
+    """
+    until = None
+    while True:
+        try:
+            return await ask()
+        except BlockingIOError:
+            now = time.monotonic()
+            if until is None:
+                until = now + _lease_break_time() + _GRACE
+            elif now > until:
+                raise
+        await later()
+
+
+def _lease_break_time() -> int:
+    """Seconds after which the kernel breaks a lease (proc(5))."""
+    try:
+        with open("/proc/sys/fs/lease-break-time", "rb") as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return 45
 
 
 def _sync_directory(fd: int) -> None:

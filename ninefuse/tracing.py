@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 import trio
 
 from ninefuse import ops, sequences
-from ninefuse.commands import Acquire, Body, Call, Command, Ended, Queueing, Release
+from ninefuse.commands import Acquire, Body, Call, Command, Ended, Later, Queueing, Release
 from ninefuse.ops import directory
 from ninefuse.trace_file import Lane, Message, Piece, TraceFile, Wait, Way
 
@@ -272,16 +272,14 @@ class _TracedBody(Coroutine[Any, Any, T]):
         if type(command) is Call:
             function = _TracedCall(self, command.function)
             quick = None if command.quick is None else _TracedCall(self, command.quick)
-            return Call(
-                command.on, function, command.args, quick, command.kind, command.may_be_here
-            )
+            return Call(command.on, function, command.args, quick, command.kind)
         if type(command) is Acquire:
             lock = _TracedLock(self, command)
             acquire = self._taken[command] = Acquire(lock, command.mode)
             return acquire
         if type(command) is Release:
             return Release(self._taken.pop(command.taken))
-        if type(command) is Ended:
+        if type(command) in (Ended, Later):
             self._waiting = (f"waits for {command}", now)
         return command  # type: ignore[no-any-return]
 

@@ -1,12 +1,17 @@
-"""The worker pool: threads that run jobs, with a bound for each inode.
+"""The worker pool: threads that run jobs, with a bound for each inode and each user.
 
-A job is a callable. It is submitted *on* an inode (a qid path, or None): at most half
-of the workers are ever given to jobs on the same inode, so that a file whose calls
-hang cannot take the pool; the rest wait in that inode's own queue. Jobs that are
-resumed (their lock was granted, or there is cleaning up to do) are served before new
+A job is a callable. It is submitted *on* an inode (a qid path, or None) and *for* a user (a
+uid, or None). At most half of the workers are given to jobs on one inode, so that a file whose
+calls hang cannot take the pool; where several users are served, at most half are given to one
+of them, and a quarter to one inode. The rest waits in the inode's or the user's own queue. Jobs
+that are resumed (their lock was granted, or there is cleaning up to do) are served before new
 ones and never wait in a bounded queue.
 
-Locks touched: the pool's own mutex, for dictionary work only.
+Several users together may still take all workers. So when jobs are queued and none has begun
+for a tenth of a second, more workers are started, up to `MOST_TIMES` as many; they end when
+there is nothing left to do.
+
+Locks touched: the pool's own mutex, for dictionary work and starting threads only.
 """
 
 from __future__ import annotations
@@ -16,12 +21,18 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import NamedTuple
+
+from ninefuse.shares import Shares
 
 log = logging.getLogger(__name__)
 
 Job = Callable[[], None]
+
+MOST_TIMES = 8  # as many workers as asked for, where all are stuck
+_STUCK = 0.1  # seconds without a job's beginning
+_SPARE_TIME = 10.0  # seconds that a further worker waits for something to do
 
 
 class PoolStatistics(NamedTuple):
@@ -29,108 +40,120 @@ class PoolStatistics(NamedTuple):
 
     threads: int
     queued: int
-    held_back: int  # waiting in their inode's own queue
+    held_back: int  # waiting in their inode's or user's own queue
 
 
 class WorkerPool:
-    """A fixed number of threads that run jobs.
+    """Threads that run jobs.
 
     Args:
         threads: how many; 1 or more.
+        by_user: whether users are bounded, too.
     """
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, *, by_user: bool = False) -> None:
         if threads < 1:
             raise ValueError(f"a pool needs a thread, not {threads}")
-        self.limit_per_inode = max(1, threads // 2)
         self._mutex = threading.Lock()
-        self._admitted: dict[int, int] = {}  # inode -> jobs queued or running on it
-        self._held_back: dict[int, deque[Job]] = {}
+        half = max(1, threads // 2)
+        if by_user:
+            self._shares: Shares[Job] = Shares(max(1, half // 2), half)
+        else:
+            self._shares = Shares(half)
+        self.limit_per_inode = self._shares.for_inode
         # A worker is woken by a token and only then takes a job: it never has one in hand
         # while it runs another. A job is put into its deque before its token.
         self._resumed: deque[Job] = deque()
         self._submitted: deque[Job] = deque()
         self._queue: SimpleQueue[bool] = SimpleQueue()  # True: look for a job; False: end
-        # Signals are for the thread that waits for them (signals.py) and, for the timer
-        # of the device, for the dispatcher: a worker's system calls are not interrupted.
-        unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        try:
-            self._threads = [
-                threading.Thread(target=self._work, name=f"worker-{n}", daemon=True)
-                for n in range(threads)
-            ]
-            for thread in self._threads:
-                thread.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+        self._begun = 0  # jobs; of interest is whether it has changed
+        self._most = MOST_TIMES * threads
+        self._is_closed = False
+        self._is_watched = False  # whether somebody looks if the jobs queued are begun
+        self._look = threading.Event()
+        self._workers: set[threading.Thread] = set()
+        for n in range(threads):
+            self._start(f"worker-{n}", self._work)
+        self._watcher = threading.Thread(target=self._watch, name="pool watcher", daemon=True)
+        self._quietly(self._watcher)
 
-    def submit(self, job: Job, on: int | None = None) -> None:
-        """Run ``job`` on a worker, once the inode ``on`` has room. Never blocks.
+    def submit(self, job: Job, on: int | None = None, user: int | None = None) -> None:
+        """Run ``job`` on a worker, once the inode ``on`` and the user have room. Never blocks.
 
-        The job (or what it hands its place to) must call ``leave(on)`` at its end.
+        The job (or what it hands its place to) must call ``leave(on, user)`` at its end.
         """
-        if self.enter(job, on):
-            self._submitted.append(job)
-            self._queue.put(True)
+        if self.enter(job, on, user):
+            self._put(self._submitted, job)
 
-    def enter(self, job: Job, on: int | None) -> bool:
-        """Ask for one of the inode's places, for a job that is running already.
+    def enter(self, job: Job, on: int | None, user: int | None = None) -> bool:
+        """Ask for one of the places, for a job that is running already.
 
         Returns:
             True if it was given. False if all are taken: ``job`` then waits in the
-            inode's queue and will be run later, its place given.
+            inode's or the user's queue and will be run later, its place given.
         """
-        if on is None:
-            return True
         with self._mutex:
-            count = self._admitted.get(on, 0)
-            if count < self.limit_per_inode:
-                self._admitted[on] = count + 1
-                return True
-            self._held_back.setdefault(on, deque()).append(job)
-            return False
+            return self._shares.enter(job, on, user)
 
-    def leave(self, on: int | None) -> None:
-        """Give back a place of the inode; the next that waits for one gets it."""
-        if on is None:
-            return
+    def leave(self, on: int | None, user: int | None = None) -> None:
+        """Give back a place; the next that waits for one gets it."""
         with self._mutex:
-            waiting = self._held_back.get(on)
-            if not waiting:
-                self._admitted[on] -= 1
-                if not self._admitted[on]:
-                    del self._admitted[on]
-                return
-            job = waiting.popleft()
-            if not waiting:
-                del self._held_back[on]
-        self._submitted.append(job)
-        self._queue.put(True)
+            ready = self._shares.leave(on, user)
+        for job in ready:
+            self._put(self._submitted, job)
 
     def resume(self, job: Job) -> None:
         """Run ``job`` before all that is queued. Never blocks, never waits for room."""
-        self._resumed.append(job)
-        self._queue.put(True)
+        self._put(self._resumed, job)
 
     def close(self) -> None:
         """Let the workers finish everything that was submitted, then end them."""
-        for _ in self._threads:
+        with self._mutex:
+            self._is_closed = True
+            workers = list(self._workers)
+        self._look.set()
+        for _ in workers:
             self._queue.put(False)
-        for thread in self._threads:
+        for thread in [*workers, self._watcher]:
             thread.join()
 
     def statistics(self) -> PoolStatistics:
         """Queue lengths now."""
         with self._mutex:
-            held_back = sum(len(jobs) for jobs in self._held_back.values())
+            held_back = len(self._shares)
+            threads = len(self._workers)
         queued = len(self._submitted) + len(self._resumed)
-        return PoolStatistics(len(self._threads), queued, held_back)
+        return PoolStatistics(threads, queued, held_back)
+
+    def _put(self, jobs: deque[Job], job: Job) -> None:
+        jobs.append(job)
+        self._queue.put(True)
+        if not self._is_watched:
+            self._is_watched = True
+            self._look.set()
 
     def _work(self) -> None:
         while self._queue.get():
             self._run_next()
         # What running jobs still hand on now comes after the last token: whoever put it
         # there finds it here.
+        while self._run_next():
+            pass
+
+    def _work_for_a_while(self) -> None:
+        """As `_work`, of a further worker: it ends when there is nothing to do."""
+        while True:
+            try:
+                goes_on = self._queue.get(timeout=_SPARE_TIME)
+            except Empty:
+                with self._mutex:
+                    if not self._is_closed:
+                        self._workers.discard(threading.current_thread())
+                        return
+                continue  # it was counted among those that are told to end
+            if not goes_on:
+                break
+            self._run_next()
         while self._run_next():
             pass
 
@@ -144,9 +167,65 @@ class WorkerPool:
             except IndexError:  # another worker was quicker
                 if jobs is self._submitted:
                     return False
+        self._begun += 1
         try:
             job()
         except BaseException:
             # Jobs keep their own errors; whatever escapes one must not cost a worker.
             log.exception("a worker's job failed")
         return True
+
+    def _watch(self) -> None:
+        """Start more workers when those there are are stuck."""
+        while True:
+            self._look.wait()
+            self._look.clear()
+            begun = -1
+            while not self._is_closed:
+                queued = len(self._submitted) + len(self._resumed)
+                if not queued:
+                    break
+                if begun == self._begun:
+                    self._grow(queued)
+                begun = self._begun
+                self._look.wait(_STUCK)
+            if self._is_closed:
+                return
+            self._is_watched = False
+            # Put in since it was looked at, by one who believed it was being looked at.
+            if self._submitted or self._resumed:
+                self._is_watched = True
+                self._look.set()
+
+    def _grow(self, count: int) -> None:
+        with self._mutex:
+            before = len(self._workers)
+            for n in range(before, min(before + count, self._most)):
+                if not self._is_closed:
+                    self._start(f"worker-{n}", self._work_for_a_while)
+            now = len(self._workers)
+        if now > before:
+            log.info("all %d workers are stuck: there are %d now", before, now)
+
+    def _start(self, name: str, work: Callable[[], None]) -> None:
+        thread = threading.Thread(target=work, name=name, daemon=True)
+        self._workers.add(thread)
+        try:
+            self._quietly(thread)
+        except RuntimeError:  # no thread to be had
+            self._workers.discard(thread)
+            if work == self._work:
+                raise
+
+    @staticmethod
+    def _quietly(thread: threading.Thread) -> None:
+        """Start a thread with all signals blocked.
+
+        They are for the thread that waits for them (signals.py) and, for the timer of the
+        device, for the dispatcher: a worker's system calls are not interrupted.
+        """
+        unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            thread.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)

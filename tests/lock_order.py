@@ -6,8 +6,7 @@ await the mutexes and the fid table's lock, requests the rename lock. It is a vi
 
 * to take a lock while one of the same rank, or of a rank further in, is held;
 * to take the rename lock with any lock held, or twice for one request;
-* to wait for the semaphore of cleaners;
-* to begin or end a blocking call, or to await, with any lock held but the rename lock;
+* to ask for a call with any lock held, or to await with any held but the rename lock;
 * to make a system call with the fid table's lock held, or with one further in.
 
 Each is kept, and an AssertionError at once where a body or a call can raise it: `watching` fails
@@ -52,6 +51,7 @@ RANKS = {
     ("ninefuse.locks", "RWLock"): INNERMOST,  # the state of a read-write lock
     ("ninefuse.executor", "Executor"): INNERMOST,  # the registry of requests
     ("ninefuse.workers", "WorkerPool"): INNERMOST,
+    ("ninefuse.patience", "Patience"): INNERMOST,
     ("ninefuse.qids", "QidPaths"): INNERMOST,
     ("ninefuse.trace_file", "TraceFile"): INNERMOST,
     ("ninefuse.logs", "RepeatFilter"): INNERMOST,
@@ -110,6 +110,13 @@ class Watch:
         for rank, other, _ in self._held.get(get_ident(), ()):
             if rank >= TABLE:
                 self.refuse(f"{name} is called inside {other}")
+
+    def may_wait(self, request: executor.Request) -> None:
+        """A request is about to have a call made, which may be stuck for ever."""
+        for lock, owners in self._owners.items():
+            if request in owners:
+                text = f"{request.name} asks for a call inside the {lock.name}"
+                self.refuse(text, raising=False)
 
     def refuse(self, text: str, *, raising: bool = True) -> None:
         """Keep a violation, and raise it."""
@@ -219,7 +226,10 @@ class Watch:
             before = self._running.get(ident)
             self._running[ident] = request
             try:
-                return advance(driver, request, resume)
+                step = advance(driver, request, resume)
+                if step is executor.Step.CALL:
+                    self.may_wait(request)
+                return step
             finally:
                 if before is None:
                     del self._running[ident]
@@ -325,22 +335,6 @@ class _Mutex:
         self.release()
 
 
-class _Tickets:
-    """A semaphore that is tried and never waited for."""
-
-    def __init__(self, watch: Watch, count: int) -> None:
-        self._watch = watch
-        self._semaphore = threading.Semaphore(count)
-
-    def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
-        if blocking:
-            self._watch.refuse("somebody waits for a semaphore")
-        return self._semaphore.acquire(blocking=False)
-
-    def release(self) -> None:
-        self._semaphore.release()
-
-
 class _Threading:
     """The threading module, as ninefuse's modules see it."""
 
@@ -348,7 +342,7 @@ class _Threading:
         self._watch = watch
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("Barrier", "BoundedSemaphore", "Condition"):
+        if name in ("Barrier", "BoundedSemaphore", "Condition", "Semaphore"):
             self._watch.refuse(f"a {name} has no place in it")
         return getattr(threading, name)
 
@@ -360,9 +354,6 @@ class _Threading:
 
     def RLock(self) -> Any:
         return self._mutex(*_maker(sys._getframe(1)), reentrant=True)
-
-    def Semaphore(self, value: int = 1) -> Any:
-        return _Tickets(self._watch, value)
 
     def _mutex(self, module: str, kind: str, reentrant: bool) -> _Mutex:
         rank = RANKS.get((module, kind))

@@ -322,19 +322,32 @@ def test_of_two_who_open_a_node_again_the_second_closes(source: Path) -> None:
         assert client.session.fids.descriptors == 2
 
 
-def test_opening_again_waits_for_a_rename(source: Path) -> None:
-    """Between the two names there would be nothing to open."""
+def test_what_is_being_renamed_can_be_used_meanwhile(source: Path) -> None:
+    """Between the two names there would be nothing to open: it is opened before."""
     make_files(source, 2)
     with few_descriptors(source, 1000) as client:
         fid, _ = look_up_all(client)
         reclaim(client, fid)
         moving = Stepper(ops.renameat(client.session, ROOT, b"0000", ROOT, b"0001"))
         moving.after("_rename")
-        asking = Stepper(ops.getattr(client.session, fid.number))
-        asking.to_lock()
+        assert client.do(ops.getattr, fid.number).size == 0
         moving.finish()
-        assert asking.finish().size == 0
         assert client.place(fid.number)[1] == b"0001"
+
+
+def test_opening_again_is_tried_again_after_a_rename(source: Path) -> None:
+    """It had begun with the old name, before the file was kept open."""
+    make_files(source, 1)
+    with few_descriptors(source, 1000) as client:
+        (fid,) = look_up_all(client)
+        reclaim(client, fid)
+        (source / "0000").rename(source / "elsewhere")
+        asking = Stepper(ops.getattr(client.session, fid.number))
+        asking.after("reopen")  # which has failed
+        (source / "elsewhere").rename(source / "0000")
+        client.do(ops.renameat, ROOT, b"0000", ROOT, b"0001")
+        assert asking.finish().size == 0
+        assert asking.calls.count("reopen") == 2
 
 
 def test_reclaiming_waits_for_nobody_who_uses_names(source: Path) -> None:

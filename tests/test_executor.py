@@ -1270,9 +1270,8 @@ def test_slow_requests_say_what_they_hold_and_wait_for(
 ) -> None:
     """A line for each old request: its age, the locks it holds and what it waits for."""
     now = [1000]
-    monkeypatch.setattr(
-        executor_module, "time", SimpleNamespace(monotonic_ns=lambda: now[0] * 10**9)
-    )
+    clock = SimpleNamespace(monotonic_ns=lambda: now[0] * 10**9, monotonic=lambda: now[0])
+    monkeypatch.setattr(executor_module, "time", clock)
     gate, busy = threading.Event(), threading.Event()
     lock = RenameLock()
 

@@ -113,9 +113,6 @@ class Broken:
         with self.counts:
             vars(session)["stat_name"](-100, b"/")
 
-    def waiting_for_cleaners(self) -> None:
-        self.driver._cleaners.acquire()
-
     def unknown_lock(self) -> None:
         exec("threading.Lock()", vars(workers))
 
@@ -146,6 +143,13 @@ class Broken:
 
         self.driver.run_here(body())
 
+    def call_inside_the_rename_lock(self) -> None:
+        async def body() -> None:
+            async with self.session.rename_lock.reading:
+                await blocking(None, int)
+
+        self.driver.run_here(body())
+
     def await_inside_a_listing(self) -> None:
         async def body() -> None:
             with self.listing:
@@ -172,9 +176,9 @@ class Broken:
         (Broken.two_innermost, "mutex of QidPaths is taken inside mutex of Executor"),
         (Broken.system_call_inside_table, "stat is called inside fid table"),
         (Broken.our_own_system_call_inside_counts, "stat_name is called inside counts"),
-        (Broken.waiting_for_cleaners, "somebody waits for a semaphore"),
         (Broken.unknown_lock, "a lock of ninefuse.workers.<module> has no place in it"),
         (Broken.condition, "a Condition has no place in it"),
+        (Broken.call_inside_the_rename_lock, "direct asks for a call inside the rename lock"),
         (Broken.rename_lock_inside_counts, "rename lock is taken inside counts"),
         (Broken.rename_lock_twice, "rename lock is taken twice by direct"),
         (Broken.rename_lock_not_held, "rename lock is given back by direct"),
@@ -217,8 +221,9 @@ def test_owners_and_waiters_are_told() -> None:
         registry = NoThreading()._registry
 
         async def renaming() -> None:
+            await blocking(None, int)
             async with lock.writing:
-                await blocking(None, leave.wait, PATIENCE)
+                leave.wait(PATIENCE)
 
         async def walking() -> None:
             async with lock.reading:
@@ -237,6 +242,7 @@ def test_owners_and_waiters_are_told() -> None:
             await until(lambda: table.statistics().waiting)
             async with trio.open_nursery() as nursery:
                 await begin(nursery, driver, "rename", renaming())
+                await until(lambda: lock.statistics().writing)
                 await begin(nursery, driver, "walk", walking())
                 lines.append(watch.describe())
                 leave.set()

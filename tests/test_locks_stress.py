@@ -27,19 +27,18 @@ from typing import Any, TypeVar, cast
 import pytest
 import trio
 from helpers_executor import PATIENCE, begin, bounded, eager_switches, until
-from lock_order import Watch, watching
+from lock_order import RENAME, Watch, watching
 from mounting import SOAK
 from ops_helpers import ROOT, daemon_umask, no_leaks
 from ops_helpers import Client as DirectClient
 
 from ninefuse import executor, ops, sequences
-from ninefuse.commands import Body, Call, blocking
+from ninefuse.commands import Body, blocking
 from ninefuse.credentials import Caller
 from ninefuse.executor import Executor, SecondModel
 from ninefuse.fids import Node
 from ninefuse.locks import RenameLock
 from ninefuse.ops.directory import fitted, readdirplus
-from ninefuse.pace import Pace
 from ninefuse.session import Session
 from ninefuse.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
 from ninefuse.uring import Refused, Uring
@@ -60,30 +59,19 @@ LONGEST = 5.0  # seconds of one request, lock or wait
 # each client, and what runs in the background. (It is counted somewhat late.)
 OVERTAKEN = 2 * CLIENTS
 
-# The driver, and whether calls are made by workers alone (inline=off), or by chance by the
-# dispatcher, and by the engine.
+# The driver, and whether calls are made by workers alone (inline=off), or those that wait for
+# nobody by the dispatcher, and by the engine.
 SERVERS = ["none", "first", "second", "second-threads", "second-uring"]
 CASES = [("none", 1), *itertools.product(SERVERS[1:], (1, 2, 16))]
 
 
-class AnyWay(Pace):
-    """Has the dispatcher make a call, or not, by chance."""
-
-    def __init__(self, rng: random.Random) -> None:
-        super().__init__(lambda: True)
-        self._rng = rng
-
-    def is_here(self, call: Call, engine: bool = False) -> bool:
-        return call.may_be_here and self._rng.random() < 0.5
-
-
-def create(server: str, threads: int, rng: random.Random) -> Executor:
+def create(server: str, threads: int) -> Executor:
     """The driver, as mount.py puts it together."""
     model, _, engine = server.partition("-")
     driver = executor.create(model, threads)
     if engine:
         assert isinstance(driver, SecondModel)
-        driver.pace = AnyWay(rng)
+        driver.is_local = True
         if engine == "uring":
             driver.uring = Uring()
     return driver
@@ -99,8 +87,9 @@ def test_the_watchdog_says_who_has_and_who_awaits_what() -> None:
         driver = executor.create("second", 1)
 
         async def holds() -> None:
+            await blocking(None, int)
             async with lock.writing:
-                await blocking(None, gate.wait, PATIENCE)
+                gate.wait(PATIENCE)
 
         async def wants() -> None:
             async with lock.reading:
@@ -522,7 +511,7 @@ def test_fifty_clients(tmp_path: Path, server: str, threads: int, is_watched: bo
         around.enter_context(daemon_umask())
         around.enter_context(eager_switches())
         watch = around.enter_context(watching()) if is_watched else Watch()
-        driver = create(server, threads, random.Random(seed))
+        driver = create(server, threads)
         world = World(tmp_path, driver, seed)
         clients = [Client(world, number) for number in range(CLIENTS)]
 
@@ -568,5 +557,5 @@ def test_fifty_clients(tmp_path: Path, server: str, threads: int, is_watched: bo
     # A single worker is behind most of the time, and is left to catch up; not so in a long run.
     if isinstance(driver, SecondModel) and driver.uring is not None and (SOAK or threads > 1):
         assert driver.uring.count > 0
-    if server != "none":
-        assert waits["rename lock"].waits > 10, "nobody waited: this tested nothing"
+    if is_watched:
+        assert watch.taken[RENAME] > 100, "hardly anybody took it: this tested nothing"

@@ -29,6 +29,7 @@ from ninefuse.fids import Fid
 from ninefuse.ops import Changes
 from ninefuse.ops.directory import readdirplus
 from ninefuse.ops.names import AT_REMOVEDIR
+from ninefuse.ops.walk import KERNEL
 from ninefuse.qids import QTDIR, QTFILE, QTSYMLINK, Qid
 from ninefuse.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
 
@@ -566,20 +567,42 @@ def test_an_empty_directory_that_is_renamed_over_stays_usable(tree: Client) -> N
     assert names(tree.source / "e") == ["inner"]
 
 
-def test_a_rename_keeps_names_still_while_it_is_under_way(tree: Client) -> None:
-    """Others that make or use a name wait for it, and it for those before it."""
-    walking = Stepper(ops.walk(tree.session, ROOT, tree.new(), [b"d", b"inner"]))
-    walking.before("_step")
+def test_a_rename_under_way_keeps_nobody_waiting(tree: Client) -> None:
+    """It may be stuck in its directory for ever."""
     moving = Stepper(ops.renameat(tree.session, ROOT, b"d", ROOT, b"moved"))
-    moving.to_lock()
-    making = Stepper(ops.mkdir(tree.session, ROOT, b"new", 0o755))
-    making.to_lock()
-    assert walking.finish()[1] is not None
     moving.before("_rename")
-    assert making.waiting
+    _, found = tree.do(ops.walk, ROOT, tree.new(), [b"d", b"inner"])
+    assert found is not None
+    tree.do(ops.mkdir, ROOT, b"new", 0o755)
+    tree.do(ops.renameat, ROOT, b"one", ROOT, b"1")
     moving.finish()
-    making.finish()
-    assert names(tree.source) == ["e", "fifo", "link", "moved", "new", "one", "two"]
+    assert names(tree.source) == ["1", "e", "fifo", "link", "moved", "new", "two"]
+
+
+@pytest.mark.parametrize("is_told", [False, True])
+def test_who_saw_a_name_before_it_moved_looks_again(tree: Client, is_told: bool) -> None:
+    """Whether the rename has only been begun, or is over: its new place is remembered."""
+    one = tree.know("one")
+    tree.know("d")
+    moving = Stepper(ops.renameat(tree.session, ROOT, b"one", tree.know("d").number, b"1"))
+    moving.before("_rename")
+    # By a name that goes at the source, to the file that is being moved.
+    os.link(tree.source / "one", tree.source / "other")
+    walking = Stepper(ops.walk(tree.session, ROOT, KERNEL, [b"other"]))
+    walking.after("_step")
+    if is_told:
+        moving.finish()
+    else:
+        moving.after("_rename")
+    os.unlink(tree.source / "other")
+    if is_told:
+        with fails(errno.ENOENT):
+            walking.finish()
+    else:
+        assert walking.finish()[1] is one
+        moving.finish()
+    assert one.node.place is not None
+    assert one.node.place[1] == b"1"
 
 
 def test_a_rename_does_not_hold_up_data(tree: Client) -> None:

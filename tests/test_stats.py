@@ -90,7 +90,6 @@ SNAPSHOT: dict[str, Any] = {
     "fids": {"known": 51, "open": 11},
     "descriptors": {"open": 32, "nodes": 8},
     "memory": {"resident": 26_000_000},
-    "dispatcher": {"longest_call": 0.0021, "demotions": 3},
 }
 
 
@@ -132,7 +131,6 @@ def test_a_snapshot_is_read() -> None:
     assert (found.running, found.queued, found.held_back) == (7, 6, 5)
     assert (found.fids, found.open_fids, found.descriptors, found.nodes) == (51, 11, 32, 8)
     assert found.memory == 26_000_000
-    assert (found.longest_call, found.demotions) == (0.0021, 3)
     assert found.operations["lookup"] == Operation(
         10, {"ENOENT": 3}, 1, 18, {14.336: 5, 163.84: 4, 2621440.0: 1}
     )
@@ -257,7 +255,6 @@ def test_the_table() -> None:
     assert "fids        51, 11 of them open" in lines
     assert "descriptors 32, 8 of them for nodes" in lines
     assert "memory      26.0 MB" in lines
-    assert "dispatcher  longest call of its own 2.10 ms, demotions 3" in lines
     assert "rename lock       3  10.0 ms  4.00 ms  2 readers, 1 waiting" in lines
     assert "fid table         0      0 s      0 s  a writer" in lines
     assert any(re.fullmatch(r"\d\d:\d\d:\d\d, the 20\.0 s since the mount", x) for x in lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from helpers_executor import drive
 from mounting import Mount
 
@@ -22,18 +24,10 @@ from ninefuse.credentials import Caller
 from ninefuse.executor import Executor, Request, SecondModel
 from ninefuse.fids import OpenFile
 from ninefuse.ops import io
-from ninefuse.pace import Pace
 from ninefuse.session import Session
-from ninefuse.uring import Refused, Uring
+from ninefuse.uring import PLACES, Refused, Uring
 
 ME = Caller(os.geteuid(), os.getegid())
-
-
-class NeverHere(Pace):
-    """A pace that leaves no call to the dispatcher, so that all go to the engine."""
-
-    def is_here(self, call: Call, engine: bool = False) -> bool:
-        return False
 
 
 @pytest.fixture
@@ -54,7 +48,7 @@ def through(
 
     async def run(driver: Executor) -> None:
         assert isinstance(driver, SecondModel)
-        driver.pace, driver.uring = NeverHere(lambda: True), engine
+        driver.is_local, driver.uring = True, engine
         session = Session(driver)
         drivers.append(driver)
         root = os.open(source, os.O_PATH | os.O_DIRECTORY)
@@ -344,3 +338,150 @@ def test_with_it_synchronous_writes_cross_no_threads(
         "latency_us": {},
     }
     assert (mount.source / "file").stat().st_size == 50 * 4096
+
+
+# Shares
+
+
+class HoldingRing:
+    """A ring whose calls come back when a test lets them."""
+
+    def __init__(self) -> None:
+        self.in_flight = 0
+        self.tokens: list[object] = []
+        self.back: list[tuple[object, int, bytes | None]] = []
+
+    def write(self, token: object, *rest: object) -> None:
+        self.tokens.append(token)
+        self.in_flight += 1
+
+    def reap(self) -> list[tuple[object, int, bytes | None]]:
+        back, self.back = self.back, []
+        self.in_flight -= len(back)
+        return back
+
+    def let_go(self, request: Request) -> None:
+        self.tokens.remove(request)
+        self.back.append((request, 1, None))
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def holding() -> tuple[Uring, HoldingRing]:
+    try:
+        engine = Uring(by_user=True)
+    except Refused as reason:
+        pytest.skip(f"no io_uring here: {reason}")
+    engine._ring.close()
+    ring = HoldingRing()
+    engine._ring = ring  # type: ignore[assignment]
+    return engine, ring
+
+
+def writing(user: int | None) -> Request:
+    """A request that is about to write."""
+    body = ops.clunk(Session(SecondModel(1)), 1)
+    body.close()
+    request = Request(1, "write", body, user)
+    request.call = Call(7, io._write_fully, (3, b"x", 0))
+    return request
+
+
+def test_a_user_has_at_most_half_of_the_places(holding: tuple[Uring, HoldingRing]) -> None:
+    """What exceeds it waits, and is left to the workers when nothing of his comes back."""
+    engine, ring = holding
+    stuck = [writing(1001) for _ in range(PLACES)]
+    assert all(engine.start(request) for request in stuck)
+    assert len(ring.tokens) == PLACES // 2
+    assert engine.has_waiting()
+    other = writing(1002)
+    assert engine.start(other)
+    assert other in ring.tokens
+    # The other's come back, his do not.
+    assert engine.overdue() == stuck[PLACES // 2 :]
+    assert not engine.has_waiting()
+    assert not engine.start(writing(1001)), "his are stuck: a worker makes it"
+    ring.let_go(other)
+    assert engine.done() == [other]
+    # One of his does, so there is hope again.
+    ring.let_go(stuck[0])
+    assert engine.done() == [stuck[0]]
+    late, later = writing(1001), writing(1001)
+    assert engine.start(late)
+    assert late in ring.tokens
+    assert engine.start(later)
+    assert later not in ring.tokens
+    ring.let_go(stuck[1])
+    engine.done()
+    assert later in ring.tokens, "the place that came free is its own"
+    for request in list(ring.tokens):
+        assert isinstance(request, Request)
+        ring.let_go(request)
+    engine.done()
+    assert not engine._users, "nothing is kept of who asks for nothing"
+    assert engine._under_way == 0
+
+
+def test_root_may_have_all_places_and_others_wait_only_for_a_while(
+    holding: tuple[Uring, HoldingRing],
+) -> None:
+    engine, ring = holding
+    for _ in range(PLACES):
+        assert engine.start(writing(0))
+    assert len(ring.tokens) == PLACES
+    other = writing(1002)
+    assert engine.start(other)
+    assert other not in ring.tokens
+    assert engine.overdue() == [other]
+
+
+def test_what_moves_is_waited_for(holding: tuple[Uring, HoldingRing]) -> None:
+    engine, ring = holding
+    requests = [writing(1001) for _ in range(PLACES)]
+    for request in requests:
+        engine.start(request)
+    for request in requests[: PLACES // 2]:
+        ring.let_go(request)
+        engine.done()
+        assert engine.overdue() == []
+    assert not engine.has_waiting()
+
+
+def fill(fd: int) -> None:
+    """Write to a pipe until it takes no more."""
+    with contextlib.suppress(BlockingIOError):
+        while os.write(fd, bytes(1 << 16)):
+            pass
+
+
+def test_writes_that_are_stuck_keep_no_place_from_other_files(
+    engine: Uring, tmp_path: Path
+) -> None:
+    """A pipe that nobody reads keeps its writers; others' go on, by the workers in the end."""
+    pipes = [os.pipe() for _ in range(PLACES)]
+    for _, fd in pipes:
+        os.set_blocking(fd, False)
+        fill(fd)
+        os.set_blocking(fd, True)
+
+    async def scenario(driver: SecondModel, session: Session) -> None:
+        async with trio.open_nursery() as nursery:
+            for _, fd in pipes:
+                body = blocking(7, io._write_fully, fd, b"x", 0)
+                nursery.start_soon(driver.run, "stuck", body)
+            await trio.testing.wait_all_tasks_blocked()
+            handle = await create(driver, session, b"file")
+            for number in range(5):
+                assert await driver.run("write", ops.write(session, handle, number, b"x")) == 1
+            for fd, _ in pipes:
+                os.read(fd, 1 << 16)
+
+    try:
+        through(engine, tmp_path, scenario)
+    finally:
+        for ends in pipes:
+            for fd in ends:
+                os.close(fd)
+    assert (tmp_path / "file").read_bytes() == b"xxxxx"

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from helpers_executor import PATIENCE, bounded, eager_switches, passed
 
+from ninefuse import workers
 from ninefuse.workers import WorkerPool
 
 STUCK = 7  # an inode whose calls hang
@@ -24,9 +25,9 @@ OTHER = 8
 
 
 @contextmanager
-def workers(threads: int) -> Iterator[WorkerPool]:
+def pool_of(threads: int, *, by_user: bool = False) -> Iterator[WorkerPool]:
     """A pool that is closed at the end, unless the test fails: then its jobs may be stuck."""
-    pool = WorkerPool(threads)
+    pool = WorkerPool(threads, by_user=by_user)
     yield pool
     bounded(pool.close)
 
@@ -79,8 +80,8 @@ def assert_all_places_free(pool: WorkerPool, on: int) -> None:
     passed(late)
     rest(pool)
     assert pool.statistics().held_back == 0
-    assert pool._admitted == {}, "something is remembered of inodes that nothing runs on"
-    assert pool._held_back == {}
+    assert not pool._shares._taken, "something is remembered of inodes that nothing runs on"
+    assert not pool._shares._waiting
 
 
 def test_a_pool_needs_a_thread() -> None:
@@ -99,7 +100,7 @@ def test_jobs_run_on_all_workers_at_once() -> None:
         idents.add(threading.get_ident())
         meeting.wait(PATIENCE)
 
-    with workers(4) as pool:
+    with pool_of(4) as pool:
         for _ in range(4):
             pool.submit(job)
         meeting.wait(PATIENCE)
@@ -118,7 +119,7 @@ def test_one_inode_gets_at_most_half_of_the_pool(threads: int, half: int) -> Non
     running = threading.Semaphore(0)
     count = Counter[str]()
 
-    with workers(threads) as pool:
+    with pool_of(threads) as pool:
 
         def stuck() -> None:
             count["stuck"] += 1
@@ -147,7 +148,7 @@ def test_jobs_on_no_inode_may_take_the_whole_pool() -> None:
     """The bound is for inodes; a job on None needs no place and has none to give back."""
     meeting = threading.Barrier(5)
 
-    with workers(4) as pool:
+    with pool_of(4) as pool:
 
         def job() -> None:
             meeting.wait(PATIENCE)
@@ -163,7 +164,7 @@ def test_held_back_jobs_are_served_in_order() -> None:
     gate = threading.Event()
     order: list[int] = []
 
-    with workers(2) as pool:  # half is one: jobs on one inode run one after the other
+    with pool_of(2) as pool:  # half is one: jobs on one inode run one after the other
 
         def job(n: int) -> None:
             passed(gate)
@@ -185,7 +186,7 @@ def test_inodes_are_counted_apart() -> None:
     running = threading.Semaphore(0)
     count = Counter[int]()
 
-    with workers(4) as pool:
+    with pool_of(4) as pool:
 
         def stuck(on: int) -> None:
             count[on] += 1
@@ -212,7 +213,7 @@ def test_the_bound_holds_under_load() -> None:
     most = Counter[int]()
     done = threading.Semaphore(0)
 
-    with workers(4) as pool, eager_switches():
+    with pool_of(4) as pool, eager_switches():
 
         def job(on: int | None) -> None:
             if on is not None:
@@ -239,7 +240,7 @@ def test_the_bound_holds_under_load() -> None:
 
 def test_a_running_job_enters_and_leaves() -> None:
     """A job that finds no place ends and frees its worker; the job it left runs with the place."""
-    with workers(4) as pool:
+    with pool_of(4) as pool:
         gate = threading.Event()
         entered = threading.Semaphore(0)
         refused = threading.Semaphore(0)
@@ -272,7 +273,7 @@ def test_a_running_job_enters_and_leaves() -> None:
 
 def test_a_place_can_be_handed_on() -> None:
     """The place belongs to whoever calls leave, on whatever thread: not to a worker."""
-    with workers(2) as pool:
+    with pool_of(2) as pool:
         there = threading.Event()
         pool.submit(there.set, STUCK)  # it keeps its place
         passed(there)
@@ -298,7 +299,7 @@ def test_resumed_jobs_run_before_queued_ones() -> None:
         busy.set()
         passed(gate)
 
-    with workers(1) as pool:
+    with pool_of(1) as pool:
         pool.submit(occupy)
         passed(busy)
         for name in ("queued 1", "queued 2"):
@@ -314,7 +315,7 @@ def test_resumed_jobs_run_before_queued_ones() -> None:
 
 def test_a_resumed_job_wakes_an_idle_worker() -> None:
     """No job needs to be submitted for a resumed one to run."""
-    with workers(2) as pool:
+    with pool_of(2) as pool:
         for _ in range(100):
             done = threading.Event()
             pool.resume(done.set)
@@ -326,7 +327,7 @@ def test_a_resumed_job_runs_beside_jobs_that_hang() -> None:
     """A resumed job does not wait for a place, nor for the other workers."""
     gate, busy, done = threading.Event(), threading.Event(), threading.Event()
 
-    with workers(2) as pool:
+    with pool_of(2) as pool:
 
         def stuck() -> None:
             busy.set()
@@ -355,7 +356,7 @@ def test_a_resumed_job_that_hangs_holds_up_no_queued_job() -> None:
         hanging.set()
         passed(gate)
 
-    with workers(2) as pool:
+    with pool_of(2) as pool:
         for n in range(2):
             pool.submit(partial(occupy, n))
         started(busy, 2)
@@ -383,7 +384,7 @@ def test_a_job_that_raises_costs_no_worker(
         idents.append(threading.get_ident())
         raise error("on purpose")
 
-    with workers(1) as pool:
+    with pool_of(1) as pool:
         pool.submit(fail)
         pool.resume(fail)
         pool.submit(fail)
@@ -491,7 +492,7 @@ def test_a_job_handed_on_while_the_pool_is_closed_still_runs(
         ran.append("leave")
         pool.leave(STUCK)
 
-    with workers(2) as pool:
+    with pool_of(2) as pool:
         pool.submit(first, STUCK)
         passed(begun)
         if how == "leave":
@@ -512,7 +513,7 @@ def test_an_idle_worker_keeps_nothing_of_its_last_job() -> None:
     def use(data: Data) -> None:
         assert data is not None
 
-    with workers(1) as pool:
+    with pool_of(1) as pool:
         for hand_over in (pool.submit, pool.resume):
             data = Data()
             alive = weakref.ref(data)
@@ -536,7 +537,7 @@ def test_signals_are_blocked_in_workers() -> None:
     def scenario() -> None:  # on a thread of its own: the mask is the thread's
         mine = {signal.SIGUSR1, signal.SIGWINCH}
         signal.pthread_sigmask(signal.SIG_SETMASK, mine)
-        with workers(2) as pool:
+        with pool_of(2) as pool:
             pool.submit(job)
             pool.resume(job)
         assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == mine
@@ -546,3 +547,112 @@ def test_signals_are_blocked_in_workers() -> None:
     for mask in masks:
         assert {int(getattr(signal, name)) for name in wanted} <= mask
     assert len(masks) == 2
+
+
+# Users
+
+
+@pytest.mark.parametrize(
+    ("threads", "for_user", "for_inode"), [(1, 1, 1), (3, 1, 1), (4, 2, 1), (16, 8, 4)]
+)
+def test_a_user_gets_at_most_half_of_the_pool(threads: int, for_user: int, for_inode: int) -> None:
+    """And half of that for one inode; of root's there is no bound but an inode's."""
+    with pool_of(threads, by_user=True) as pool:
+        for _ in range(2):  # once more after all was given back
+            for inode in range(for_user):
+                assert pool.enter(pytest.fail, inode, 1001)
+            late = threading.Event()
+            assert not pool.enter(late.set, 100, 1001)
+            assert not pool.enter(late.set, None, 1001)
+            assert all(pool.enter(pytest.fail, 200 + n, 0) for n in range(2 * threads))
+            assert pool.enter(pytest.fail, 300, 1002)
+            for _ in range(for_inode):
+                assert pool.enter(pytest.fail, 400, 0)
+            assert not pool.enter(late.set, 400, 0)
+            for inode in range(for_user):
+                pool.leave(inode, 1001)
+            passed(late)
+            rest(pool)
+            pool.leave(100, 1001)
+            pool.leave(None, 1001)
+            for n in range(2 * threads):
+                pool.leave(200 + n, 0)
+            pool.leave(300, 1002)
+            for _ in range(for_inode + 1):
+                pool.leave(400, 0)
+            rest(pool)
+        assert not pool._shares._taken
+        assert not pool._shares._waiting
+
+
+# Growth
+
+
+def test_where_all_are_stuck_more_are_started_and_end_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So that nobody waits for longer than that takes, up to a bound."""
+    monkeypatch.setattr(workers, "_SPARE_TIME", 0.05)
+    gate = threading.Event()
+    with pool_of(2) as pool:
+        for _ in range(2):
+            pool.submit(lambda: passed(gate))
+        for count in range(5):
+            other = threading.Event()
+            pool.submit(other.set)
+            passed(other)
+            pool.submit(lambda: passed(gate))
+            assert pool.statistics().threads > 2 + count
+        for _ in range(100):
+            pool.submit(lambda: passed(gate))
+        deadline = time.monotonic() + PATIENCE
+        while pool.statistics().threads < 2 * workers.MOST_TIMES:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(3 * workers._STUCK)
+        assert pool.statistics().threads == 2 * workers.MOST_TIMES
+        gate.set()
+        while pool.statistics().threads > 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        late = threading.Event()
+        pool.submit(late.set)
+        passed(late)
+
+
+def _pass_and_note(gate: threading.Event, done: list[int], number: int) -> None:
+    passed(gate)
+    done.append(number)
+
+
+def test_a_grown_pool_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All its threads, those that are just about to end among them."""
+    monkeypatch.setattr(workers, "_SPARE_TIME", 0.001)
+    monkeypatch.setattr(workers, "_STUCK", 0.005)
+    before = threading.active_count()
+    for _ in range(20):
+        gate, done = threading.Event(), list[int]()
+        pool = WorkerPool(1)
+        for number in range(6):
+            pool.submit(partial(_pass_and_note, gate, done, number))
+        deadline = time.monotonic() + PATIENCE
+        while pool.statistics().threads < 6:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        gate.set()
+        bounded(pool.close)
+        assert sorted(done) == list(range(6))
+        assert threading.active_count() == before
+
+
+def test_who_has_nothing_to_do_is_not_woken() -> None:
+    """The watcher sleeps once all that was queued has begun."""
+    with pool_of(2) as pool:
+        once = threading.Event()
+        pool.submit(once.set)
+        passed(once)
+        deadline = time.monotonic() + PATIENCE
+        while pool._is_watched:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert not pool._look.is_set()

@@ -11,12 +11,12 @@ import stat as st
 import time
 from typing import NamedTuple
 
-from ninefuse.commands import blocking, blocking_elsewhere
+from ninefuse.commands import blocking, brief
 from ninefuse.credentials import keeping_bits
 from ninefuse.fids import OpenFile, error
 from ninefuse.ops.io import sync_path
 from ninefuse.ops.names import rename_within
-from ninefuse.session import PERMISSIONS, Session, check_offset, path_of
+from ninefuse.session import PERMISSIONS, Session, check_offset, path_of, patiently
 from ninefuse.syscalls import Attributes, SetTime, set_times, stat_descriptor
 
 _A_SECOND = 1_000_000_000  # nanoseconds
@@ -48,7 +48,7 @@ async def getattr(session: Session, fid: int, on: int | None = None) -> Attribut
     Source: Tgetattr of 9P2000.L.
     """
     async with session.using(fid) as use:
-        return await blocking(use.node.path if on is None else on, stat_descriptor, use.fd)
+        return await brief(use.node.path if on is None else on, stat_descriptor, use.fd)
 
 
 stat = getattr  # Tstat of 9P2000.u: the same question
@@ -83,12 +83,13 @@ async def setattr(session: Session, fid: int, changes: Changes) -> None:
             await blocking(on, _chown, path, uid, gid)
         if changes.size is not None:
             check_offset(changes.size)
-            use.node.emptied = True
+            size = changes.size
             if isinstance(use.fid.opened, OpenFile) and use.fid.opened.writable:
-                await blocking(on, os.ftruncate, use.fid.opened.fd, changes.size)
+                await blocking(on, os.ftruncate, use.fid.opened.fd, size)
             else:
-                # Whoever holds a lease on the file has it wait (fcntl(2), F_SETLEASE).
-                await blocking_elsewhere(on, os.truncate, path, changes.size)
+                if use.node.kind != st.S_IFREG:
+                    raise error(errno.EISDIR if use.node.kind == st.S_IFDIR else errno.EINVAL)
+                await patiently(lambda: blocking(on, _truncate, path, size))
         if changes.atime is not None or changes.mtime is not None:
             atime = SetTime.OMIT if changes.atime is None else changes.atime
             mtime = SetTime.OMIT if changes.mtime is None else changes.mtime
@@ -142,6 +143,15 @@ async def statfs(session: Session, fid: int) -> os.statvfs_result:
     """
     async with session.using(fid) as use:
         return await blocking(use.node.path, os.statvfs, use.fd)
+
+
+def _truncate(path: str, size: int) -> None:
+    # truncate(2) would wait for whoever holds a lease on the file (fcntl(2), F_SETLEASE).
+    fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    try:
+        os.ftruncate(fd, size)
+    finally:
+        os.close(fd)
 
 
 def _chmod(path: str, mode: int) -> None:

@@ -11,13 +11,14 @@ import stat
 import sys
 from typing import NamedTuple
 
-from ninefuse.commands import blocking
+from ninefuse.commands import blocking, brief
 from ninefuse.fids import Fid, OpenDirectory, error
 from ninefuse.identity import Mark
-from ninefuse.session import Session
+from ninefuse.session import MOST_TRIES, Session
 from ninefuse.syscalls import Attributes, DirectoryEntry, stat_descriptor
 
 _MOST_ENTRIES = 1024  # in a reply with attributes
+_AT_ONCE = 64  # of which so many are noted while the rename lock is held
 
 
 class EntryPlus(NamedTuple):
@@ -76,14 +77,13 @@ async def readdirplus(session: Session, fid: int, offset: int) -> list[EntryPlus
     use = session.fids.get(fid)
     try:
         directory = _open_directory_of(use)
-        async with session.rename_lock.reading:
-            while True:
-                found = await _entries(use, directory, offset, sys.maxsize, directory.fits)
-                entries = await _entries_plus(session, use, directory, found)
-                # None where all of them have gone since they were read is not the end.
-                if entries or not found:
-                    return entries
-                offset = found[-1].offset
+        while True:
+            found = await _entries(use, directory, offset, sys.maxsize, directory.fits)
+            entries = await _entries_plus(session, use, directory, found)
+            # None where all of them have gone since they were read is not the end.
+            if entries or not found:
+                return entries
+            offset = found[-1].offset
     finally:
         session.fids.put(use)
 
@@ -115,10 +115,17 @@ async def _entries_plus(
 ) -> list[EntryPlus]:
     entries: list[EntryPlus] = []
     try:
-        for entry in found:
-            plus = await _entry_plus(session, use, directory, entry)
-            if plus is not None:
-                entries.append(plus)
+        for at in range(0, len(found), _AT_ONCE):
+            piece = found[at : at + _AT_ONCE]
+            for tries in range(MOST_TRIES, 0, -1):
+                moves = session.rename_lock.moves
+                looks = [await _look_at(session, use, directory, entry) for entry in piece]
+                async with session.rename_lock.reading:
+                    # Else names were moved since they were looked at: perhaps these.
+                    if moves == session.rename_lock.moves or tries == 1:
+                        for look in filter(None, looks):
+                            entries.append(_entry_plus(session, use, look))  # noqa: PERF401
+                        break
     except BaseException:
         # No reply will tell of the lookups counted so far.
         session.fids.forget([(e.fid.number, 1) for e in entries if e.fid is not None])
@@ -126,33 +133,48 @@ async def _entries_plus(
     return entries
 
 
-async def _entry_plus(
+class _Look(NamedTuple):
+    """What was seen of an entry."""
+
+    entry: DirectoryEntry
+    attributes: Attributes | None = None
+    mark: Mark = None
+
+
+async def _look_at(
     session: Session, use: Fid, directory: OpenDirectory, entry: DirectoryEntry
-) -> EntryPlus | None:
+) -> _Look | None:
     if entry.name == b"..":
-        return EntryPlus(entry.name, entry.offset, entry.ino, entry.type, None, None)
+        return _Look(entry)
     if entry.name == b".":
         return await _stat_itself(use, directory, entry)
     return await _walk_entry(session, use, directory, entry)
 
 
-async def _stat_itself(use: Fid, directory: OpenDirectory, entry: DirectoryEntry) -> EntryPlus:
+async def _stat_itself(use: Fid, directory: OpenDirectory, entry: DirectoryEntry) -> _Look:
     """getattr of the directory, for its own entry."""
-    attributes = await blocking(use.node.path, stat_descriptor, directory.fd)
-    return EntryPlus(entry.name, entry.offset, entry.ino, entry.type, attributes, None)
+    return _Look(entry, await brief(use.node.path, stat_descriptor, directory.fd))
 
 
 async def _walk_entry(
     session: Session, use: Fid, directory: OpenDirectory, entry: DirectoryEntry
-) -> EntryPlus | None:
+) -> _Look | None:
     """walk to an entry and getattr of it, which are a single call; None if it has gone."""
     on = use.node.path
-    ino, offset, kind, name = entry
     try:
-        attributes, mark = await blocking(on, _stat_entry, session, directory.fd, name)
+        return _Look(entry, *await blocking(on, _stat_entry, session, directory.fd, entry.name))
     except FileNotFoundError:
         return None  # removed since it was read
     except OSError:
+        return _Look(entry)
+
+
+def _entry_plus(session: Session, use: Fid, look: _Look) -> EntryPlus:
+    """What the reply says of an entry that was seen; a lookup is counted."""
+    (ino, offset, kind, name), attributes, mark = look
+    if name in (b".", b".."):
+        return EntryPlus(name, offset, ino, kind, attributes, None)
+    if attributes is None:
         # A dead mount, say, or one that is somebody else's: it has a name all the same.
         # Nothing is known of it by the number it is shown with, so a forget of that is
         # passed over.

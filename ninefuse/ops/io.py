@@ -1,7 +1,6 @@
 """Open files: lopen, lcreate, read, write, fsync, lock, getlock.
 
-Locks touched: the rename lock, read, by lcreate. None around reads, writes and syncs: a
-file whose data is slow holds up nothing else.
+Locks touched: none: a file whose data is slow holds up nothing else.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import struct
 from enum import IntEnum
 from typing import NamedTuple
 
-from ninefuse.commands import blocking, blocking_unless
+from ninefuse.commands import blocking, blocking_unless, brief
 from ninefuse.credentials import Caller, acting_as, may_have_setgid, needs_acting
 from ninefuse.fids import AttributeRead, AttributeWrite, Fid, OpenDirectory, OpenFile, error
 from ninefuse.identity import Mark
@@ -27,6 +26,7 @@ from ninefuse.session import (
     check_new_name,
     check_offset,
     path_of,
+    patiently,
 )
 from ninefuse.syscalls import Attributes, stat_descriptor
 
@@ -70,18 +70,18 @@ async def lopen(session: Session, fid: int, flags: int, caller: Caller | None = 
         opened: OpenFile | OpenDirectory
         try:
             if kind == stat.S_IFDIR:
-                opened = OpenDirectory(await blocking(on, _open_directory, use.fd))
+                opened = OpenDirectory(await brief(on, _open_directory, use.fd))
             else:
                 kept = flags & _KEPT_FLAGS
-                if kept & os.O_TRUNC:
-                    use.node.emptied = True
-                fd = await blocking_unless(on, _open_file_now, _open_file, use.fd, kept)
+                fd = await patiently(
+                    lambda: blocking_unless(on, _open_file_now, _open_file, use.fd, kept)
+                )
                 opened = OpenFile(fd, kept, _writer(kept, caller))
         except BaseException:
             session.fids.unclaim()
             raise
         try:
-            attributes = await blocking(on, stat_descriptor, use.fd)
+            attributes = await brief(on, stat_descriptor, use.fd)
             session.fids.open(use.fid, opened)
         except BaseException:
             await blocking(on, session.fids.close_open, opened.fd)
@@ -111,13 +111,11 @@ async def lcreate(
             the checks that opening takes (the kernel does so by itself); EROFS; the
             errors of open(2).
 
-    Locks: the rename lock, read.
-
     Source: Tlcreate of 9P2000.L.
     """
     check_new_name(name)
     session.writable()
-    async with session.rename_lock.reading, session.using(fid, locked=True) as use:
+    async with session.using(fid) as use:
         if use.fid.opened is not None:
             raise error(errno.EINVAL)
         check_directory(use.node)
@@ -357,25 +355,26 @@ def _open_directory(fd: int) -> int:
 
 
 def _open_file_now(fd: int, flags: int) -> int:
-    """Open a file unless somebody's lease on it keeps openers waiting (fcntl(2))."""
-    if flags & os.O_TRUNC:  # which may take its time
-        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-    opened = _open_file(fd, flags | os.O_NONBLOCK)
-    if not flags & os.O_NONBLOCK:
-        os.set_blocking(opened, True)
-    return opened
+    """`_open_file`, unless it may take its time."""
+    if flags & os.O_TRUNC:
+        raise error(errno.EAGAIN)
+    return _open_file(fd, flags)
 
 
 def _open_file(fd: int, flags: int) -> int:
+    """Open a file; EAGAIN if somebody's lease on it keeps openers waiting (fcntl(2))."""
     path = path_of(fd)
-    flags |= os.O_CLOEXEC | os.O_NOCTTY
+    wanted = flags | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
     try:
-        return os.open(path, flags)
+        opened = os.open(path, wanted)
     except PermissionError:
         # O_NOATIME is for owners only; a daemon that is not the owner reads without.
         if not flags & os.O_NOATIME:
             raise
-        return os.open(path, flags & ~os.O_NOATIME)
+        opened = os.open(path, wanted & ~os.O_NOATIME)
+    if not flags & os.O_NONBLOCK:
+        os.set_blocking(opened, True)
+    return opened
 
 
 def _create_file(

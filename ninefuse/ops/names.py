@@ -1,7 +1,7 @@
 """Making, moving and removing names: mkdir, mknod, symlink, link, rename, unlinkat.
 
-Locks touched: the rename lock, written by rename and renameat, read by the others. It
-is taken at the entry of each operation and nowhere below.
+Locks touched: the rename lock, written by rename and renameat, before a name is moved and
+after, and read by link, which notes a place. Never around a call.
 """
 
 from __future__ import annotations
@@ -49,8 +49,6 @@ async def mkdir(
     Raises:
         OSError: EEXIST; ENOTDIR; EROFS; the errors of mkdir(2).
 
-    Locks: the rename lock, read.
-
     Source: Tmkdir of 9P2000.L.
     """
     return await _make(session, dirfid, name, _mkdir, mode & PERMISSIONS, caller)
@@ -77,8 +75,6 @@ async def mknod(
     Raises:
         OSError: EEXIST; ENOTDIR; EROFS; the errors of mknod(2).
 
-    Locks: the rename lock, read.
-
     Source: Tmknod of 9P2000.L.
     """
     return await _make(session, dirfid, name, _mknod, mode & 0xFFFF, rdev, caller)
@@ -92,8 +88,6 @@ async def symlink(
     Raises:
         OSError: EEXIST; EINVAL, a zero byte in the target; ENOTDIR; EROFS; the errors of
             symlink(2).
-
-    Locks: the rename lock, read.
 
     Source: Tsymlink of 9P2000.L.
     """
@@ -126,23 +120,20 @@ async def link(
         OSError: EEXIST; ENOENT, the file has no name left; EPERM, a directory; EXDEV;
             EROFS; the errors of link(2).
 
-    Locks: the rename lock, read.
+    Locks: the rename lock, read, to remember the name.
 
     Source: Tlink of 9P2000.L.
     """
     check_new_name(name)
     session.writable()
-    async with (
-        session.rename_lock.reading,
-        session.using(dirfid, locked=True) as directory,
-        session.using(fid, locked=True) as file,
-    ):
+    async with session.using(dirfid) as directory, session.using(fid) as file:
         check_directory(directory.node)
         if file.node.kind == stat.S_IFDIR:
             raise error(errno.EPERM)
         await blocking(directory.node.path, _link, file.fd, directory.fd, name, caller)
         if remember:
-            file.node.place = directory.node, name
+            async with session.rename_lock.reading:
+                file.node.place = directory.node, name
         await session.settle(directory.node)
 
 
@@ -165,11 +156,7 @@ async def rename(session: Session, fid: int, dirfid: int, name: bytes) -> None:
     """
     _check_moved_name(name)
     session.writable()
-    async with (
-        session.rename_lock.writing,
-        session.using(fid, locked=True) as file,
-        session.using(dirfid, locked=True) as directory,
-    ):
+    async with session.using(fid) as file, session.using(dirfid) as directory:
         await _move_node(session, file.node, directory.node, name, 0)
 
 
@@ -182,10 +169,10 @@ async def rename_within(session: Session, fid: int, name: bytes) -> None:
     Locks: the rename lock, written.
     """
     check_new_name(name)
-    async with session.rename_lock.writing, session.using(fid, locked=True) as file:
+    async with session.using(fid) as file:
         if file.node.place is None:
             raise error(errno.EBUSY)
-        async with session.using_node(file.node.place[0], locked=True) as directory:
+        async with session.using_node(file.node.place[0]) as directory:
             await _move_node(session, file.node, directory, name, RENAME_NOREPLACE)
 
 
@@ -222,11 +209,7 @@ async def renameat(
     _check_moved_name(oldname)
     _check_moved_name(newname)
     session.writable()
-    async with (
-        session.rename_lock.writing,
-        session.using(olddirfid, locked=True) as old,
-        session.using(newdirfid, locked=True) as new,
-    ):
+    async with session.using(olddirfid) as old, session.using(newdirfid) as new:
         await _move_name(session, old.node, oldname, new.node, newname, flags, caller)
 
 
@@ -243,8 +226,6 @@ async def unlinkat(session: Session, dirfid: int, name: bytes, flags: int = 0) -
         OSError: EINVAL, other flags or ``.``; ENOTEMPTY, ``..``; EROFS; the errors of
             unlink(2) and rmdir(2).
 
-    Locks: the rename lock, read.
-
     Source: Tunlinkat of 9P2000.L.
     """
     if flags & ~AT_REMOVEDIR:
@@ -255,7 +236,7 @@ async def unlinkat(session: Session, dirfid: int, name: bytes, flags: int = 0) -
     if name == b"..":
         raise error(errno.ENOTEMPTY)
     session.writable()
-    async with session.rename_lock.reading, session.using(dirfid, locked=True) as use:
+    async with session.using(dirfid) as use:
         directory = use.node
         check_directory(directory)
         async with session.keeping(directory, name):
@@ -274,7 +255,7 @@ async def _make(
 ) -> Qid:
     check_new_name(name)
     session.writable()
-    async with session.rename_lock.reading, session.using(dirfid, locked=True) as use:
+    async with session.using(dirfid) as use:
         check_directory(use.node)
         attributes = await blocking(use.node.path, make, use.fd, name, *args)
         await session.settle(use.node)
@@ -284,14 +265,16 @@ async def _make(
 async def _move_node(
     session: Session, node: Node, directory: Node, name: bytes, flags: int
 ) -> None:
-    if node.place is None:
-        raise error(errno.EBUSY)
-    above, oldname = node.place
-    async with session.using_node(above, locked=True) as parent:
-        if not node.shows(await blocking(parent.path, session.stat_name, parent.fd, oldname)):
-            raise error(errno.ESTALE)
-        await _move_name(session, parent, oldname, directory, name, flags)
-    node.place = directory, name
+    async def move() -> None:
+        if node.place is None:
+            raise error(errno.EBUSY)
+        above, oldname = node.place
+        async with session.using_node(above) as parent:
+            if not node.shows(await blocking(parent.path, session.stat_name, parent.fd, oldname)):
+                raise error(errno.ESTALE)
+            await _move_name(session, parent, oldname, directory, name, flags, node=node)
+
+    await session.unless_moved(move)
 
 
 async def _move_name(
@@ -302,26 +285,30 @@ async def _move_name(
     newname: bytes,
     flags: int,
     caller: Caller | None = None,
+    node: Node | None = None,
 ) -> None:
+    """Move a name, and tell the nodes of what was moved: those that the kernel knows, and one."""
     check_directory(old)
     check_directory(new)
-    async with session.keeping(new, newname):
+    lock = session.rename_lock
+    # Both keep their descriptors, so that nobody needs their places while these are in doubt.
+    async with (
+        session.keeping(old, oldname) as moved,
+        session.keeping(new, newname) as replaced,
+    ):
+        async with lock.writing:
+            lock.moves += 1
         await blocking(old.path, _rename, old.fd, oldname, new.fd, newname, flags, caller)
-    await _note_place(session, new, newname)
-    if flags == RENAME_EXCHANGE:
-        await _note_place(session, old, oldname)
+        async with lock.writing:
+            lock.moves += 1
+            for one in (moved, node):
+                if one is not None and one.place is not None:
+                    one.place = new, newname
+            if flags & RENAME_EXCHANGE and replaced is not None and replaced.place is not None:
+                replaced.place = old, oldname
     await session.settle(old)
     if new is not old:
         await session.settle(new)
-
-
-async def _note_place(session: Session, directory: Node, name: bytes) -> None:
-    """Tell the node of a moved file where it is now."""
-    try:
-        attributes = await blocking(directory.path, session.stat_name, directory.fd, name)
-    except OSError:
-        return  # gone again, by somebody else's hand
-    session.fids.seen(attributes, directory, name)
 
 
 def _mkdir(directory: int, name: bytes, mode: int, caller: Caller | None) -> Attributes:

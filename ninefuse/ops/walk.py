@@ -1,6 +1,6 @@
 """Getting from fid to fid, and giving fids back: walk, walkgetattr, clunk, remove.
 
-Locks touched: the rename lock, read, by a walk of names and by remove.
+Locks touched: the rename lock, read, by a walk of names, where it notes what it has found.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ import errno
 import os
 import stat
 
-from ninefuse.commands import blocking
+from ninefuse.commands import blocking, blocking_unless
 from ninefuse.credentials import may_set_gid_bit, spending_as
 from ninefuse.fids import AttributeWrite, Fid, Node, error
+from ninefuse.identity import Mark
 from ninefuse.qids import Qid, qid_of
-from ninefuse.session import Session, Use, check_component, check_directory
-from ninefuse.syscalls import Attributes, open_step, stat_descriptor
+from ninefuse.session import MOST_TRIES, Session, Use, check_component, check_directory
+from ninefuse.syscalls import Attributes, open_cached, open_step, stat_descriptor
 
 MAXWELEM = 16  # names in one walk
 KERNEL = None  # a walk to the fid by which the kernel knows the file, counting a lookup
@@ -92,7 +93,7 @@ async def _walk_names(
     """A walk of one name or more, and the attributes of what they lead to."""
     for name in names:
         check_component(name, illegal=errno.ENOENT)
-    async with session.rename_lock.reading, session.using(fid, locked=True) as use:
+    async with session.using(fid) as use:
         check_directory(use.node)
         if newfid == fid and use.fid.opened is not None:
             raise error(errno.EINVAL)
@@ -105,22 +106,106 @@ async def _steps(
     fids = session.fids
     qids: list[Qid] = []
     node = use.node
+    fid: Fid | None = None
     attributes: Attributes | None = None
     fids.pin(node)
     try:
-        for name in names:
-            try:
-                below, seen = await blocking(node.path, _step, session, node, name)
-            except OSError:
-                if not qids:
-                    raise
+        for count, name in enumerate(names, 1):
+            # What it arrives at: a walk that does not get to the last name makes no fid.
+            start = use.fid if count == len(names) else None
+            found = await _look(session, node, name, start, newfid, is_first=not qids)
+            if found is None:
                 return qids, None, None
             fids.unpin(node)
-            node, attributes = below, seen
-            qids.append(qid_of(node.path, seen))
-        return qids, _arrive(session, use.fid, newfid, node), attributes
+            node, fid, attributes = found
+            qids.append(qid_of(node.path, attributes))
+        return qids, fid, attributes
     finally:
         fids.unpin(node)
+
+
+async def _look(
+    session: Session,
+    node: Node,
+    name: bytes,
+    start: Fid | None,
+    newfid: int | None,
+    *,
+    is_first: bool,
+) -> tuple[Node, Fid | None, Attributes] | None:
+    """One step of a walk: the node below, pinned, its fid if ``start`` is given, its attributes.
+
+    None where there is no way on from any but the first.
+    """
+    fids, lock = session.fids, session.rename_lock
+
+    async def ask() -> tuple[Node, Attributes]:
+        return await blocking_unless(node.path, _step_now, _step, session, node, name)
+
+    tries = MOST_TRIES
+    while True:
+        tries -= 1
+        moves = lock.moves
+        try:
+            below, attributes = await session.unless_moved(ask)
+        except OSError:
+            if is_first:
+                raise
+            return None
+        try:
+            async with lock.reading:
+                # Else something was moved since it was seen: perhaps this.
+                if moves == lock.moves or not tries:
+                    fids.seen(attributes, node, name)
+                    fid = None if start is None else _arrive(session, start, newfid, below)
+                    return below, fid, attributes
+        except BaseException:
+            fids.unpin(below)
+            raise
+        fids.unpin(below)
+
+
+def _step_now(session: Session, node: Node, name: bytes) -> tuple[Node, Attributes]:
+    """`_step`, if the source's file system has the name in memory and nobody has to be asked.
+
+    Raises:
+        OSError: EAGAIN, it has not, or more has to be done; ENOENT and the like, it has.
+    """
+    fids = session.fids
+    check_directory(node)
+    if name in (b".", b".."):
+        there = node.place[0] if name == b".." and node.place is not None else node
+        try:
+            if not fids.pin(there):
+                raise error(errno.EAGAIN)
+            return there, stat_descriptor(there.fd)
+        except BaseException:
+            fids.unpin(there)
+            raise
+    if not session.descriptors.have_room:
+        raise error(errno.EAGAIN)
+    fd = open_cached(node.fd, name)
+    known = None
+    try:
+        attributes = stat_descriptor(fd)
+        known = fids.known(attributes)
+        if known is not None and fids.pin(known):
+            # That one's descriptor keeps the file, so closing this one frees nothing.
+            os.close(fd)
+            fids.drop(known)
+            return known, attributes
+        if not fids.devices.has_births(attributes):
+            raise error(errno.EAGAIN)
+    except BaseException:
+        if known is not None:
+            fids.unpin(known)
+            fids.drop(known)
+        session.defer(os.close, fd)  # the last of a removed file takes its time
+        raise
+    if known is not None:
+        fids.unpin(known)
+        fids.drop(known)
+    return _found(session, node, name, fd, attributes, attributes.birth), attributes
 
 
 def _step(session: Session, node: Node, name: bytes) -> tuple[Node, Attributes]:
@@ -145,7 +230,6 @@ def _step(session: Session, node: Node, name: bytes) -> tuple[Node, Attributes]:
         has = fids.pin(known)
         fids.drop(known)
         if has:
-            fids.seen(attributes, node, name)
             return known, attributes
         fids.unpin(known)
     session.descriptors.make_room(node)
@@ -158,11 +242,19 @@ def _step(session: Session, node: Node, name: bytes) -> tuple[Node, Attributes]:
     except OSError:
         os.close(fd)
         raise
-    below = fids.new_node(attributes, fd, (node, name), mark)
+    return _found(session, node, name, fd, attributes, mark), attributes
+
+
+def _found(
+    session: Session, parent: Node, name: bytes, fd: int, attributes: Attributes, mark: Mark
+) -> Node:
+    """A node for what a name leads to, pinned; the descriptor is its own from now on."""
+    fids = session.fids
+    below = fids.new_node(attributes, fd, (parent, name), mark)
     fids.pin(below)
     fids.drop(below)
     session.descriptors.note()
-    return below, attributes
+    return below
 
 
 def _arrive(session: Session, start: Fid, newfid: int | None, node: Node) -> Fid | None:
@@ -229,28 +321,26 @@ async def remove(session: Session, fid: int) -> None:
         OSError: EROFS; EBUSY for the root; ESTALE, the file is not where it was last
             seen; the errors of unlink(2) and rmdir(2).
 
-    Locks: the rename lock, read.
-
     Source: remove(5) of Plan 9.
     """
     gone = session.fids.remove(fid)
     try:
         session.writable()
-        async with session.rename_lock.reading:
-            node = gone.node
-            if node.place is None:
-                raise error(errno.EBUSY)
-            above, name = node.place
-            async with (
-                session.using_node(node, locked=True),
-                session.using_node(above, locked=True) as parent,
-            ):
-                # Another node of the file may be the one that the kernel knows it by.
-                async with session.keeping(parent, name):
-                    await blocking(parent.path, _remove_if_same, session, parent.fd, name, node)
-                await session.settle(parent)
+        async with session.using_node(gone.node):
+            await session.unless_moved(lambda: _remove_by_place(session, gone.node))
     finally:
         session.fids.put(gone)
+
+
+async def _remove_by_place(session: Session, node: Node) -> None:
+    if node.place is None:
+        raise error(errno.EBUSY)
+    above, name = node.place
+    async with session.using_node(above) as parent:
+        # Another node of the file may be the one that the kernel knows it by.
+        async with session.keeping(parent, name):
+            await blocking(parent.path, _remove_if_same, session, parent.fd, name, node)
+        await session.settle(parent)
 
 
 def _remove_if_same(session: Session, directory: int, name: bytes, node: Node) -> None:

@@ -48,8 +48,7 @@ class Snapshot:
 
     time: Unix time. uptime: seconds since it was mounted. operations: by callback. running,
     queued, held_back: requests now. fids, open_fids; descriptors, of which nodes are the ones
-    that stand for files; memory: resident, in bytes. longest_call: seconds, of those that the
-    dispatcher made itself; demotions: how often a kind of call was sent to the workers for that.
+    that stand for files; memory: resident, in bytes.
     """
 
     ninefuse: str
@@ -70,8 +69,6 @@ class Snapshot:
     descriptors: int
     nodes: int
     memory: int
-    longest_call: float
-    demotions: int
 
 
 class _Fields:
@@ -140,7 +137,6 @@ def parse(text: str) -> Snapshot:
                 f"knows {VERSION} only: update ninefuse, and mount anew"
             )
         requests, fids = top.fields("requests"), top.fields("fids")
-        dispatcher = top.fields("dispatcher")
         descriptors = top.fields("descriptors")
         return Snapshot(
             ninefuse=top.text("ninefuse"),
@@ -164,8 +160,6 @@ def parse(text: str) -> Snapshot:
             descriptors=descriptors.integer("open"),
             nodes=descriptors.integer("nodes"),
             memory=top.fields("memory").integer("resident"),
-            longest_call=dispatcher.seconds("longest_call"),
-            demotions=dispatcher.integer("demotions"),
         )
     except (ValueError, RecursionError) as error:
         raise Problem(f"the attribute {ATTRIBUTE} holds no counters: {error}") from None

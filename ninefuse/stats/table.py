@@ -24,11 +24,6 @@ def table(period: Period, rows: int | None = None) -> list[str]:
         ("fids", f"{end.fids}, {end.open_fids} of them open"),
         ("descriptors", f"{end.descriptors}, {end.nodes} of them for nodes"),
         ("memory", f"{end.memory / 1e6:.1f} MB"),
-        (
-            "dispatcher",
-            f"longest call of its own {_duration(end.longest_call * 1e6)}, "
-            f"demotions {end.demotions}",
-        ),
     ]
     lines = [
         f"{_shortened(end.source, 36)} on {_shortened(end.mountpoint, 36)}",

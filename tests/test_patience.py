@@ -1,0 +1,208 @@
+"""Bodies that try again after a while, and files on which somebody holds a lease."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import trio
+from helpers_executor import PATIENCE, begin, drive, passed, until
+from mounting import Child, Mount, wait_until
+from ops_helpers import ROOT, fails
+
+from ninefuse import ops, patience, sequences, session
+from ninefuse.commands import later
+from ninefuse.credentials import Caller
+from ninefuse.executor import Executor
+from ninefuse.patience import Patience
+from ninefuse.session import Session, patiently
+
+ME = Caller(os.geteuid(), os.getegid())
+
+
+def test_what_waits_goes_on_and_the_thread_ends() -> None:
+    waiting, events = Patience(), [threading.Event() for _ in range(3)]
+    before = threading.active_count()
+    for event in events:
+        waiting.wait(event.set, 1001)
+    for event in events:
+        passed(event)
+    deadline = time.monotonic() + PATIENCE
+    while threading.active_count() > before:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert len(waiting) == 0
+    again = threading.Event()
+    waiting.wait(again.set, None)
+    passed(again)
+
+
+def test_a_user_with_many_keeps_no_other_waiting() -> None:
+    """Few of each are let go on in a tick, in turn."""
+    waiting, order, over = Patience(), [], threading.Event()
+
+    def note(user: int) -> Callable[[], None]:
+        def resumed() -> None:
+            order.append(user)
+            if len(order) == 102:
+                over.set()
+
+        return resumed
+
+    for _ in range(100):
+        waiting.wait(note(1001), 1001)
+    for _ in range(2):
+        waiting.wait(note(1002), 1002)
+    passed(over)
+    first = Counter(order[: patience._AT_ONCE + 2])
+    assert first == {1001: patience._AT_ONCE, 1002: 2}
+
+
+@pytest.mark.parametrize("model", ["none", "first", "second"])
+def test_a_body_tries_until_it_succeeds(model: str) -> None:
+    """And, under a threading model, keeps no thread meanwhile."""
+    tries = [0]
+
+    async def ask() -> str:
+        tries[0] += 1
+        if tries[0] < 4:
+            raise BlockingIOError(errno.EAGAIN, "a lease")
+        return "done"
+
+    async def scenario(executor: Executor) -> None:
+        assert await executor.run("open", patiently(ask)) == "done"
+
+    drive(model, 1, scenario)
+    assert tries == [4]
+
+
+def test_it_gives_up_where_nobody_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server below the source may answer EAGAIN for ever."""
+    monkeypatch.setattr(session, "_GRACE", 0.2)
+    monkeypatch.setattr(session, "_lease_break_time", lambda: 0)
+
+    async def ask() -> None:
+        raise BlockingIOError(errno.EAGAIN, "for ever")
+
+    async def scenario(executor: Executor) -> None:
+        with fails(errno.EAGAIN):
+            await executor.run("open", patiently(ask))
+
+    drive("second", 1, scenario)
+
+
+def test_a_request_that_waits_says_so() -> None:
+    gate = [False]
+
+    async def waiter() -> None:
+        while not gate[0]:
+            await later()
+
+    async def scenario(executor: Executor) -> None:
+        async with trio.open_nursery() as nursery:
+            await begin(nursery, executor, "open", waiter())
+            assert any("waits for another try" in line for line in executor.slow_requests(0))
+            gate[0] = True
+
+    drive("second", 1, scenario)
+
+
+# Leases
+
+
+class Leased:
+    """A file on which this process holds a lease."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.write_bytes(b"data")
+        self._fd = os.open(path, os.O_RDWR)
+        fcntl.fcntl(self._fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+
+    def give_back(self) -> None:
+        # Children that were forked meanwhile have the descriptor, too.
+        if self._fd >= 0:
+            fcntl.fcntl(self._fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+            os.close(self._fd)
+            self._fd = -1
+
+
+@pytest.fixture
+def lease() -> Iterator[Callable[[Path], Leased]]:
+    """Makes files with leases; who wants one of them is heard of, and left waiting."""
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)
+    made: list[Leased] = []
+
+    def make(path: Path) -> Leased:
+        made.append(Leased(path))
+        return made[-1]
+
+    yield make
+    for leased in made:
+        leased.give_back()
+    signal.signal(signal.SIGIO, before)
+
+
+@pytest.mark.parametrize("model", ["first", "second", "second-local"])
+@pytest.mark.parametrize("what", ["open", "open to empty", "truncate"])
+def test_a_lease_keeps_no_worker(
+    lease: Callable[[Path], Leased], tmp_path: Path, model: str, what: str
+) -> None:
+    """Nor anybody but who wants the file, on a pool of one thread; he has it in the end."""
+
+    leased = lease(tmp_path / "file")
+
+    async def scenario(executor: Executor) -> None:
+        if model == "second-local":
+            executor.is_local = True  # type: ignore[attr-defined]
+        session = Session(executor)
+        await executor.run("attach", ops.attach(session, ROOT, str(tmp_path)))
+        fid, _ = await executor.run("lookup", sequences.lookup(session, ROOT, b"file"))
+        if what == "truncate":
+            changes = ops.Changes(size=0)
+            body = sequences.setattr(session, fid.number, None, changes)
+        else:
+            flags = os.O_RDWR | (os.O_TRUNC if "empty" in what else 0)
+            body = sequences.open_fid(session, fid.number, flags, ME)  # type: ignore[assignment]
+        async with trio.open_nursery() as nursery:
+            opening = await begin(nursery, executor, "open", body)
+            for _ in range(20):
+                await executor.run("getattr", ops.getattr(session, ROOT))
+                await executor.run("mkdir", ops.mkdir(session, ROOT, b"d%d" % _, 0o755))
+            assert not opening.over
+            leased.give_back()
+            await until(lambda: opening.over)
+            assert opening.error is None
+        session.fids.clear()
+
+    drive(model.partition("-")[0], 1, scenario)
+
+
+def test_opening_leased_files_on_a_mount_stops_nobody(
+    new_mount: Callable[..., Mount], lease: Callable[[Path], Leased]
+) -> None:
+    """More of them than there are workers; and each is opened when its lease is given back."""
+    mount = new_mount("--threads", "2")
+    held = [lease(mount.source / f"leased{number}") for number in range(8)]
+    with ExitStack() as stack:
+        children = [
+            stack.enter_context(Child((mount.path / leased.path.name).read_bytes))
+            for leased in held
+        ]
+        wait_until(lambda: mount.counters().under_way >= 8, "eight opens under way")
+        for number in range(20):
+            (mount.path / f"new{number}").write_bytes(b"new")
+            assert (mount.source / f"new{number}").read_bytes() == b"new"
+        assert not any(child.done() for child in children)
+        for leased in held:
+            leased.give_back()
+        assert [child.result() for child in children] == [b"data"] * 8

@@ -17,7 +17,7 @@ from ops_helpers import leak_free as leak_free
 from ops_helpers import source as source
 
 from ninefuse import credentials, ops
-from ninefuse.credentials import Caller, acting_as, keeping_bits, settle
+from ninefuse.credentials import Caller, acting_as, settle
 from ninefuse.ops import Changes
 
 pytestmark = pytest.mark.usefixtures("leak_free")
@@ -311,7 +311,7 @@ def test_acting_for_somebody_does_not_bring_laid_down_capabilities_back(tmp_path
     assert not (before | inside) & (FSETID | SYS_RESOURCE)
 
 
-# keeping_bits
+# The right to keep bits
 
 
 @needs_root
@@ -336,17 +336,19 @@ def test_the_right_to_keep_the_bit_ends_with_the_block() -> None:
     """Also by an exception; where it is there already, nothing changes."""
 
     def keep() -> None:
-        before = effective()
-        with keeping_bits():
+        for who in (None, Caller(0, 0)):
+            with acting_as(who):
+                before = effective()
+            settle()
+            with acting_as(who):
+                assert effective() == before & ~(FSETID | SYS_RESOURCE)
+            before = effective()
+            with acting_as(who, bits=True):
+                assert effective() == before | FSETID
             assert effective() == before
-        settle()
-        before = effective()
-        with keeping_bits():
-            assert effective() == before | FSETID
-        assert effective() == before
-        with pytest.raises(OSError, match="broken"), keeping_bits():
-            raise OSError(errno.EIO, "broken")
-        assert effective() == before
+            with pytest.raises(OSError, match="broken"), acting_as(who, bits=True):
+                raise OSError(errno.EIO, "broken")
+            assert effective() == before
 
     on_a_thread(keep)
 
@@ -362,9 +364,10 @@ def test_a_right_that_is_not_permitted_is_not_asked_for() -> None:
             c._replace(effective=without & c.effective, permitted=without)
         )
         before = identity()
-        with keeping_bits():
+        for who in (None, Caller(0, 0)):
+            with acting_as(who, bits=True):
+                assert identity() == before
             assert identity() == before
-        assert identity() == before
 
     on_a_thread(keep)
 

@@ -60,10 +60,11 @@ OWN = _CAP_FOWNER  # as if one were its owner
 CHANGE = _CAP_CHOWN | _CAP_FOWNER | _CAP_FSETID
 LABEL = ENTER | _CAP_FOWNER | _CAP_FSETID | _CAP_SETFCAP  # with extended attributes
 
-_IF_DIRECTORY = 1 << 62
+_IF_DIRECTORY, _IF_STICKY = 1 << 62, 1 << 63
 PASS = ENTER | _IF_DIRECTORY  # if it is a directory
+TAKE = _CAP_FOWNER | _IF_STICKY  # away from its directory, if that is sticky
 
-_ALL = (1 << 64) - 1
+_ALL = (1 << 62) - 1
 _OVER_FILES = ENTER | CHANGE | LABEL  # capabilities that are tied to inodes
 # Of a caller of whom no more is known than the ids. The kernel has checked the groups; what
 # the sticky bit and ownership say needs none. CAP_MKNOD is no matter of inodes: the kernel's
@@ -287,20 +288,25 @@ def _read(path: str) -> bytes:
 def _granted(capabilities: int, pid: int, over: tuple[tuple[int, int, bytes], ...]) -> int:
     """What of its capabilities a caller in another user namespace has for a call.
 
-    It has them over files whose owner and group are both known there (user_namespaces(7)).
+    It has them over files whose owner and group are both known there (user_namespaces(7)); to
+    stand for a file's owner, but in a sticky directory, the owner is enough.
     """
     uids, gids = _map(pid, "uid"), _map(pid, "gid")
     asked = 0
     for wanted, fd, name in over:
         asked |= wanted
+        if wanted & _IF_STICKY and not stat_descriptor(fd).mode & stat.S_ISVTX:
+            continue
         try:
             a = stat_name(fd, name) if name else stat_descriptor(fd)
         except FileNotFoundError:
             continue  # nobody's
         if wanted & _IF_DIRECTORY and not stat.S_ISDIR(a.mode):
             continue
-        if not (_knows(uids, a.uid) and _knows(gids, a.gid)):
+        if not _knows(uids, a.uid):
             capabilities &= ~wanted
+        elif not _knows(gids, a.gid):
+            capabilities &= ~wanted if wanted & _IF_STICKY else ~wanted | _CAP_FOWNER
     return capabilities & asked
 
 

@@ -12,7 +12,7 @@ import stat
 from collections.abc import Callable
 
 from ninefuse.commands import blocking
-from ninefuse.credentials import ENTER, MAKE, OWN, PASS, Caller, acting_as
+from ninefuse.credentials import ENTER, MAKE, OWN, PASS, TAKE, Caller, acting_as
 from ninefuse.fids import Node, error
 from ninefuse.qids import Qid
 from ninefuse.session import (
@@ -355,15 +355,17 @@ def _link(file: int, directory: int, name: bytes, caller: Caller | None) -> None
 def _rename(
     old: int, oldname: bytes, new: int, newname: bytes, flags: int, caller: Caller | None
 ) -> None:
-    over = [(ENTER, old, b""), (OWN, old, oldname), (ENTER, new, b""), (OWN, new, newname)]
+    over = [(ENTER, old, b""), (TAKE, old, oldname), (ENTER, new, b""), (TAKE, new, newname)]
     if old != new:  # a directory that moves has its ".." written
-        over += [(PASS, old, oldname), (PASS, new, newname)]
+        over.append((PASS, old, oldname))
+        if flags == RENAME_EXCHANGE:
+            over.append((PASS, new, newname))
     with acting_as(caller, *over):
         rename_names(old, oldname, new, newname, flags)
 
 
 def _remove(directory: int, name: bytes, is_directory: bool, caller: Caller | None) -> None:
-    with acting_as(caller, (ENTER, directory, b""), (OWN, directory, name)):
+    with acting_as(caller, (ENTER, directory, b""), (TAKE, directory, name)):
         if is_directory:
             os.rmdir(name, dir_fd=directory)
         else:

@@ -129,14 +129,14 @@ def _get_capabilities(pid: int = 0) -> _Capabilities:
     header = _HEADER.pack(_CAPABILITY_VERSION_3, pid) if pid else _OWN_HEADER
     if _libc.capget(header, sets):
         raise _failure()
-    low = _SETS.unpack(sets.raw)
-    return _Capabilities(low[0] | low[3] << 32, low[1] | low[4] << 32, low[2] | low[5] << 32)
+    e, p, i, high_e, high_p, high_i = _SETS.unpack(sets)
+    return _Capabilities(e | high_e << 32, p | high_p << 32, i | high_i << 32)
 
 
 def _set_capabilities(c: _Capabilities) -> None:
-    low = [part & 0xFFFFFFFF for part in c]
-    high = [part >> 32 for part in c]
-    if _libc.capset(_OWN_HEADER, _SETS.pack(*low, *high)):
+    e, p, i = c
+    low = 0xFFFFFFFF
+    if _libc.capset(_OWN_HEADER, _SETS.pack(e & low, p & low, i & low, e >> 32, p >> 32, i >> 32)):
         raise _failure()
 
 

@@ -25,7 +25,7 @@ import pyfuse3
 
 from ninefuse import ops, sequences
 from ninefuse.commands import Body
-from ninefuse.credentials import Caller, may_see_trusted
+from ninefuse.credentials import Caller
 from ninefuse.executor import Executor
 from ninefuse.fids import FIRST_HANDLE, Fid
 from ninefuse.ops.directory import fitted
@@ -144,11 +144,12 @@ class Adapter(pyfuse3.Operations):
         return self._entry(*await self._answer("link", body, ctx.uid))
 
     async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        body = ops.unlinkat(self._session, parent_inode, name)
+        body = ops.unlinkat(self._session, parent_inode, name, 0, self._caller(ctx))
         await self._answer("unlink", body, ctx.uid)
 
     async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        body = ops.unlinkat(self._session, parent_inode, name, AT_REMOVEDIR)
+        caller = self._caller(ctx)
+        body = ops.unlinkat(self._session, parent_inode, name, AT_REMOVEDIR, caller)
         await self._answer("rmdir", body, ctx.uid)
 
     async def rename(
@@ -197,7 +198,7 @@ class Adapter(pyfuse3.Operations):
         if changes == ops.Changes():
             changes = changes._replace(ctime=True)  # a chown to nobody: it moves that at least
         handle = None if fh is None else _fid(fh)
-        body = sequences.setattr(self._session, inode, handle, changes)
+        body = sequences.setattr(self._session, inode, handle, changes, self._caller(ctx))
         return self._attributes(inode, await self._answer("setattr", body, ctx.uid))
 
     async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
@@ -260,7 +261,7 @@ class Adapter(pyfuse3.Operations):
     # Directories
 
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
-        body = sequences.open_fid(self._session, inode, os.O_DIRECTORY)
+        body = sequences.open_fid(self._session, inode, os.O_DIRECTORY, self._caller(ctx))
         handle = _handle(await self._answer("opendir", body, ctx.uid))
         self._openers[handle] = ctx.uid
         return handle
@@ -301,21 +302,17 @@ class Adapter(pyfuse3.Operations):
         self._need_xattr()
         if inode == ROOT_NODEID and name == STATISTICS:
             return self._statistics()
-        body = sequences.getxattr(self._session, inode, name)
+        body = sequences.getxattr(self._session, inode, name, self._caller(ctx))
         return await self._answer("getxattr", body, ctx.uid)
 
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
         self._need_xattr()
-        body = sequences.listxattr(self._session, inode)
+        body = sequences.listxattr(self._session, inode, self._caller(ctx))
         names = await self._answer("listxattr", body, ctx.uid)
         if inode == ROOT_NODEID:
             # Where the source has an attribute of that name it cannot be reached.
             names = [name for name in names if name != STATISTICS]
-        others = [name for name in names if not name.startswith(b"trusted.")]
-        # A daemon of root sees all; the source shows these to those who have CAP_SYS_ADMIN.
-        if len(others) == len(names) or may_see_trusted(self._caller(ctx)):
-            return names
-        return others
+        return names
 
     async def setxattr(
         self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext
@@ -328,7 +325,7 @@ class Adapter(pyfuse3.Operations):
     async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
         self._need_xattr()
         _refuse_statistics(inode, name)
-        body = sequences.removexattr(self._session, inode, name)
+        body = sequences.removexattr(self._session, inode, name, self._caller(ctx))
         await self._answer("removexattr", body, ctx.uid)
 
     # What all callbacks share

@@ -79,6 +79,7 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
     signals.block()
     credentials.settle()
     credentials.leave_groups()
+    credentials.look_apart()
     os.umask(0)  # the callers' count; see credentials.py
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

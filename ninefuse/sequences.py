@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import time
 from collections.abc import Awaitable, Sequence
 from typing import TypeVar
@@ -40,11 +41,30 @@ async def forget(session: Session, forgets: Sequence[tuple[int, int]]) -> int:
 
 
 async def setattr(
-    session: Session, nodeid: int, handle: int | None, changes: ops.Changes
+    session: Session,
+    nodeid: int,
+    handle: int | None,
+    changes: ops.Changes,
+    caller: Caller | None = None,
 ) -> Attributes:
-    """setattr on the open fid if there is one, getattr."""
-    await ops.setattr(session, nodeid if handle is None else handle, changes)
-    return await ops.getattr(session, nodeid)
+    """setattr on the open fid if there is one, getattr.
+
+    With an owner or a size the kernel sends the mode that a file has without its set-id bits,
+    too. The source takes them away itself, from whom it would. Any other mode (a server in the
+    kernel sends all changes at once) is set after.
+    """
+    fid = nodeid if handle is None else handle
+    mode = changes.mode
+    if mode is None or (changes.uid, changes.gid, changes.size) == (None, None, None):
+        await ops.setattr(session, fid, changes, caller)
+        return await ops.getattr(session, nodeid)
+    await ops.setattr(session, fid, changes._replace(mode=None), caller)
+    attributes = await ops.getattr(session, nodeid)
+    decided = 0 if attributes.kind == stat.S_IFDIR else stat.S_ISUID | stat.S_ISGID
+    if (mode ^ stat.S_IMODE(attributes.mode)) & ~decided:
+        await ops.setattr(session, fid, ops.Changes(mode=mode), caller)
+        attributes = await ops.getattr(session, nodeid)
+    return attributes
 
 
 async def mkdir(
@@ -111,11 +131,13 @@ async def statfs(session: Session) -> os.statvfs_result:
     return await ops.statfs(session, ROOT_NODEID)
 
 
-async def getxattr(session: Session, nodeid: int, name: bytes) -> bytes:
+async def getxattr(
+    session: Session, nodeid: int, name: bytes, caller: Caller | None = None
+) -> bytes:
     """xattrwalk to a fid of its own, read, clunk."""
     if name == _CAPABILITY and session.attr_timeout:
         return await _read_capability(session, nodeid)
-    return await _read_attribute(session, nodeid, name)
+    return await _read_attribute(session, nodeid, name, caller)
 
 
 async def _read_capability(session: Session, nodeid: int) -> bytes:
@@ -141,9 +163,9 @@ async def _read_capability(session: Session, nodeid: int) -> bytes:
         session.fids.put(fid)
 
 
-async def listxattr(session: Session, nodeid: int) -> list[bytes]:
+async def listxattr(session: Session, nodeid: int, caller: Caller | None = None) -> list[bytes]:
     """xattrwalk without a name, read, clunk."""
-    return (await _read_attribute(session, nodeid, b"")).split(b"\0")[:-1]
+    return (await _read_attribute(session, nodeid, b"", caller)).split(b"\0")[:-1]
 
 
 async def setxattr(
@@ -156,11 +178,13 @@ async def setxattr(
     await ops.clunk(session, clone)
 
 
-async def removexattr(session: Session, nodeid: int, name: bytes) -> None:
+async def removexattr(
+    session: Session, nodeid: int, name: bytes, caller: Caller | None = None
+) -> None:
     """walk to a clone, xattrcreate to remove, clunk: which removes it."""
     clone = session.fids.new_number()
     await ops.walk(session, nodeid, clone)
-    removing = ops.xattrcreate(session, clone, name, 0, remove=True)
+    removing = ops.xattrcreate(session, clone, name, 0, remove=True, caller=caller)
     await _or_clunk(session, clone, removing)
     await ops.clunk(session, clone)
 
@@ -179,9 +203,11 @@ async def _lcreate(
     return handle, fid, await _attributes(session, fid)
 
 
-async def _read_attribute(session: Session, nodeid: int, name: bytes) -> bytes:
+async def _read_attribute(
+    session: Session, nodeid: int, name: bytes, caller: Caller | None = None
+) -> bytes:
     attribute = session.fids.new_number()
-    size = await ops.xattrwalk(session, nodeid, attribute, name)
+    size = await ops.xattrwalk(session, nodeid, attribute, name, caller)
     try:
         return await ops.read(session, attribute, 0, size)
     finally:

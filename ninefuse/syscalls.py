@@ -433,6 +433,34 @@ def detached_mount(kind: bytes) -> int:
         os.close(context)
 
 
+_SYS_FACCESSAT2 = 439
+_AT_EACCESS = 0x200
+
+
+def check_execution(fd: int) -> None:
+    """Raise what execve(2) would for want of permission: the thread's effective one.
+
+    A kernel without faccessat2(2), before 5.8, is not asked.
+
+    Args:
+        fd: the file, O_PATH will do.
+
+    Raises:
+        OSError: EACCES, also where the file lies on what was mounted noexec.
+    """
+    try:
+        _syscall(
+            ctypes.c_long(_SYS_FACCESSAT2),
+            ctypes.c_long(fd),
+            ctypes.c_char_p(b""),
+            ctypes.c_long(os.X_OK),
+            ctypes.c_long(_AT_EACCESS | _AT_EMPTY_PATH),
+        )
+    except OSError as e:
+        if e.errno != errno.ENOSYS:
+            raise
+
+
 def without_mounts(directory: int) -> int:
     """A descriptor of the same directory, in which nothing is or will be mounted (open_tree(2)).
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import stat
 import threading
 from collections.abc import Callable, Iterator
@@ -17,7 +18,8 @@ from ops_helpers import leak_free as leak_free
 from ops_helpers import source as source
 
 from ninefuse import credentials, ops
-from ninefuse.credentials import Caller, acting_as, keeping_bits, settle
+from ninefuse.credentials import Caller, acting_as, settle
+from ninefuse.exitcodes import ExitCode
 from ninefuse.ops import Changes
 
 pytestmark = pytest.mark.usefixtures("leak_free")
@@ -253,6 +255,108 @@ def test_without_the_right_to_switch_nothing_is_switched(
     assert owner(tmp_path / "file") == Caller(os.geteuid(), os.getegid())
 
 
+# Whose process it is
+
+
+def look_at(become: Callable[[], object], ask: Callable[[int], T]) -> T:
+    """What is answered for a process, by its number, that has become somebody."""
+    ready, over = os.pipe(), os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            become()
+            os.write(ready[1], b"x")
+            os.read(over[0], 1)
+        finally:
+            os._exit(0)
+    os.close(ready[1])
+    try:
+        assert os.read(ready[0], 1) == b"x"
+        return ask(pid)
+    finally:
+        os.write(over[1], b"x")
+        os.waitpid(pid, 0)
+        for fd in (ready[0], *over):
+            os.close(fd)
+
+
+def as_somebody() -> None:
+    os.setgroups([7, 8, SOMEBODY.gid])
+    os.setresgid(SOMEBODY.gid, SOMEBODY.gid, SOMEBODY.gid)
+    os.setresuid(SOMEBODY.uid, SOMEBODY.uid, SOMEBODY.uid)
+
+
+@needs_root
+def test_a_callers_groups_and_capabilities_are_taken_on_and_given_back() -> None:
+    """Those of the very thread; a daemon's own are not the caller's."""
+
+    def inside(pid: int) -> tuple[str, ...]:
+        with acting_as(SOMEBODY._replace(pid=pid)):
+            return identity()
+
+    uids, gids, groups, _, capabilities = look_at(as_somebody, inside)
+    assert (uids, gids) == ("0\t0\t0\t12345", "0\t0\t0\t23456")
+    assert groups.split() == ["7", "8"]
+    assert int(capabilities, 16) == 0
+
+
+@needs_root
+def test_of_a_process_with_other_ids_nothing_is_taken() -> None:
+    """It could have the kernel ask so to be rid of groups that may less than others."""
+
+    def rights(who: Caller) -> Callable[[int], tuple[int, int]]:
+        permitted = credentials._get_capabilities().permitted
+
+        def ask(pid: int) -> tuple[int, int]:
+            found = credentials._rights_of(who._replace(pid=pid), permitted)
+            return found.capabilities & permitted, len(found.groups)
+
+        return ask
+
+    permitted = credentials._get_capabilities().permitted
+    checked = credentials._CHECKED & permitted
+    other = Caller(SOMEBODY.uid + 1, SOMEBODY.gid)
+    assert look_at(as_somebody, rights(SOMEBODY)) == (0, 2)
+    assert look_at(as_somebody, rights(other)) == (0, 0)
+    # Nobody becomes root by such a trick: a file system that root has mounted asks so.
+    assert look_at(as_somebody, rights(Caller(0, 0))) == (permitted, 0)
+    # A server of root's is believed, and so is what cannot be seen, but for ownership.
+    assert look_at(int, rights(other)) == (checked, 0)
+    assert rights(other)(1 << 30) == (checked, 0)
+    assert rights(other)(0) == (checked, 0)
+    assert not checked & 1 << 3
+
+
+@needs_root
+def test_a_caller_who_cannot_be_looked_at_for_want_of_descriptors_is_refused() -> None:
+    """Or callers could have themselves not looked at, by opening many files."""
+
+    def ask(pid: int) -> None:
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, limit[1]))
+        try:
+            with fails(errno.EMFILE), acting_as(SOMEBODY._replace(pid=pid)):
+                pass
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+
+    look_at(as_somebody, ask)
+
+
+@needs_root
+def test_a_process_ends_rather_than_go_on_with_a_strangers_rights() -> None:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            with acting_as(SOMEBODY):
+                # The rights to have them back have gone.
+                c = credentials._get_capabilities()
+                credentials._set_capabilities(credentials._Capabilities(0, 0, c.inheritable))
+        finally:
+            os._exit(99)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == ExitCode.INTERNAL
+
+
 # settle
 
 
@@ -311,7 +415,7 @@ def test_acting_for_somebody_does_not_bring_laid_down_capabilities_back(tmp_path
     assert not (before | inside) & (FSETID | SYS_RESOURCE)
 
 
-# keeping_bits
+# The right to keep bits
 
 
 @needs_root
@@ -336,17 +440,19 @@ def test_the_right_to_keep_the_bit_ends_with_the_block() -> None:
     """Also by an exception; where it is there already, nothing changes."""
 
     def keep() -> None:
-        before = effective()
-        with keeping_bits():
+        for who in (None, Caller(0, 0)):
+            with acting_as(who):
+                before = effective()
+            settle()
+            with acting_as(who):
+                assert effective() == before & ~(FSETID | SYS_RESOURCE)
+            before = effective()
+            with acting_as(who, bits=True):
+                assert effective() == before | FSETID
             assert effective() == before
-        settle()
-        before = effective()
-        with keeping_bits():
-            assert effective() == before | FSETID
-        assert effective() == before
-        with pytest.raises(OSError, match="broken"), keeping_bits():
-            raise OSError(errno.EIO, "broken")
-        assert effective() == before
+            with pytest.raises(OSError, match="broken"), acting_as(who, bits=True):
+                raise OSError(errno.EIO, "broken")
+            assert effective() == before
 
     on_a_thread(keep)
 
@@ -362,9 +468,10 @@ def test_a_right_that_is_not_permitted_is_not_asked_for() -> None:
             c._replace(effective=without & c.effective, permitted=without)
         )
         before = identity()
-        with keeping_bits():
+        for who in (None, Caller(0, 0)):
+            with acting_as(who, bits=True):
+                assert identity() == before
             assert identity() == before
-        assert identity() == before
 
     on_a_thread(keep)
 

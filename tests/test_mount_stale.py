@@ -98,11 +98,19 @@ def attribute(path: Path, name: str) -> bytes | None:
 
 
 def opens_for_another_user(directory: Path) -> bool:
+    return works_for_another_user(directory, os.open, "file", os.O_RDONLY)
+
+
+def may_be_looked_at_by_another_user(directory: Path) -> bool:
+    return works_for_another_user(directory, os.stat, "file")
+
+
+def works_for_another_user(directory: Path, call: Callable[..., object], *args: object) -> bool:
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
 
     def attempt() -> bool:
         become(4711)
-        return errno_of(os.open, "file", os.O_RDONLY, dir_fd=fd) == 0
+        return errno_of(call, *args, dir_fd=fd) == 0
 
     try:
         return in_child(attempt)
@@ -130,6 +138,13 @@ def permission_taken(case: Case) -> None:
     (case.source / "file").chmod(0o604)
     case.look = lambda: opens_for_another_user(case.mount)
     case.change, case.new = lambda: (case.source / "file").chmod(0o600), False
+
+
+def search_taken(case: Case) -> None:
+    case.file()
+    case.source.chmod(0o711)
+    case.look = lambda: may_be_looked_at_by_another_user(case.mount)
+    case.change, case.new = lambda: case.source.chmod(0o700), False
 
 
 def permission_given(case: Case) -> None:
@@ -278,6 +293,7 @@ def mapped_data(case: Case) -> None:
 CASES = (
     attributes,
     permission_taken,
+    search_taken,
     permission_given,
     acl,
     capability_set,
@@ -298,7 +314,14 @@ CASES = (
     data_of_an_appender,
     mapped_data,
 )
-FOR_ROOT = (permission_taken, permission_given, acl, capability_set, capability_removed)
+FOR_ROOT = (
+    permission_taken,
+    search_taken,
+    permission_given,
+    acl,
+    capability_set,
+    capability_removed,
+)
 
 
 def the_table() -> list[dict[str, str]]:

@@ -335,7 +335,7 @@ def test_changes_come_in_the_order_of_their_effects(kinds: Client) -> None:
     changes = Changes(0o6755, os.geteuid(), os.getegid(), 3, 111, 222)
     for fid, truncate in (
         (kinds.walk("file"), "_truncate"),
-        (kinds.open("file", flags=os.O_RDWR), "ftruncate"),
+        (kinds.open("file", flags=os.O_RDWR), "_ftruncate"),
     ):
         changing = Stepper(ops.setattr(kinds.session, fid, changes))
         changing.finish()

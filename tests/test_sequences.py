@@ -313,7 +313,7 @@ def test_a_capability_that_is_set_while_one_is_asked_for_is_not_forgotten(source
     with client_of(source, attr_timeout=3600.0) as tree:
         file, _ = tree.do(sequences.lookup, ROOT, b"file")
         asking = Stepper(sequences.getxattr(tree.session, file.number, CAPABILITY))
-        asking.after("getxattr")
+        asking.after("_getxattr")
         tree.do(sequences.setxattr, file.number, CAPABILITY, A_CAPABILITY)
         with fails(errno.ENODATA):
             asking.finish()

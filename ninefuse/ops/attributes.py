@@ -12,7 +12,7 @@ import time
 from typing import NamedTuple
 
 from ninefuse.commands import blocking, brief
-from ninefuse.credentials import keeping_bits
+from ninefuse.credentials import CHANGE, ENTER, OWN, Caller, acting_as
 from ninefuse.fids import OpenFile, error
 from ninefuse.ops.io import sync_path
 from ninefuse.ops.names import rename_within
@@ -20,6 +20,7 @@ from ninefuse.session import PERMISSIONS, Session, check_offset, path_of, patien
 from ninefuse.syscalls import Attributes, SetTime, set_times, stat_descriptor
 
 _A_SECOND = 1_000_000_000  # nanoseconds
+_SET_ID = st.S_ISUID | st.S_ISGID
 
 
 class Changes(NamedTuple):
@@ -54,7 +55,9 @@ async def getattr(session: Session, fid: int, on: int | None = None) -> Attribut
 stat = getattr  # Tstat of 9P2000.u: the same question
 
 
-async def setattr(session: Session, fid: int, changes: Changes) -> None:
+async def setattr(
+    session: Session, fid: int, changes: Changes, caller: Caller | None = None
+) -> None:
     """Change attributes, in this order: mode, owner, size, times.
 
     The size comes before the times, since it moves them. Steps done before one that
@@ -64,6 +67,7 @@ async def setattr(session: Session, fid: int, changes: Changes) -> None:
         session: the conversation.
         fid: the file; an open fid changes the file it has open.
         changes: what to change.
+        caller: who asks; None: the daemon.
 
     Raises:
         OSError: EROFS; unknown fid; the errors of chmod(2), chown(2), truncate(2) and
@@ -74,26 +78,25 @@ async def setattr(session: Session, fid: int, changes: Changes) -> None:
     session.writable()
     async with session.using(fid) as use:
         on = use.node.path
-        path = path_of(use.fd)
         if changes.mode is not None:
-            await blocking(on, _chmod, path, changes.mode & PERMISSIONS)
+            await blocking(on, _chmod, use.fd, changes.mode & PERMISSIONS, caller)
         if changes.uid is not None or changes.gid is not None or changes.ctime:
             uid = -1 if changes.uid is None else changes.uid
             gid = -1 if changes.gid is None else changes.gid
-            await blocking(on, _chown, path, uid, gid)
+            await blocking(on, _chown, use.fd, uid, gid, caller)
         if changes.size is not None:
             check_offset(changes.size)
             size = changes.size
             if isinstance(use.fid.opened, OpenFile) and use.fid.opened.writable:
-                await blocking(on, os.ftruncate, use.fid.opened.fd, size)
+                await blocking(on, _ftruncate, use.fid.opened.fd, size, caller)
             else:
                 if use.node.kind != st.S_IFREG:
                     raise error(errno.EISDIR if use.node.kind == st.S_IFDIR else errno.EINVAL)
-                await patiently(lambda: blocking(on, _truncate, path, size))
+                await patiently(lambda: blocking(on, _truncate, use.fd, size, caller))
         if changes.atime is not None or changes.mtime is not None:
             atime = SetTime.OMIT if changes.atime is None else changes.atime
             mtime = SetTime.OMIT if changes.mtime is None else changes.mtime
-            await blocking(on, _set_times, use.fd, atime, mtime)
+            await blocking(on, _set_times, use.fd, atime, mtime, caller)
 
 
 async def wstat(session: Session, fid: int, changes: Changes, name: bytes | None = None) -> None:
@@ -145,36 +148,55 @@ async def statfs(session: Session, fid: int) -> os.statvfs_result:
         return await blocking(use.node.path, os.statvfs, use.fd)
 
 
-def _truncate(path: str, size: int) -> None:
-    # truncate(2) would wait for whoever holds a lease on the file (fcntl(2), F_SETLEASE).
-    fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+def _chmod(fd: int, mode: int, caller: Caller | None) -> None:
+    path = path_of(fd)
     try:
-        os.ftruncate(fd, size)
-    finally:
-        os.close(fd)
-
-
-def _chmod(path: str, mode: int) -> None:
-    with keeping_bits():
+        with acting_as(caller, (CHANGE, fd, b""), bits=True):
+            os.chmod(path, mode)
+    except PermissionError:
+        # Before a write by somebody who is not the owner, the kernel asks for this itself, and
+        # does not say so: the bits go that the write would cost the file anyway.
+        now = st.S_IMODE(stat_descriptor(fd).mode)
+        if caller is None or not now & _SET_ID or mode != now & ~_SET_ID:
+            raise
         os.chmod(path, mode)
 
 
-def _chown(path: str, uid: int, gid: int) -> None:
-    # The kernel has said which bits go; a set-group-id bit without group execution stays.
-    with keeping_bits():
-        os.chown(path, uid, gid)
+def _chown(fd: int, uid: int, gid: int, caller: Caller | None) -> None:
+    with acting_as(caller, (CHANGE, fd, b""), bits=True):
+        os.chown(path_of(fd), uid, gid)
 
 
-def _set_times(fd: int, atime: int | SetTime, mtime: int | SetTime) -> None:
-    try:
-        set_times(fd, atime, mtime)
-    except PermissionError:
-        # Who may write but is not the owner may set both times to now and to nothing else;
-        # FUSE says "now" by the time it was when the request was made.
-        now = time.time_ns()
-        if not all(isinstance(t, int) and abs(now - t) < _A_SECOND for t in (atime, mtime)):
-            raise
-        set_times(fd, SetTime.NOW, SetTime.NOW)
+def _truncate(fd: int, size: int, caller: Caller | None) -> None:
+    # truncate(2) would wait for whoever holds a lease on the file (fcntl(2), F_SETLEASE).
+    flags = os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+    with acting_as(caller, (ENTER, fd, b""), bits=caller is not None):
+        opened = os.open(path_of(fd), flags)
+        try:
+            os.ftruncate(opened, size)
+        finally:
+            os.close(opened)
+
+
+def _ftruncate(fd: int, size: int, caller: Caller | None) -> None:
+    # The descriptor is all the right that is needed, but to keep set-id bits.
+    if caller is not None and not stat_descriptor(fd).mode & _SET_ID:
+        caller = None
+    with acting_as(caller, bits=caller is not None):
+        os.ftruncate(fd, size)
+
+
+def _set_times(fd: int, atime: int | SetTime, mtime: int | SetTime, caller: Caller | None) -> None:
+    with acting_as(caller, (ENTER | OWN, fd, b"")):
+        try:
+            set_times(fd, atime, mtime)
+        except PermissionError:
+            # Who may write but is not the owner may set both times to now and to nothing
+            # else; FUSE says "now" by the time it was when the request was made.
+            now = time.time_ns()
+            if not all(isinstance(t, int) and abs(now - t) < _A_SECOND for t in (atime, mtime)):
+                raise
+            set_times(fd, SetTime.NOW, SetTime.NOW)
 
 
 def _readlink(fd: int) -> bytes:

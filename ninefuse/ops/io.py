@@ -15,7 +15,15 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from ninefuse.commands import blocking, blocking_unless, brief
-from ninefuse.credentials import Caller, acting_as, may_have_setgid, needs_acting
+from ninefuse.credentials import (
+    ENTER,
+    MAKE,
+    OWN,
+    Caller,
+    acting_as,
+    needs_acting,
+    spending_as,
+)
 from ninefuse.fids import AttributeRead, AttributeWrite, Fid, OpenDirectory, OpenFile, error
 from ninefuse.identity import Mark
 from ninefuse.qids import Qid
@@ -28,7 +36,7 @@ from ninefuse.session import (
     path_of,
     patiently,
 )
-from ninefuse.syscalls import Attributes, stat_descriptor
+from ninefuse.syscalls import Attributes, check_execution, stat_descriptor
 
 # What a server keeps of a client's flags. Creating has been decided already; O_NOFOLLOW
 # would refuse the way through /proc; O_DIRECT asks for an alignment that buffers here
@@ -36,6 +44,9 @@ from ninefuse.syscalls import Attributes, stat_descriptor
 _KEPT_FLAGS = (
     os.O_ACCMODE | os.O_TRUNC | os.O_APPEND | os.O_NONBLOCK | os.O_NOATIME | os.O_SYNC | os.O_DSYNC
 )
+# The kernel's own: the file is opened to be executed, for which it need not be readable
+# (FMODE_EXEC in include/linux/fs.h). No program can ask for it.
+_EXECUTE = 0x20
 
 
 async def lopen(session: Session, fid: int, flags: int, caller: Caller | None = None) -> Qid:
@@ -45,7 +56,7 @@ async def lopen(session: Session, fid: int, flags: int, caller: Caller | None = 
         session: the conversation.
         fid: unopened.
         flags: Linux open(2) flags; those that make no sense here are dropped.
-        caller: as whom the fid is to write; None: the daemon.
+        caller: who opens it, and as whom the fid is to write; None: the daemon.
 
     Raises:
         OSError: EINVAL, the fid is open already; EROFS; EISDIR, a directory for
@@ -70,11 +81,11 @@ async def lopen(session: Session, fid: int, flags: int, caller: Caller | None = 
         opened: OpenFile | OpenDirectory
         try:
             if kind == stat.S_IFDIR:
-                opened = OpenDirectory(await brief(on, _open_directory, use.fd))
+                opened = OpenDirectory(await brief(on, _open_directory, use.fd, caller))
             else:
-                kept = flags & _KEPT_FLAGS
+                kept = flags & (_KEPT_FLAGS | _EXECUTE)
                 fd = await patiently(
-                    lambda: blocking_unless(on, _open_file_now, _open_file, use.fd, kept)
+                    lambda: blocking_unless(on, _open_file_now, _open_file, use.fd, kept, caller)
                 )
                 opened = OpenFile(fd, kept, _writer(kept, caller))
         except BaseException:
@@ -349,39 +360,51 @@ def _open_file_of(fid: Fid) -> OpenFile:
     raise error(errno.EISDIR if isinstance(fid.opened, OpenDirectory) else errno.EINVAL)
 
 
-def _open_directory(fd: int) -> int:
-    # Not "." in it, for which the daemon would need the right to search it as well.
-    return os.open(path_of(fd), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _open_directory(fd: int, caller: Caller | None) -> int:
+    # Not "." in it, for which one would need the right to search it as well.
+    with acting_as(caller, (ENTER, fd, b"")):
+        return os.open(path_of(fd), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
-def _open_file_now(fd: int, flags: int) -> int:
+def _open_file_now(fd: int, flags: int, caller: Caller | None) -> int:
     """`_open_file`, unless it may take its time."""
     if flags & os.O_TRUNC:
         raise error(errno.EAGAIN)
-    return _open_file(fd, flags)
+    return _open_file(fd, flags, caller)
 
 
-def _open_file(fd: int, flags: int) -> int:
+def _open_file(fd: int, flags: int, caller: Caller | None) -> int:
     """Open a file; EAGAIN if somebody's lease on it keeps openers waiting (fcntl(2))."""
-    path = path_of(fd)
-    wanted = flags | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
-    try:
-        opened = os.open(path, wanted)
-    except PermissionError:
-        # O_NOATIME is for owners only; a daemon that is not the owner reads without.
-        if not flags & os.O_NOATIME:
-            raise
-        opened = os.open(path, wanted & ~os.O_NOATIME)
+    opened = _open_at_once(fd, flags, caller)
     if not flags & os.O_NONBLOCK:
         os.set_blocking(opened, True)
     return opened
+
+
+def _open_at_once(fd: int, flags: int, caller: Caller | None) -> int:
+    path = path_of(fd)
+    opening = flags & _KEPT_FLAGS | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
+    truncates = caller is not None and bool(flags & os.O_TRUNC)
+    with acting_as(caller, (ENTER | OWN, fd, b""), bits=truncates):
+        if not flags & _EXECUTE:
+            try:
+                return os.open(path, opening)
+            except PermissionError:
+                # O_NOATIME is for owners only; a daemon that is not the owner, and acts for
+                # nobody else, reads without.
+                if not flags & os.O_NOATIME or (caller is not None and os.geteuid() == 0):
+                    raise
+                return os.open(path, opening & ~os.O_NOATIME)
+        check_execution(fd)
+    return os.open(path, opening)  # the kernel reads what it executes; its caller need not
 
 
 def _create_file(
     directory: int, name: bytes, flags: int, mode: int, caller: Caller | None, exclusive: bool
 ) -> int:
     flags |= os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY
-    with acting_as(caller, keep_bits=may_have_setgid(directory, mode, caller)):
+    bits = caller is not None and bool(mode & stat.S_ISGID)
+    with acting_as(caller, (MAKE, directory, b""), bits=bits, making=True):
         try:
             return os.open(name, flags & ~os.O_TRUNC, mode, dir_fd=directory)
         except FileExistsError:
@@ -449,8 +472,7 @@ def _may_be_written_back(file: OpenFile, offset: int) -> bool:
 
 
 def _write_as(writer: Caller, fd: int, data: bytes, offset: int) -> int:
-    with acting_as(writer):
-        return _write_fully(fd, data, offset)
+    return spending_as(writer, _write_fully, fd, data, offset)
 
 
 def _write_durably(fd: int, data: bytes, offset: int) -> int:

@@ -12,7 +12,7 @@ import stat
 from collections.abc import Callable
 
 from ninefuse.commands import blocking
-from ninefuse.credentials import Caller, acting_as, may_have_setgid, spending_as
+from ninefuse.credentials import ENTER, MAKE, OWN, PASS, TAKE, Caller, acting_as
 from ninefuse.fids import Node, error
 from ninefuse.qids import Qid
 from ninefuse.session import (
@@ -213,7 +213,9 @@ async def renameat(
         await _move_name(session, old.node, oldname, new.node, newname, flags, caller)
 
 
-async def unlinkat(session: Session, dirfid: int, name: bytes, flags: int = 0) -> None:
+async def unlinkat(
+    session: Session, dirfid: int, name: bytes, flags: int = 0, caller: Caller | None = None
+) -> None:
     """Remove a name. An open directory fid will do: clients list and remove with one.
 
     Args:
@@ -221,6 +223,7 @@ async def unlinkat(session: Session, dirfid: int, name: bytes, flags: int = 0) -
         dirfid: where.
         name: which.
         flags: 0, or AT_REMOVEDIR for a directory.
+        caller: who asks; None: the daemon.
 
     Raises:
         OSError: EINVAL, other flags or ``.``; ENOTEMPTY, ``..``; EROFS; the errors of
@@ -240,7 +243,7 @@ async def unlinkat(session: Session, dirfid: int, name: bytes, flags: int = 0) -
         directory = use.node
         check_directory(directory)
         async with session.keeping(directory, name):
-            await blocking(directory.path, _remove, directory.fd, name, bool(flags))
+            await blocking(directory.path, _remove, directory.fd, name, bool(flags), caller)
         await session.settle(directory)
 
 
@@ -312,37 +315,45 @@ async def _move_name(
 
 
 def _mkdir(directory: int, name: bytes, mode: int, caller: Caller | None) -> Attributes:
-    with acting_as(caller):
+    with acting_as(caller, (MAKE, directory, b""), making=True):
         os.mkdir(name, mode, dir_fd=directory)
     return stat_name(directory, name)
 
 
 def _mknod(directory: int, name: bytes, mode: int, rdev: int, caller: Caller | None) -> Attributes:
-    with acting_as(caller, keep_bits=may_have_setgid(directory, mode, caller)):
+    bits = caller is not None and bool(mode & stat.S_ISGID)
+    with acting_as(caller, (MAKE, directory, b""), bits=bits, making=True):
         os.mknod(name, mode, rdev, dir_fd=directory)
     return stat_name(directory, name)
 
 
 def _symlink(directory: int, name: bytes, target: bytes, caller: Caller | None) -> Attributes:
-    with acting_as(caller):
+    with acting_as(caller, (ENTER, directory, b"")):
         os.symlink(target, name, dir_fd=directory)
     return stat_name(directory, name)
 
 
 def _link(file: int, directory: int, name: bytes, caller: Caller | None) -> None:
-    with spending_as(caller):
+    # The file's owner may link it, or who may read and write it (protected_hardlinks, proc(5)).
+    with acting_as(caller, (ENTER, directory, b""), (ENTER | OWN, file, b"")):
         os.link(path_of(file), name, dst_dir_fd=directory, follow_symlinks=True)
 
 
 def _rename(
     old: int, oldname: bytes, new: int, newname: bytes, flags: int, caller: Caller | None
 ) -> None:
-    with spending_as(caller):
+    over = [(ENTER, old, b""), (TAKE, old, oldname), (ENTER, new, b""), (TAKE, new, newname)]
+    if old != new:  # a directory that moves has its ".." written
+        over.append((PASS, old, oldname))
+        if flags == RENAME_EXCHANGE:
+            over.append((PASS, new, newname))
+    with acting_as(caller, *over):
         rename_names(old, oldname, new, newname, flags)
 
 
-def _remove(directory: int, name: bytes, is_directory: bool) -> None:
-    if is_directory:
-        os.rmdir(name, dir_fd=directory)
-    else:
-        os.unlink(name, dir_fd=directory)
+def _remove(directory: int, name: bytes, is_directory: bool, caller: Caller | None) -> None:
+    with acting_as(caller, (ENTER, directory, b""), (TAKE, directory, name)):
+        if is_directory:
+            os.rmdir(name, dir_fd=directory)
+        else:
+            os.unlink(name, dir_fd=directory)

@@ -10,7 +10,7 @@ import os
 import stat
 
 from ninefuse.commands import blocking, blocking_unless
-from ninefuse.credentials import may_set_gid_bit, spending_as
+from ninefuse.credentials import LABEL, acting_as
 from ninefuse.fids import AttributeWrite, Fid, Node, error
 from ninefuse.identity import Mark
 from ninefuse.qids import Qid, qid_of
@@ -295,7 +295,7 @@ async def _commit(session: Session, fid: Fid, new: AttributeWrite) -> None:
         path = f"/proc/self/fd/{node.fd}"
         try:
             if new.remove:
-                await blocking(node.path, os.removexattr, path, new.name)
+                await blocking(node.path, _removexattr, node.fd, path, new)
             else:
                 await blocking(node.path, _setxattr, node.fd, path, new)
         finally:
@@ -305,13 +305,17 @@ async def _commit(session: Session, fid: Fid, new: AttributeWrite) -> None:
 
 def _setxattr(fd: int, path: str, new: AttributeWrite) -> None:
     # Setting a list changes the mode, too.
-    keep_bits = (
-        new.name == b"system.posix_acl_access"
-        and new.caller is not None
-        and may_set_gid_bit(new.caller, stat_descriptor(fd).gid)
-    )
-    with spending_as(new.caller, keep_bits=keep_bits):
+    bits = new.caller is not None and new.name == b"system.posix_acl_access"
+    with acting_as(new.caller, (LABEL, fd, b""), bits=bits):
         os.setxattr(path, new.name, new.data, new.flags)
+
+
+def _removexattr(fd: int, path: str, new: AttributeWrite) -> None:
+    # A file's capabilities are taken away by the kernel, before a write by anybody. To others
+    # it does not leave the removal before it has seen that they may, by no attributes.
+    caller = None if new.name == b"security.capability" else new.caller
+    with acting_as(caller, (LABEL, fd, b"")):
+        os.removexattr(path, new.name)
 
 
 async def remove(session: Session, fid: int) -> None:

@@ -13,14 +13,16 @@ import errno
 import os
 
 from ninefuse.commands import blocking
-from ninefuse.credentials import Caller
+from ninefuse.credentials import ENTER, Caller, acting_as, may_see_trusted
 from ninefuse.fids import AttributeRead, AttributeWrite, error
 from ninefuse.session import Session, path_of
 
 XATTR_SIZE_MAX = 65536  # bytes
 
 
-async def xattrwalk(session: Session, fid: int, newfid: int, name: bytes = b"") -> int:
+async def xattrwalk(
+    session: Session, fid: int, newfid: int, name: bytes = b"", caller: Caller | None = None
+) -> int:
     """Make ``newfid`` read as an attribute of a fid's file, as it is now.
 
     Args:
@@ -28,6 +30,7 @@ async def xattrwalk(session: Session, fid: int, newfid: int, name: bytes = b"") 
         fid: the file.
         newfid: a new fid.
         name: the attribute; empty for the list of names, each ended by a zero byte.
+        caller: who asks; None: the daemon.
 
     Returns:
         How many bytes there are to read.
@@ -43,9 +46,9 @@ async def xattrwalk(session: Session, fid: int, newfid: int, name: bytes = b"") 
         if b"\0" in name:
             raise error(errno.EINVAL)
         if name:
-            value = await blocking(use.node.path, os.getxattr, path, name)
+            value = await blocking(use.node.path, _getxattr, use.fd, path, name, caller)
         else:
-            value = await blocking(use.node.path, _list, path)
+            value = await blocking(use.node.path, _list, path, caller)
         session.fids.add(newfid, use.node, AttributeRead(value))
     return len(value)
 
@@ -90,5 +93,16 @@ async def xattrcreate(
         session.fids.put(use)
 
 
-def _list(path: str) -> bytes:
-    return b"".join(os.fsencode(name) + b"\0" for name in os.listxattr(path))
+def _getxattr(fd: int, path: str, name: bytes, caller: Caller | None) -> bytes:
+    # Only these have the file's permission bits looked at (xattr(7)).
+    with acting_as(caller if name.startswith(b"user.") else None, (ENTER, fd, b"")):
+        return os.getxattr(path, name)
+
+
+def _list(path: str, caller: Caller | None) -> bytes:
+    names = list(map(os.fsencode, os.listxattr(path)))
+    # A daemon of root sees all; the source shows these to those who have CAP_SYS_ADMIN.
+    trusted = any(name.startswith(b"trusted.") for name in names)
+    if trusted and caller is not None and not may_see_trusted(caller):
+        names = [name for name in names if not name.startswith(b"trusted.")]
+    return b"".join(name + b"\0" for name in names)

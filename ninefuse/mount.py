@@ -387,6 +387,7 @@ class _Stopper:
             if not self.ended.wait(_END_GRACE):
                 log.error("%s: the dispatcher does not end; ending without", self._mountpoint)
                 self.abandon()
+                logs.finish()
                 os._exit(ExitCode.INTERNAL)
 
     def abandon(self) -> None:

@@ -84,7 +84,7 @@ def mount(settings: Settings) -> int:
 
     Returns the exit code. Raises Failure.
     """
-    preflight.check(settings)
+    settings = preflight.check(settings)
     server = load()
 
     def serve_detached(ready: Callable[[], None]) -> int:

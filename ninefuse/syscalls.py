@@ -221,13 +221,15 @@ def open_step(directory: int, name: bytes) -> int:
 
 
 def device_behind(directory: int, name: bytes) -> tuple[int, int]:
-    """The device (major, minor) that a name in a directory leads to.
+    """The device (major, minor) that a name in a directory leads to, or with no name a descriptor.
 
     Where something is mounted on the name, the server of that is not asked (statx(2) with
     AT_STATX_DONT_SYNC, for no field at all).
     """
     buffer = _StatxBuffer()
     flags = _AT_SYMLINK_NOFOLLOW | _AT_NO_AUTOMOUNT | _AT_STATX_DONT_SYNC
+    if not name:
+        flags |= _AT_EMPTY_PATH
     _statx(directory, name, flags, 0, buffer)
     found = Attributes._make(_STATX.unpack_from(buffer))
     return found.dev_major, found.dev_minor

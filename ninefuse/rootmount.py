@@ -58,16 +58,20 @@ class MountPoint:
         parent: an O_PATH descriptor of the directory that it is in.
         name: its name there.
         number: the mount's connection, by which it is known from another one on the same place.
+
+    Args:
+        point: an O_PATH descriptor of the directory that was just mounted on.
     """
 
-    def __init__(self, point: int, path: str) -> None:
+    def __init__(self, point: int) -> None:
+        # What is mounted on cannot be renamed, but before.
+        self.name = os.path.basename(_path_of(point))
         self.parent = os.open("..", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=point)
-        self.name = os.path.basename(path)
-        self.number = -1
+        self.number = self._device()[1]
 
     def is_ours(self) -> bool:
         """Whether it is our mount that lies on top there. The mount is not asked."""
-        return self.device() == (0, self.number)
+        return self._device() == (0, self.number)
 
     def detach(self) -> None:
         """Unmount; what is still in use ends later."""
@@ -76,14 +80,13 @@ class MountPoint:
             top = os.open(self.name, flags, dir_fd=self.parent)
             try:
                 if syscalls.device_behind(top, b"") == (0, self.number):
-                    syscalls.detach(f"/proc/self/fd/{top}")
+                    syscalls.detach(_link_to(top))
             finally:
                 os.close(top)
         except OSError as e:
             log.warning("%s: cannot unmount: %s", self.name, e.strerror)
 
-    def device(self) -> tuple[int, int]:
-        """The device of what lies on top there."""
+    def _device(self) -> tuple[int, int]:
         return syscalls.device_behind(self.parent, os.fsencode(self.name))
 
 
@@ -134,24 +137,22 @@ def _mount_on(
 ) -> MountPoint | None:
     point = _opened(mountpoint)
     try:
-        place = MountPoint(point, mountpoint)
-        before = syscalls.device_behind(point, b"")
         mode = os.fstat(point).st_mode
         data += [f"fd={device}", f"rootmode={mode:o}", "user_id=0", f"group_id={os.getegid()}"]
-        target = f"/proc/self/fd/{point}"
-        syscalls.mount(fsname, target, f"fuse.{subtype}", flags, ",".join(data))
-    except OSError as e:
-        if e.errno != errno.EPERM:
-            raise
-        log.debug("mount(2) says: %s; libfuse is to try", e.strerror)
-        return None
+        try:
+            syscalls.mount(fsname, _link_to(point), f"fuse.{subtype}", flags, ",".join(data))
+        except OSError as e:
+            if e.errno != errno.EPERM:
+                raise
+            log.debug("mount(2) says: %s; libfuse is to try", e.strerror)
+            return None
+        place = MountPoint(point)
+        if _path_of(point) != mountpoint:
+            place.detach()
+            raise _exchanged(mountpoint)
+        return place
     finally:
         os.close(point)
-    there = place.device()
-    if there[0] or there == before:  # renamed in between; something else may have its name
-        raise _exchanged(mountpoint)
-    place.number = there[1]
-    return place
 
 
 def _opened(mountpoint: str) -> int:
@@ -162,10 +163,18 @@ def _opened(mountpoint: str) -> int:
         if e.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENOENT):
             raise _exchanged(mountpoint) from None
         raise
-    if os.readlink(f"/proc/self/fd/{point}") != mountpoint:
+    if _path_of(point) != mountpoint:
         os.close(point)
         raise _exchanged(mountpoint)
     return point
+
+
+def _link_to(fd: int) -> str:
+    return f"/proc/self/fd/{fd}"
+
+
+def _path_of(fd: int) -> str:
+    return os.readlink(_link_to(fd))
 
 
 def _exchanged(mountpoint: str) -> Failure:

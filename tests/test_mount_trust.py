@@ -208,11 +208,13 @@ def test_a_mount_point_that_is_exchanged_leads_root_nowhere_else(tmp_path: Path)
                     daemon.send_signal(signal.SIGTERM)
                     codes.append(daemon.wait(PATIENCE))
                     assert not is_mounted(view)
+                    assert not is_mounted(link)
                     assert len(mount_ids(victim)) == 1
                 finally:
                     daemon.kill()
                     daemon.wait()
                     detach(view)
+                    detach(link)
     finally:
         detach(victim)
     assert set(codes) & {ExitCode.MOUNT_REFUSED, ExitCode.MOUNTPOINT_MISSING}, codes

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from ninefuse import ownfile
+from ninefuse import credentials, ownfile
 from ninefuse.exitcodes import ExitCode, Failure, one_line
 from ninefuse.options import Settings
 
@@ -294,6 +294,7 @@ class QueuedHandler(logging.Handler):
         super().close()
 
     def _write_all(self) -> None:
+        credentials.settle()  # as all threads of a daemon: this one is there before it is one
         told = 0  # of how many lost lines
         ended = False
         while not ended:

@@ -9,6 +9,7 @@ Locks touched: none of its own.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import resource
@@ -28,6 +29,7 @@ from ninefuse import (
     executor,
     logs,
     memory,
+    mountflags,
     ops,
     preflight,
     report,
@@ -84,6 +86,7 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     log.debug("open files: limit raised from %d to %d", soft, hard)
     source = _open_source(settings)
+    settings = _forbid_as(settings, source)
     if settings.allow_other and not settings.xattr:
         log.warning("with noxattr the kernel sees mode bits only, and lets in whom ACLs keep out")
     os.chdir("/")  # so as not to keep another file system busy
@@ -109,6 +112,7 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
         threads=1 + (0 if settings.model == "none" else settings.threads),
         attr_timeout=settings.attr_timeout,
     )
+    session.fids.devices.hides = mountflags.HIDEABLE & ~_forbidden(settings)
     with contextlib.ExitStack() as trace:
         tracer = None
         if settings.trace_file is not None:
@@ -165,6 +169,26 @@ def _open_source(settings: Settings) -> int:
         raise Failure(ExitCode.USAGE, f"{text} ({e.strerror})") from None
     finally:
         os.close(source)
+
+
+def _forbid_as(settings: Settings, source: int) -> Settings:
+    """Have the mount forbid what the mount that the source lies on forbids."""
+    if preflight.is_descriptor(settings.mountpoint):
+        return settings
+    flags = mountflags.flags_of(source)
+    new = mountflags.words_of(flags & ~mountflags.forbidden_by(settings.mount_options))
+    if new:
+        log.info("mounted with %s, as the source is", ", ".join(new))
+    words = mountflags.taken_over(settings.mount_options, flags)
+    return dataclasses.replace(settings, mount_options=words)
+
+
+def _forbidden(settings: Settings) -> int:
+    """What the mount forbids by itself."""
+    if preflight.is_descriptor(settings.mountpoint):
+        return 0  # whoever made it has said
+    # To users other than root fusermount3 forbids it, whatever they say.
+    return mountflags.forbidden_by(settings.mount_options if os.geteuid() == 0 else ())
 
 
 def _engine(settings: Settings) -> Uring | None:

@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _SYNC = os.O_SYNC | os.O_DSYNC
+_HIDDEN = 1 << 31  # the highest bit of a generation: a device whose number is not shown
 _MAX_ERRNO = 4095  # the kernel takes nothing above for an error
 
 
@@ -378,10 +379,14 @@ class Adapter(pyfuse3.Operations):
     def _entry(self, fid: Fid, attributes: Attributes) -> pyfuse3.EntryAttributes:
         entry = self._attributes(fid.number, attributes)
         entry.generation = fid.generation
+        if entry.st_rdev != attributes.rdev:
+            # The kernel keeps the number that it was told first, but of another file.
+            entry.generation += _HIDDEN
         entry.entry_timeout = self._entry_timeout
         return entry
 
     def _attributes(self, nodeid: int, a: Attributes) -> pyfuse3.EntryAttributes:
+        a = self._session.fids.devices.shown(a)
         entry = pyfuse3.EntryAttributes()
         # Number and nodeid are one in pyfuse3. Of the root the kernel knows the nodeid.
         entry.st_ino = a.ino if nodeid == ROOT_NODEID else nodeid

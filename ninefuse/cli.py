@@ -52,6 +52,7 @@ def guarded(command: Callable[[], int]) -> int:
         return 128 + signal.SIGINT
     except Exception as error:
         log.exception("unexpected error")
+        logs.finish()
         return report(
             Failure(ExitCode.INTERNAL, f"internal error: {type(error).__name__}: {error}")
         )
@@ -83,7 +84,7 @@ def mount(settings: Settings) -> int:
 
     Returns the exit code. Raises Failure.
     """
-    preflight.check(settings)
+    settings = preflight.check(settings)
     server = load()
 
     def serve_detached(ready: Callable[[], None]) -> int:

@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from ninefuse.credentials import Caller
-from ninefuse.identity import Devices, Mark
+from ninefuse.identity import Devices, Mark, Mount
 from ninefuse.listing import Listing
 from ninefuse.locks import TableLock
 from ninefuse.qids import ROOT_NODEID, Qid, QidPaths, qid_of
@@ -61,6 +61,7 @@ class Node:
         "inode",
         "kind",
         "mark",
+        "mount",
         "path",
         "pins",
         "place",
@@ -73,12 +74,14 @@ class Node:
         path: int,
         a: Attributes,
         device: tuple[int, int],
+        mount: Mount,
         mark: Mark,
         place: tuple[Node, bytes] | None,
     ) -> None:
         self.path = path  # qid path
         self.kind = a.kind  # S_IFREG, S_IFDIR, …
         self.device = device
+        self.mount = mount  # that it was found by
         self.inode = a.ino
         self.mark = mark  # see identity.py
         self.fd = -1  # O_PATH; -1: it has none now
@@ -365,7 +368,8 @@ class FidTable:
             if fd >= 0:
                 self._defer(os.close, fd)
             raise
-        node = Node(path, a, self.devices.of(a).number, mark, place)
+        mount = self.devices.mount_of(a)
+        node = Node(path, a, self.devices.of(a).number, mount, mark, place)
         if fd >= 0:
             self.give_descriptor(node, fd)
         return node
@@ -464,6 +468,7 @@ class FidTable:
                 self._move(fid, node)
                 fid.generation += 1
             elif fid.node is not node:
+                fid.node.mount = node.mount
                 if fid.node.place is not None:  # the root, which may be mounted below itself
                     fid.node.place = node.place
                 if fid.node.mark is None:

@@ -10,13 +10,17 @@ of a file there, and on file systems that keep neither, beyond its number.
 While somebody has a file open its number is its own, so marks matter only for files that
 the daemon has no descriptor of.
 
-Locks touched: none; the dictionary of devices is added to in one step.
+A file is reached by a mount, which may forbid something (mountflags.py); a mount is known by
+its number, as statx(2) has it. That is learned where devices are.
+
+Locks touched: none; the dictionaries of devices and mounts are added to in one step.
 """
 
 from __future__ import annotations
 
 from enum import Enum
 
+from ninefuse import mountflags
 from ninefuse.syscalls import Attributes, file_handle, file_handles_last, is_overlayfs
 
 Mark = int | bytes | None  # birth time in nanoseconds; file handle; nothing known
@@ -38,11 +42,29 @@ class Device:
         self.by = by
 
 
+class Mount:
+    """A mount of the source, or in it: what it forbids now."""
+
+    __slots__ = ("forbids",)
+
+    def __init__(self, forbids: int) -> None:
+        self.forbids = forbids
+
+
+_UNKNOWN = Mount(mountflags.HIDEABLE)
+
+
 class Devices:
-    """The devices that were met below one source directory."""
+    """The devices and mounts that were met below one source directory.
+
+    Attributes:
+        hides: what is not to be shown where a mount forbids it (`mountflags.HIDEABLE`).
+    """
 
     def __init__(self) -> None:
+        self.hides = 0
         self._known: dict[tuple[int, int], Device] = {}
+        self._mounts: dict[int, Mount] = {}
 
     def of(self, a: Attributes) -> Device:
         """The device of a file; files of one that was not `learn`-ed have no marks."""
@@ -50,16 +72,34 @@ class Devices:
         device = self._known.get(number)
         return Device(number, _By.NOTHING) if device is None else device
 
-    def learn(self, fd: int, a: Attributes) -> None:
-        """Find out what tells the files of a device apart. Blocks.
+    def mount_of(self, a: Attributes) -> Mount:
+        """The mount that a file was reached by; one that was not `learn`-ed forbids all."""
+        return self._mounts.get(a.mount_id, _UNKNOWN)
 
-        To be called where a device may have come to lie: at the source directory, and at
-        each step to another device. Numbers of devices are given again, too.
+    def shown(self, a: Attributes) -> Attributes:
+        """A file's attributes as they are to be shown."""
+        hidden = self.hides and self.hides & self.mount_of(a).forbids
+        return mountflags.shown(a, hidden) if hidden else a
+
+    def learn(self, fd: int, a: Attributes) -> None:
+        """Find out what tells the files of a device apart, and what its mount forbids. Blocks.
+
+        To be called where a device or a mount may have come to lie: at the source directory, at
+        each step to another device, and at each to the root of a mount. Numbers of both are
+        given again, too, and mounts come to forbid other things.
 
         Args:
             fd: any file of the device, O_PATH will do.
             a: its attributes.
         """
+        forbids = mountflags.flags_of(fd)
+        mount = self._mounts.get(a.mount_id)
+        if mount is None:
+            self._mounts[a.mount_id] = Mount(forbids)
+        elif not a.mount_id:  # which is all of them, where the kernel does not tell
+            mount.forbids |= forbids
+        else:
+            mount.forbids = forbids
         if is_overlayfs(fd):
             by = _By.NOTHING
         elif a.has_birth:

@@ -60,6 +60,7 @@ MOUNT = (
         "ro, rw, dev, nodev, suid, nosuid, exec, noexec, sync, async, dirsync, atime, noatime, "
         "diratime, nodiratime",
         "as in mount(8), but `nodev` and `nosuid` unless told otherwise",
+        "; and what the mount that the source lies on forbids, is forbidden whatever is said",
     ),
     Option(
         "allow_other",

@@ -29,6 +29,7 @@ from ninefuse import (
     executor,
     logs,
     memory,
+    mountflags,
     ops,
     preflight,
     report,
@@ -67,7 +68,7 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
     """Mount and serve until unmounted. Blocks; on the main thread.
 
     Args:
-        settings: checked by preflight.
+        settings: as preflight has checked and returned them.
         ready: called once the mount answers.
 
     Returns:
@@ -85,13 +86,10 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     log.debug("open files: limit raised from %d to %d", soft, hard)
     source = _open_source(settings)
+    settings = _forbid_as(settings, source)
     if settings.allow_other and not settings.xattr:
         log.warning("with noxattr the kernel sees mode bits only, and lets in whom ACLs keep out")
     os.chdir("/")  # so as not to keep another file system busy
-    # As the kernel will name it: it is looked for in mountinfo, and resolved no more.
-    if not preflight.is_descriptor(settings.mountpoint):
-        real = os.path.realpath(settings.mountpoint)
-        settings = dataclasses.replace(settings, mountpoint=real)
 
     inline = settings.inline and settings.model == "second"
     uring = _engine(settings) if inline else None
@@ -111,6 +109,7 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
         threads=1 + (0 if settings.model == "none" else settings.threads),
         attr_timeout=settings.attr_timeout,
     )
+    session.fids.devices.hides = mountflags.HIDEABLE & ~_forbidden(settings)
     with contextlib.ExitStack() as trace:
         tracer = None
         if settings.trace_file is not None:
@@ -174,6 +173,26 @@ def _open_source(settings: Settings) -> int:
         os.close(source)
 
 
+def _forbid_as(settings: Settings, source: int) -> Settings:
+    """Have the mount forbid what the mount that the source lies on forbids."""
+    if preflight.is_descriptor(settings.mountpoint):
+        return settings
+    flags = mountflags.flags_of(source)
+    new = mountflags.words_of(flags & ~mountflags.forbidden_by(settings.mount_options))
+    if new:
+        log.info("mounted with %s, as the source is", ", ".join(new))
+    words = mountflags.taken_over(settings.mount_options, flags)
+    return dataclasses.replace(settings, mount_options=words)
+
+
+def _forbidden(settings: Settings) -> int:
+    """What the mount forbids by itself."""
+    if preflight.is_descriptor(settings.mountpoint):
+        return 0  # whoever made it has said
+    # To users other than root fusermount3 forbids it, whatever they say.
+    return mountflags.forbidden_by(settings.mount_options if os.geteuid() == 0 else ())
+
+
 def _engine(settings: Settings) -> Uring | None:
     """The engine that the settings ask for; None: the workers are.
 
@@ -219,8 +238,8 @@ async def _serve(
     stopper = _Stopper(settings.mountpoint, session, trio.lowlevel.current_trio_token())
     counters = report.Counters(settings, adapter, driver, session)
     adapter.statistics = counters.published
-    is_ours = _mount(adapter, settings)
-    stopper.number = device.connection(settings.mountpoint)
+    point = stopper.point = _mount(adapter, settings)
+    stopper.number = device.connection(settings.mountpoint) if point is None else point.number
     if stopper.number is not None and not settings.one_file_system:
         session.own_mount = OwnMount(mounts, stopper.number)
     forgetter = _mind_the_table(session, settings)
@@ -246,8 +265,8 @@ async def _serve(
         stopper.ended.set()
         device.remove()
         is_mounted = stopper.is_mounted()
-        if is_ours and is_mounted:
-            rootmount.detach(settings.mountpoint)
+        if point is not None and is_mounted:
+            point.detach()
         if forgetter.end():
             pyfuse3.close(unmount=is_mounted)
         else:  # a call to the device has not come back, and nobody may take it away
@@ -277,21 +296,25 @@ async def _announce(settings: Settings, started: trio.Event, ready: Callable[[],
     ready()
 
 
-def _mount(adapter: Adapter, settings: Settings) -> bool:
-    """Mount, and have pyfuse3 serve it; whether it is for us to unmount in the end."""
-    fd = rootmount.mount(settings)
-    if fd is None:
+def _mount(adapter: Adapter, settings: Settings) -> rootmount.MountPoint | None:
+    """Mount, and have pyfuse3 serve it; where it is, if it is for us to unmount in the end."""
+    try:
+        made = rootmount.mount(settings)
+    except OSError as e:
+        raise _refused(settings.mountpoint, e.strerror or str(e)) from None
+    if made is None:
         _init(adapter, settings, settings.mountpoint)
-        return False
+        return None
+    fd, point = made
     # Modes come as they were asked for, with the caller's umask beside them.
     adapter.unmasked = True
     try:
         _init(adapter, settings, f"/dev/fd/{fd}")
     except BaseException:
-        rootmount.detach(settings.mountpoint)
+        point.detach()
         os.close(fd)
         raise
-    return True
+    return point
 
 
 def _init(adapter: Adapter, settings: Settings, mountpoint: str) -> None:
@@ -301,19 +324,18 @@ def _init(adapter: Adapter, settings: Settings, mountpoint: str) -> None:
             pyfuse3.init(adapter, mountpoint, set(settings.mount_options))
         except RuntimeError as e:
             reason = " ".join(said().split()) or str(e)
-            if credentials.can_become_able_to_mount():
-                advice = (
-                    "mounting takes CAP_SYS_ADMIN, or fusermount3 and a mount point of one's own"
-                )
-            else:
-                advice = (
-                    "nobody may mount in here, not even root, without CAP_SYS_ADMIN: start the "
-                    f"container with --cap-add SYS_ADMIN --device {preflight.FUSE_DEVICE}"
-                )
-            raise Failure(
-                ExitCode.MOUNT_REFUSED,
-                f"cannot mount on {settings.mountpoint}: {reason} ({advice})",
-            ) from None
+            raise _refused(settings.mountpoint, reason) from None
+
+
+def _refused(mountpoint: str, reason: str) -> Failure:
+    if credentials.can_become_able_to_mount():
+        advice = "mounting takes CAP_SYS_ADMIN, or fusermount3 and a mount point of one's own"
+    else:
+        advice = (
+            "nobody may mount in here, not even root, without CAP_SYS_ADMIN: start the "
+            f"container with --cap-add SYS_ADMIN --device {preflight.FUSE_DEVICE}"
+        )
+    return Failure(ExitCode.MOUNT_REFUSED, f"cannot mount on {mountpoint}: {reason} ({advice})")
 
 
 @contextlib.contextmanager
@@ -336,11 +358,13 @@ class _Stopper:
     Attributes:
         number: of the mount's FUSE connection, by which it is known from another mount at
             the same place; None for a mount that was handed over open.
+        point: where it is, if root has made it.
         ended: set once the dispatcher serves no more.
     """
 
     def __init__(self, mountpoint: str, session: Session, token: trio.lowlevel.TrioToken) -> None:
         self.number: int | None = None
+        self.point: rootmount.MountPoint | None = None
         self.ended = threading.Event()
         self._mountpoint = mountpoint
         self._session = session
@@ -352,7 +376,11 @@ class _Stopper:
     def is_mounted(self) -> bool:
         """Whether it is our mount that lies on top at the mount point."""
         try:
+            if self.point is not None:
+                return self.point.is_ours()
             return self.number is not None and device.connection(self._mountpoint) == self.number
+        except FileNotFoundError:  # nor is the mount point there any more
+            return False
         except OSError as e:  # no descriptor left, say
             log.warning("%s: cannot look whether it is mounted: %s", self._mountpoint, e)
             return False
@@ -389,6 +417,7 @@ class _Stopper:
             if not self.ended.wait(_END_GRACE):
                 log.error("%s: the dispatcher does not end; ending without", self._mountpoint)
                 self.abandon()
+                logs.finish()
                 os._exit(ExitCode.INTERNAL)
 
     def abandon(self) -> None:
@@ -396,27 +425,41 @@ class _Stopper:
         self._give_up_spare()
         if not self.is_mounted():
             return
+        point = self.point
+        if point is None:
+            command = ["fusermount3", "-u", "-z", "--", self._mountpoint]
+        else:
+            command = self._unmounter("--detach")
         with contextlib.suppress(OSError):
             subprocess.Popen(
-                ["fusermount3", "-u", "-z", "--", self._mountpoint],
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
+                pass_fds=() if point is None else (point.parent,),
             )
 
     def _helper(self) -> subprocess.Popen[bytes] | None:
-        program = os.path.join(os.path.dirname(os.path.abspath(__file__)), "unmount.py")
         try:
             return subprocess.Popen(
-                [sys.executable, "-I", program, self._mountpoint],
+                self._unmounter(),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 start_new_session=True,  # a second Ctrl-C is for us alone
+                pass_fds=() if self.point is None else (self.point.parent,),
             )
         except OSError as e:
             log.error("%s: cannot start the helper that unmounts: %s", self._mountpoint, e)
             return None
+
+    def _unmounter(self, *words: str) -> list[str]:
+        """The command that unmounts; the descriptor of `point` is to be passed on to it."""
+        program = os.path.join(os.path.dirname(os.path.abspath(__file__)), "unmount.py")
+        command = [sys.executable, "-I", program, *words, self._mountpoint]
+        if self.point is not None:
+            command += [str(self.point.parent), str(self.point.number)]
+        return command
 
     def _give_up_spare(self) -> None:
         while self._spare:

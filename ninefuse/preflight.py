@@ -1,5 +1,6 @@
 """The checks before the mount: whatever can be known beforehand is said in one clear line."""
 
+import dataclasses
 import errno
 import os
 import re
@@ -9,7 +10,7 @@ import shutil
 import signal
 import stat
 
-from ninefuse import mounts
+from ninefuse import mounts, ownfile
 from ninefuse.exitcodes import ExitCode, Failure
 from ninefuse.options import Settings
 
@@ -26,23 +27,26 @@ STAT_TIMEOUT = 5.0
 _DEAD = (errno.ENOTCONN, errno.ECONNABORTED, errno.EIO)
 
 
-def check(settings: Settings) -> None:
+def check(settings: Settings) -> Settings:
     """Check that the mount can work; call this before anything is forked or mounted.
 
-    Raises Failure with an exit code of its own for each thing that is wrong.
+    Returns the settings with the mount point's real path: it is that which was checked, and which
+    the kernel will show. Raises Failure with an exit code of its own for each thing that is wrong.
     """
     _check_source(settings.source)
     if is_descriptor(settings.mountpoint):
         _check_handed_over(settings.source, settings.mountpoint)
-        return  # there is nothing left to look at or to mount
+        return settings  # there is nothing left to look at or to mount
     _check_mountpoint(settings.mountpoint)
-    _check_overlap(settings.source, settings.mountpoint)
+    real = _real_mountpoint(settings.mountpoint)
+    _check_overlap(settings.source, settings.mountpoint, real)
     _check_device()
     # As root libfuse mounts by itself, but auto_unmount is the work of fusermount3.
     if os.geteuid() != 0 or "auto_unmount" in settings.mount_options:
         _check_fusermount()
     if settings.allow_other and os.geteuid() != 0:
         _check_allow_other()
+    return dataclasses.replace(settings, mountpoint=real)
 
 
 def is_descriptor(mountpoint: str) -> bool:
@@ -105,12 +109,7 @@ def _check_mountpoint(mountpoint: str) -> None:
                 ExitCode.MOUNTPOINT_DEAD,
                 f"mount point {mountpoint} holds a dead mount ({error.strerror}): {undo}",
             ) from None
-        # One cause is a live FUSE mount of another user: it shuts out everybody else, root too.
-        raise Failure(
-            ExitCode.MOUNT_REFUSED,
-            f"mount point {mountpoint} cannot be reached ({error.strerror}): check its "
-            "permissions, and that no other user has a mount there",
-        ) from None
+        raise _unreachable(mountpoint, error) from None
     if not stat.S_ISDIR(mode):
         raise Failure(
             ExitCode.MOUNTPOINT_NOT_DIRECTORY,
@@ -118,9 +117,40 @@ def _check_mountpoint(mountpoint: str) -> None:
         )
 
 
-def _check_overlap(source: str, mountpoint: str) -> None:
+def _unreachable(mountpoint: str, error: OSError) -> Failure:
+    # One cause is a live FUSE mount of another user: it shuts out everybody else, root too.
+    return Failure(
+        ExitCode.MOUNT_REFUSED,
+        f"mount point {mountpoint} cannot be reached ({error.strerror}): check its "
+        "permissions, and that no other user has a mount there",
+    )
+
+
+def _real_mountpoint(mountpoint: str) -> str:
+    """The real path of the mount point; root follows no symlink that others can put there."""
+    if os.geteuid() != 0:
+        return os.path.realpath(mountpoint)
+    try:
+        parent, name = ownfile.place_of(mountpoint)
+        try:
+            if ownfile.is_private(parent):
+                return os.path.realpath(mountpoint)
+            real = os.path.join(os.readlink(f"/proc/self/fd/{parent}"), name)
+        finally:
+            os.close(parent)
+    except OSError as error:
+        raise _unreachable(mountpoint, error) from None
+    if os.path.islink(real):
+        raise Failure(
+            ExitCode.MOUNT_REFUSED,
+            f"mount point {mountpoint} is a symlink in a directory that others may write: "
+            "give what it is to lead to",
+        )
+    return real
+
+
+def _check_overlap(source: str, mountpoint: str, real_mountpoint: str) -> None:
     real_source = os.path.realpath(source)
-    real_mountpoint = os.path.realpath(mountpoint)
     if _is_same(real_source, real_mountpoint):
         raise Failure(
             ExitCode.SAME_DIRECTORY,

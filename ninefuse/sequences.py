@@ -18,7 +18,8 @@ from typing import TypeVar
 
 from ninefuse import ops
 from ninefuse.credentials import Caller
-from ninefuse.fids import Fid, error
+from ninefuse.fids import Fid, Node, error
+from ninefuse.mountflags import NOSUID
 from ninefuse.ops.io import report_close
 from ninefuse.ops.walk import KERNEL
 from ninefuse.qids import ROOT_NODEID
@@ -135,7 +136,7 @@ async def getxattr(
     session: Session, nodeid: int, name: bytes, caller: Caller | None = None
 ) -> bytes:
     """xattrwalk to a fid of its own, read, clunk."""
-    if name == _CAPABILITY and session.attr_timeout:
+    if name == _CAPABILITY:
         return await _read_capability(session, nodeid)
     return await _read_attribute(session, nodeid, name, caller)
 
@@ -143,11 +144,16 @@ async def getxattr(
 async def _read_capability(session: Session, nodeid: int) -> bytes:
     """As getxattr, but that there is none is believed for as long as other attributes.
 
-    The kernel asks before each cached write, in case there is one to take away.
+    The kernel asks before each cached write, in case there is one to take away. And there is none
+    where the source's mount gives nobody what it would give.
     """
     fid = session.fids.get(nodeid)
     try:
         node = fid.node
+        if _hides_capability(session, node):
+            raise error(errno.ENODATA)
+        if not session.attr_timeout:
+            return await _read_attribute(session, nodeid, _CAPABILITY)
         now = time.monotonic()
         if node.bare > now:
             raise error(errno.ENODATA)
@@ -165,7 +171,17 @@ async def _read_capability(session: Session, nodeid: int) -> bytes:
 
 async def listxattr(session: Session, nodeid: int, caller: Caller | None = None) -> list[bytes]:
     """xattrwalk without a name, read, clunk."""
-    return (await _read_attribute(session, nodeid, b"", caller)).split(b"\0")[:-1]
+    names = (await _read_attribute(session, nodeid, b"", caller)).split(b"\0")[:-1]
+    if _CAPABILITY in names:
+        fid = session.fids.get(nodeid)
+        if _hides_capability(session, fid.node):
+            names.remove(_CAPABILITY)
+        session.fids.put(fid)
+    return names
+
+
+def _hides_capability(session: Session, node: Node) -> bool:
+    return bool(session.fids.devices.hides & node.mount.forbids & NOSUID)
 
 
 async def setxattr(

@@ -68,6 +68,7 @@ def start(
                 else:
                     log.warning("%s again: ending at once", signal.Signals(number).name)
                     end_now()
+                    logs.finish()
                     os._exit(128 + number)
             except Exception:
                 log.exception("%s", received)

@@ -22,8 +22,9 @@ _AT_SYMLINK_NOFOLLOW = 0x100
 _AT_NO_AUTOMOUNT = 0x800
 _AT_EMPTY_PATH = 0x1000
 _AT_STATX_DONT_SYNC = 0x4000
-_STATX_BASIC_STATS_AND_BTIME = 0xFFF
+_STATX_WANTED = 0x1FFF  # the basic ones, the creation time, the mount
 _STATX_BTIME = 0x800
+_STATX_ATTR_MOUNT_ROOT = 0x2000
 
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
@@ -107,7 +108,7 @@ _name_to_handle_at = _function(
     ctypes.c_int,
 )
 
-_STATX = struct.Struct("=IIQIIIHxxQQQQqIxxxxqIxxxxqIxxxxqIxxxxIIII")
+_STATX = struct.Struct("=IIQIIIHxxQQQQqIxxxxqIxxxxqIxxxxqIxxxxIIIIQ")
 _StatxBuffer = ctypes.c_char * 256
 _Timespecs = struct.Struct("=qqqq")
 _HANDLE = struct.Struct("=Ii")  # handle_bytes, handle_type; the handle follows
@@ -158,6 +159,12 @@ class Attributes(NamedTuple):
     rdev_minor: int
     dev_major: int
     dev_minor: int
+    mount_id: int = 0  # 0: the kernel does not say (before Linux 5.8)
+
+    @property
+    def is_mount_root(self) -> bool:
+        """Whether something is mounted here, and this is its root."""
+        return bool(self.flags & _STATX_ATTR_MOUNT_ROOT)
 
     @property
     def kind(self) -> int:
@@ -203,7 +210,7 @@ class Attributes(NamedTuple):
 def stat_descriptor(fd: int) -> Attributes:
     """The attributes of an open file, O_PATH ones included (statx(2))."""
     buffer = _StatxBuffer()
-    _statx(fd, b"", _AT_EMPTY_PATH, _STATX_BASIC_STATS_AND_BTIME, buffer)
+    _statx(fd, b"", _AT_EMPTY_PATH, _STATX_WANTED, buffer)
     return Attributes._make(_STATX.unpack_from(buffer))
 
 
@@ -211,7 +218,7 @@ def stat_name(directory: int, name: bytes) -> Attributes:
     """The attributes of a name in a directory; a symlink is not followed (statx(2))."""
     buffer = _StatxBuffer()
     flags = _AT_SYMLINK_NOFOLLOW | _AT_NO_AUTOMOUNT
-    _statx(directory, name, flags, _STATX_BASIC_STATS_AND_BTIME, buffer)
+    _statx(directory, name, flags, _STATX_WANTED, buffer)
     return Attributes._make(_STATX.unpack_from(buffer))
 
 
@@ -252,13 +259,15 @@ def open_cached(directory: int, name: bytes) -> int:
 
 
 def device_behind(directory: int, name: bytes) -> tuple[int, int]:
-    """The device (major, minor) that a name in a directory leads to.
+    """The device (major, minor) that a name in a directory leads to, or with no name a descriptor.
 
     Where something is mounted on the name, the server of that is not asked (statx(2) with
     AT_STATX_DONT_SYNC, for no field at all).
     """
     buffer = _StatxBuffer()
     flags = _AT_SYMLINK_NOFOLLOW | _AT_NO_AUTOMOUNT | _AT_STATX_DONT_SYNC
+    if not name:
+        flags |= _AT_EMPTY_PATH
     _statx(directory, name, flags, 0, buffer)
     found = Attributes._make(_STATX.unpack_from(buffer))
     return found.dev_major, found.dev_minor

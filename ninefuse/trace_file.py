@@ -20,12 +20,14 @@ import json
 import logging
 import os
 import signal
+import stat
 import sys
 import threading
 from collections.abc import Iterator
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
+from ninefuse import ownfile
 from ninefuse.exitcodes import ExitCode, Failure
 
 log = logging.getLogger(__name__)
@@ -135,7 +137,7 @@ class TraceFile:
     def __init__(self, path: str, title: str) -> None:
         self.path = path
         try:
-            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+            self._fd = _opened(path)
             head = b"[\n" + _json(_metadata("process_name", 0, name=title))
             self._whole = os.write(self._fd, head)  # bytes of whole lines
         except OSError as error:
@@ -247,6 +249,18 @@ class TraceFile:
         """Take back the line that found no more room, with all that was written with it."""
         with contextlib.suppress(OSError):  # not a regular file
             os.ftruncate(self._fd, self._whole)
+
+
+def _opened(path: str) -> int:
+    """A file that is ours, made or emptied."""
+    directory, name = ownfile.place_of(path)
+    try:
+        fd = ownfile.open_own(directory, name, 0o644)
+    finally:
+        os.close(directory)
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        os.ftruncate(fd, 0)
+    return fd
 
 
 def events(way: Way, hand_overs: Iterator[int]) -> list[Event]:

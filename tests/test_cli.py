@@ -39,7 +39,7 @@ def mount(monkeypatch: pytest.MonkeyPatch) -> FakeMount:
     fake = FakeMount()
     monkeypatch.setitem(sys.modules, "ninefuse.mount", fake)
     monkeypatch.setattr(ninefuse, "mount", fake, raising=False)
-    monkeypatch.setattr(preflight, "check", lambda settings: None)
+    monkeypatch.setattr(preflight, "check", lambda settings: settings)
     monkeypatch.setattr(logs, "configure", lambda settings, daemon: None)
     return fake
 

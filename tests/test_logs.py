@@ -4,9 +4,10 @@ import logging
 import os
 import re
 import socket
+import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from ninefuse import logs
 from ninefuse.exitcodes import ExitCode, Failure
 from ninefuse.options import Settings
+from ninefuse.trace_file import TraceFile
 
 SETTINGS = Settings(source="/src", mountpoint="/mnt")
 LOGGERS = ("", "pyfuse3", "trio")
@@ -38,14 +40,33 @@ def with_log(path: Path, **fields: object) -> Settings:
     return Settings(source="/src", mountpoint="/mnt", log_file=str(path), **fields)  # type: ignore[arg-type]
 
 
+def written(path: Path) -> str:
+    """What is in a log file once all that was logged is written."""
+    logs.finish()
+    return path.read_text(encoding="utf-8")
+
+
+def shown(capfd: pytest.CaptureFixture[str]) -> str:
+    """What came on stderr since this was asked last, likewise."""
+    logs.finish()
+    return capfd.readouterr().err
+
+
+def say(text: str) -> None:
+    """Log a line, and see it written."""
+    logging.getLogger("ninefuse.test").warning("%s", text)
+    logs.finish()
+
+
 def record(message: str, *args: object, level: int = logging.INFO) -> logging.LogRecord:
     return logging.LogRecord("ninefuse.test", level, __file__, 1, message, args, None)
 
 
-def test_foreground_logs_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+def test_foreground_logs_to_stderr(capfd: pytest.CaptureFixture[str]) -> None:
     logs.configure(SETTINGS, daemon=False)
     logging.getLogger("ninefuse.test").info("hello %d", 3)
-    out, err = capsys.readouterr()
+    logs.finish()
+    out, err = capfd.readouterr()
     assert out == ""
     assert re.fullmatch(
         rf"\d{{4}}-\d\d-\d\d .* \[{os.getpid()}\] INFO ninefuse.test: hello 3\n", err
@@ -53,29 +74,29 @@ def test_foreground_logs_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_daemon_logs_to_the_file_and_keeps_what_is_in_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "log"
     path.write_text("before\n")
     logs.configure(with_log(path), daemon=True)
     logging.getLogger("ninefuse.test").warning("caf\u00e9")
-    first, second = path.read_text(encoding="utf-8").splitlines()
+    first, second = written(path).splitlines()
     assert first == "before"
     assert second.endswith("WARNING ninefuse.test: caf\u00e9")
-    assert capsys.readouterr().err == ""
+    assert shown(capfd) == ""
 
 
 def test_foreground_uses_a_given_file_too(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     logs.configure(with_log(tmp_path / "log"), daemon=False)
     logging.getLogger("ninefuse.test").warning("both")
-    assert "both" in (tmp_path / "log").read_text()
-    assert "both" in capsys.readouterr().err
+    assert "both" in written(tmp_path / "log")
+    assert "both" in shown(capfd)
 
 
 def test_daemon_without_syslog_logs_nowhere_until_there_is_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(logs, "SYSLOG_SOCKET", "syslog")
@@ -86,15 +107,15 @@ def test_daemon_without_syslog_logs_nowhere_until_there_is_one(
         late.settimeout(10)
         logging.getLogger("ninefuse.test").error("heard")
         assert late.recv(1000).endswith(b": heard")
-    assert capsys.readouterr().err == ""
+    assert shown(capfd) == ""
 
 
 def test_a_second_call_replaces_the_first(tmp_path: Path) -> None:
     logs.configure(with_log(tmp_path / "one"), daemon=True)
     logs.configure(with_log(tmp_path / "two"), daemon=True)
     logging.getLogger("ninefuse.test").warning("once")
-    assert (tmp_path / "one").read_text() == ""
-    assert (tmp_path / "two").read_text().count("once") == 1
+    assert written(tmp_path / "one") == ""
+    assert written(tmp_path / "two").count("once") == 1
 
 
 def test_log_file_that_cannot_be_opened(tmp_path: Path) -> None:
@@ -113,32 +134,39 @@ def test_a_file_that_was_renamed_is_opened_anew_with_the_first_ones_mode(tmp_pat
     try:
         logs.configure(with_log(path), daemon=True)
         os.umask(0)  # as the mount sets it
-        logging.getLogger("ninefuse.test").warning("one")
+        say("one")
         path.rename(tmp_path / "log.1")
-        logging.getLogger("ninefuse.test").warning("two")
+        say("two")
         path.unlink()
-        logging.getLogger("ninefuse.test").warning("three")
+        say("three")
     finally:
         os.umask(before)
-    assert (tmp_path / "log.1").read_text().endswith(": one\n")
-    assert path.read_text().endswith(": three\n")
-    assert path.read_text().count("\n") == 1
+    assert written(tmp_path / "log.1").endswith(": one\n")
+    assert written(path).endswith(": three\n")
+    assert written(path).count("\n") == 1
     assert path.stat().st_mode & 0o777 == 0o640
 
 
-def test_a_file_that_cannot_be_opened_anew_stops_nobody(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_until_a_file_can_be_opened_anew_the_one_before_goes_on(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "log"
     logs.configure(with_log(path), daemon=True)
-    path.unlink()
+    path.rename(tmp_path / "log.1")
     path.mkdir()
-    for _ in range(3):
-        logging.getLogger("ninefuse.test").warning("unheard")
+    for number in range(3):
+        say(f"still {number}")
     path.rmdir()
-    logging.getLogger("ninefuse.test").warning("heard again")
-    assert path.read_text().endswith("heard again\n")
-    assert capsys.readouterr().err == ""
+    say("heard again")
+    first, second, *more = written(tmp_path / "log.1").splitlines()
+    assert first.endswith(": still 0")
+    assert second.endswith(
+        f"log file {path}: not opened anew (Is a directory); writing on to the one that was open"
+    )
+    assert [line[-1] for line in more] == ["1", "2"], "and that is said once"
+    assert written(path).count("\n") == 1
+    assert written(path).endswith("heard again\n")
+    assert shown(capfd) == ""
 
 
 def test_what_is_no_file_is_kept(tmp_path: Path) -> None:
@@ -148,9 +176,9 @@ def test_what_is_no_file_is_kept(tmp_path: Path) -> None:
     try:
         (tmp_path / "log").symlink_to(f"/proc/self/fd/{write_end}")
         logs.configure(with_log(tmp_path / "log"), daemon=True)
-        logging.getLogger("ninefuse.test").warning("one")
+        say("one")
         os.dup2(null, write_end)
-        logging.getLogger("ninefuse.test").warning("two")
+        say("two")
         text = os.read(read_end, 1000).decode()
         assert [line.split()[-1] for line in text.splitlines()] == ["one", "two"]
     finally:
@@ -159,11 +187,207 @@ def test_what_is_no_file_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_closed_file_is_not_opened_anew(tmp_path: Path) -> None:
-    handler = logs.LogFile(str(tmp_path / "log"))
+    handler = logs.QueuedHandler(logs.LogFile(str(tmp_path / "log")))
     handler.close()
     (tmp_path / "log").unlink()
     handler.handle(record("late"))
     assert not (tmp_path / "log").exists()
+
+
+# What others put in its place
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Path:
+    """A directory that everybody may write, as /tmp is."""
+    path = tmp_path / "shared"
+    path.mkdir()
+    path.chmod(0o1777)
+    return path
+
+
+def put_symlink(path: Path, victim: Path) -> None:
+    path.symlink_to(victim)
+
+
+def put_hard_link(path: Path, victim: Path) -> None:
+    os.link(victim, path)
+
+
+def put_fifo(path: Path, victim: Path) -> None:
+    os.mkfifo(path)
+
+
+def put_their_own(path: Path, victim: Path) -> None:
+    path.touch()
+    os.chown(path, 65534, 65534)
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+PUT = [
+    (put_symlink, "a symlink in a directory that others may write"),
+    (put_hard_link, "a file with several names, in a directory that others may write"),
+    (put_fifo, "No such device or address"),  # that nobody reads
+    pytest.param(
+        put_their_own, "another user's, in a directory that others may write", marks=needs_root
+    ),
+]
+
+
+@pytest.mark.parametrize(("put", "reason"), PUT)
+def test_what_others_put_in_the_place_of_the_file_is_not_written_to(
+    shared: Path, put: Callable[[Path, Path], None], reason: str
+) -> None:
+    path, victim = shared / "log", shared.parent / "victim"
+    victim.write_text("theirs\n")
+    logs.configure(with_log(path), daemon=True)
+    path.rename(shared / "log.1")
+    put(path, victim)
+    for number in range(3):
+        say(f"line {number}")
+    lines = written(shared / "log.1").splitlines()
+    assert [line[-6:] for line in lines if "log file" not in line] == ["line 0", "line 1", "line 2"]
+    [said] = [line for line in lines if "log file" in line]
+    assert f"log file {path}: not opened anew ({reason})" in said
+    assert victim.read_text() == "theirs\n"
+    path.unlink()
+    say("in a new one")
+    assert written(path).endswith("in a new one\n")
+
+
+def test_a_pipe_with_a_reader_is_no_file_to_be_opened_anew(shared: Path) -> None:
+    path = shared / "log"
+    logs.configure(with_log(path), daemon=True)
+    path.rename(shared / "log.1")
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        say("one")
+        say("two")
+        # Nothing has come. Without a writer it would be at its end.
+        with open(path, "wb"), pytest.raises(BlockingIOError):
+            os.read(reader, 100)
+    finally:
+        os.close(reader)
+    assert "not opened anew (no regular file)" in written(shared / "log.1")
+
+
+@pytest.mark.parametrize(("put", "reason"), PUT)
+def test_at_the_start_it_is_refused(
+    shared: Path, put: Callable[[Path, Path], None], reason: str
+) -> None:
+    path, victim = shared / "log", shared.parent / "victim"
+    victim.write_text("theirs\n")
+    put(path, victim)
+    with pytest.raises(Failure) as caught:
+        logs.configure(with_log(path), daemon=True)
+    assert caught.value.code == ExitCode.USAGE
+    assert f"log file {path} cannot be opened ({reason}): give one" in caught.value.message
+    with pytest.raises(Failure) as caught:
+        TraceFile(str(path), "title")
+    assert f"trace file {path} cannot be written ({reason}): give one" in caught.value.message
+    assert victim.read_text() == "theirs\n"
+
+
+def test_in_a_directory_of_ones_own_a_symlink_is_followed(tmp_path: Path) -> None:
+    """At each opening, as whoever rotates the file it leads to expects."""
+    path, kept = tmp_path / "log", tmp_path / "kept"
+    path.symlink_to("kept")
+    logs.configure(with_log(path), daemon=True)
+    say("one")
+    kept.rename(tmp_path / "kept.1")
+    say("two")
+    assert written(tmp_path / "kept.1").endswith("one\n")
+    assert written(kept).endswith("two\n")
+    assert written(kept).count("\n") == 1
+
+
+# Nobody waits for it
+
+
+def test_whoever_logs_does_not_wait_for_a_pipe_that_nobody_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs, "_MOST_WAITING", 2000)
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    logs.configure(with_log(tmp_path / "pipe", log_level="debug"), daemon=True)
+    logger = logging.getLogger("ninefuse.test")
+
+    def fill() -> None:
+        for number in range(20_000):
+            logger.debug("line %d", number)
+
+    filler = threading.Thread(target=fill, daemon=True)
+    filler.start()
+    filler.join(20)
+    assert not filler.is_alive()
+    # All that was kept comes in its order once somebody reads, and how many were not.
+    os.set_blocking(reader, True)
+    text = b""
+    while b"are missing here" not in text:
+        text += os.read(reader, 1 << 16)
+    logger.debug("at last")
+    while b"at last" not in text:
+        text += os.read(reader, 1 << 16)
+    os.close(reader)
+    numbers = [int(number) for number in re.findall(rb"line (\d+)\n", text)]
+    assert numbers == list(range(len(numbers)))
+    lost = sum(map(int, re.findall(rb"(\d+) lines are missing here, which came faster", text)))
+    assert len(numbers) >= 2000
+    assert len(numbers) + lost == 20_000
+
+
+def test_a_log_that_takes_nothing_does_not_keep_a_process_from_ending(tmp_path: Path) -> None:
+    """Neither in the foreground nor where nothing is cleaned up."""
+    program = (
+        "import logging, os, sys\n"
+        "from ninefuse import logs\n"
+        "from ninefuse.options import Settings\n"
+        "logs.configure(Settings('/src', '/mnt', log_file=sys.argv[1]), daemon=True)\n"
+        "for n in range(1500):\n"
+        "    logging.getLogger(f'ninefuse.{n}').warning('%s', 'x' * 100)\n"
+        "if sys.argv[2:]: logs.finish(); os._exit(3)\n"
+        "sys.exit(3)\n"
+    )
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        for words in ([], ["at once"]):
+            done = subprocess.run(
+                [sys.executable, "-c", program, str(tmp_path / "pipe"), *words],
+                timeout=20,
+                check=False,
+            )
+            assert done.returncode == 3
+    finally:
+        os.close(reader)
+
+
+def test_short_commands_lose_nothing_and_a_forked_child_writes_its_own(tmp_path: Path) -> None:
+    program = (
+        "import logging, os, sys\n"
+        "from ninefuse import logs\n"
+        "from ninefuse.options import Settings\n"
+        "def settings(name): return Settings('/src', '/mnt', log_file=sys.argv[1] + name)\n"
+        "logs.configure(settings('parent'), daemon=True)\n"
+        "logging.getLogger('ninefuse').warning('before')\n"
+        "pid = os.fork()\n"
+        "if not pid: logs.configure(settings('child'), daemon=True)\n"
+        "for n in range(3000):\n"
+        "    logging.getLogger(f'ninefuse.{n}').warning('after %d', n)\n"
+        "if pid: os.waitpid(pid, 0)\n"
+    )
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program, f"{tmp_path}/"], timeout=20, check=True
+    )
+    parent = (tmp_path / "parent").read_text().splitlines()
+    child = (tmp_path / "child").read_text().splitlines()
+    assert [line.split(": ")[1] for line in child] == [f"after {n}" for n in range(3000)]
+    assert [line.split(": ")[1] for line in parent] == [
+        "before",
+        *(f"after {n}" for n in range(3000)),
+    ]
 
 
 def test_the_journal_is_told_levels_and_no_time(
@@ -177,14 +401,14 @@ def test_the_journal_is_told_levels_and_no_time(
     except ValueError:
         logging.getLogger("ninefuse.test").exception("said")
     logging.getLogger("ninefuse.test").warning("more")
-    lines = capfd.readouterr().err.splitlines()
+    lines = shown(capfd).splitlines()
     assert lines[0] == "<3>ERROR ninefuse.test: said"
     assert lines[1] == "<3>    Traceback (most recent call last):"
     assert lines[-1] == "<4>WARNING ninefuse.test: more"
     monkeypatch.setenv("JOURNAL_STREAM", f"{status.st_dev}:{status.st_ino + 1}")
     logs.configure(SETTINGS, daemon=False)
     logging.getLogger("ninefuse.test").warning("on a terminal")
-    assert re.match(r"\d{4}-", capfd.readouterr().err)
+    assert re.match(r"\d{4}-", shown(capfd))
 
 
 @pytest.mark.parametrize(
@@ -374,32 +598,32 @@ def test_the_filter_does_not_grow_without_end_and_forgets_no_count() -> None:
 
 
 def test_a_record_that_cannot_be_formatted_stops_nobody(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     logs.configure(with_log(tmp_path / "log"), daemon=True)
     (handler,) = our_handlers()
     for _ in range(logs.REPEAT_LIMIT + 5):
         handler.handle(record("%d", "no number"))
     logs.tell_repeats(all_of_them=True)
-    assert (tmp_path / "log").read_text() == ""
-    assert capsys.readouterr().err.count("--- Logging error ---") == logs.REPEAT_LIMIT + 1
+    assert written(tmp_path / "log") == ""
+    assert shown(capfd).count("--- Logging error ---") == logs.REPEAT_LIMIT + 1
 
 
 def test_configured_handlers_limit_repeats_each_for_itself(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     logs.configure(with_log(tmp_path / "log"), daemon=False)
     for number in range(logs.REPEAT_LIMIT + 5):
         logging.getLogger("ninefuse.test").error("slow: %d", number)
-    for text in ((tmp_path / "log").read_text(), capsys.readouterr().err):
+    for text in (written(tmp_path / "log"), shown(capfd)):
         lines = text.splitlines()
         assert len(lines) == logs.REPEAT_LIMIT
         assert lines[0].endswith("slow: 0")
         assert lines[-1].endswith("are only counted)")
     logs.tell_repeats()
-    assert capsys.readouterr().err == "", "its time is not over"
+    assert shown(capfd) == "", "its time is not over"
     logs.tell_repeats(all_of_them=True)
-    for text in ((tmp_path / "log").read_text(), capsys.readouterr().err):
+    for text in (written(tmp_path / "log"), shown(capfd)):
         assert text.endswith("slow: 14 (repeated 5 times, this was the last)\n")
 
 
@@ -428,7 +652,7 @@ def test_daemon_without_a_file_logs_to_syslog(syslog_socket: socket.socket) -> N
 
 
 def test_a_full_or_ended_syslog_stops_nobody(
-    syslog_socket: socket.socket, capsys: pytest.CaptureFixture[str]
+    syslog_socket: socket.socket, capfd: pytest.CaptureFixture[str]
 ) -> None:
     handler = logs.SyslogHandler("syslog")
 
@@ -450,4 +674,4 @@ def test_a_full_or_ended_syslog_stops_nobody(
         handler.handle(record("heard again"))
         assert restarted.recv(1000).endswith(b"heard again")
     handler.close()
-    assert capsys.readouterr().err == ""
+    assert shown(capfd) == ""

@@ -5,11 +5,27 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from mounting import Log, Mount, errno_of, unmount
+import pytest
+from mounting import (
+    ENVIRONMENT,
+    MODELS,
+    NINEFUSE,
+    PATIENCE,
+    Log,
+    Mount,
+    detach,
+    errno_of,
+    in_child,
+    is_mounted,
+    unmount,
+    wait_until,
+)
+from test_logs import put_fifo, put_hard_link, put_symlink
 
 from ninefuse.logs import REPEAT_LIMIT
 
@@ -100,3 +116,64 @@ def test_a_log_below_the_mount_point_makes_nobody_wait_for_himself(
     unmount(mount.path)
     assert mount.wait() == 0
     assert log.read_text().endswith("unmounted\n")
+
+
+@pytest.mark.usefixtures("guard")
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("where", ["--log", "stderr"])
+def test_a_log_that_takes_nothing_keeps_nobody_waiting(
+    tmp_path: Path, where: str, model: str
+) -> None:
+    """Lines for each request, into a pipe that nobody reads."""
+    source, path, pipe = tmp_path / "source", tmp_path / "mount", tmp_path / "pipe"
+    source.mkdir()
+    path.mkdir()
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    command: list[str | Path] = [*NINEFUSE, "-f", "--log-level", "debug", "--model", model]
+    command += [source, path]
+    if where == "--log":
+        command += ["--log", pipe]
+    with open(pipe, "wb") as stderr:
+        daemon = subprocess.Popen(
+            command,
+            env=ENVIRONMENT,
+            stderr=stderr if where == "stderr" else subprocess.DEVNULL,
+        )
+    try:
+        wait_until(lambda: is_mounted(path), "the mount")
+        assert in_child(_use, path) == 500
+        daemon.send_signal(signal.SIGTERM)
+        assert daemon.wait(PATIENCE) == 0
+        assert not is_mounted(path)
+    finally:
+        os.close(reader)
+        daemon.kill()
+        detach(path)
+        daemon.wait()
+
+
+def _use(path: Path) -> int:
+    for number in range(500):
+        (path / str(number)).write_bytes(b"x")
+    return len(os.listdir(path))
+
+
+def test_what_others_put_in_the_place_of_a_rotated_log_is_not_written_to(
+    new_mount: Callable[..., Mount], tmp_path: Path
+) -> None:
+    directory, victim = tmp_path / "shared", tmp_path / "victim"
+    directory.mkdir()
+    directory.chmod(0o1777)
+    victim.write_text("theirs")
+    path = directory / "log"
+    mount = new_mount("--log", str(path))
+    for put in (put_symlink, put_hard_link, put_fifo):
+        path.rename(directory / "log.1")
+        put(path, victim)
+        assert mount.counters().fids == 1, "on stderr"
+        Log(directory / "log.1").wait_for(rf"log file {path}: not opened anew \(")
+        path.unlink()
+        assert mount.counters().fids == 1
+        Log(path).wait_for(r"descriptors: \d+")
+    assert victim.read_text() == "theirs"

@@ -8,12 +8,32 @@ import os
 import resource
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from mounting import Mount, become, errno_of, in_child, is_mounted, run
+from mounting import (
+    ENVIRONMENT,
+    NINEFUSE,
+    PATIENCE,
+    SOAK,
+    Child,
+    Log,
+    Mount,
+    become,
+    detach,
+    errno_of,
+    in_child,
+    is_mounted,
+    mount_ids,
+    run,
+    wait_until,
+)
 from test_mount_sync import done, flags_of_descriptors
+
+from ninefuse.exitcodes import ExitCode
+from ninefuse.syscalls import RENAME_EXCHANGE, rename
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts for others")
 
@@ -151,3 +171,89 @@ def test_a_daemon_ends_well_with_files_open(new_mount: Callable[..., Mount]) -> 
 
     in_child(hold)
     assert mount.wait() == 0
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Exchange two names for as long as one is let."""
+    while True:
+        with contextlib.suppress(OSError):  # busy, once it is mounted on
+            rename(-100, os.fsencode(one), -100, os.fsencode(other), RENAME_EXCHANGE)
+        time.sleep(0.0003)
+
+
+@needs_root
+@pytest.mark.usefixtures("guard")
+def test_a_mount_point_that_is_exchanged_leads_root_nowhere_else(tmp_path: Path) -> None:
+    """Neither when it mounts nor when it unmounts."""
+    source, shared, victim = tmp_path / "source", tmp_path / "shared", tmp_path / "victim"
+    for directory in (source, shared, victim):
+        directory.mkdir()
+    shared.chmod(0o777)
+    view, link = shared / "view", shared / "link"
+    view.mkdir()
+    link.symlink_to(victim)
+    codes = []
+    subprocess.run(["mount", "-t", "tmpfs", "none", victim], check=True)
+    try:
+        with Child(exchange, view, link):
+            until = time.monotonic() + 10 * (10 if SOAK else 1)
+            while time.monotonic() < until:
+                daemon = subprocess.Popen(
+                    [*NINEFUSE, "-f", source, view], env=ENVIRONMENT, stderr=subprocess.DEVNULL
+                )
+                try:
+                    while not is_mounted(view) and daemon.poll() is None:
+                        time.sleep(0.005)
+                    assert len(mount_ids(victim)) == 1
+                    daemon.send_signal(signal.SIGTERM)
+                    codes.append(daemon.wait(PATIENCE))
+                    assert not is_mounted(view)
+                    assert not is_mounted(link)
+                    assert len(mount_ids(victim)) == 1
+                finally:
+                    daemon.kill()
+                    daemon.wait()
+                    detach(view)
+                    detach(link)
+    finally:
+        detach(victim)
+    assert set(codes) & {ExitCode.MOUNT_REFUSED, ExitCode.MOUNTPOINT_MISSING}, codes
+
+
+@needs_root
+def test_a_mount_whose_path_has_changed_is_unmounted_all_the_same(
+    new_mount: Callable[..., Mount], tmp_path: Path
+) -> None:
+    """And not what has its path by then."""
+    mount = new_mount()
+    directory = mount.path.parent
+    directory.rename(tmp_path / "renamed")
+    mount.path.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "none", mount.path], check=True)
+    try:
+        assert is_mounted(tmp_path / "renamed" / "mount")
+        mount.signal(signal.SIGTERM)
+        assert mount.wait() == 0
+        assert not is_mounted(tmp_path / "renamed" / "mount")
+        assert len(mount_ids(mount.path)) == 1
+    finally:
+        subprocess.run(["umount", mount.path], check=True)
+
+
+@needs_root
+def test_a_mount_whose_path_has_changed_is_detached_at_once_too(
+    new_mount: Callable[..., Mount], tmp_path: Path
+) -> None:
+    mount = new_mount()
+    with open(mount.path / "file", "wb", buffering=0) as file:
+        mount.path.parent.rename(tmp_path / "renamed")
+        mount.path.mkdir(parents=True)
+        log = Log(tmp_path / "renamed" / "log")
+        mount.signal(signal.SIGTERM)
+        log.wait_for("SIGTERM: unmounting")
+        mount.signal(signal.SIGTERM)
+        assert mount.wait() == 128 + signal.SIGTERM
+        wait_until(lambda: not is_mounted(tmp_path / "renamed" / "mount"), "the end of the mount")
+        assert errno_of(file.write, b"x")
+        with contextlib.suppress(OSError):
+            file.close()

@@ -364,3 +364,17 @@ def test_a_message_is_one_line_whatever_the_name(changed: Changed, base: Path) -
     _, message = outcome(changed(source=base / "a\nb\x1b[2J"))
     assert message.isprintable()
     assert r"a\nb\x1b[2J" in message
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="users follow their symlinks")
+def test_root_follows_no_symlink_that_others_can_put_there(
+    settings: Settings, base: Path, changed: Changed
+) -> None:
+    (base / "shared").mkdir()
+    (base / "shared" / "link").symlink_to(base / "mnt")
+    linked = changed(mountpoint=base / "shared" / "link")
+    assert preflight.check(linked).mountpoint == settings.mountpoint
+    (base / "shared").chmod(0o777)
+    code, message = outcome(linked)
+    assert code == ExitCode.MOUNT_REFUSED
+    assert message.startswith(f"mount point {linked.mountpoint} is a symlink in a directory")

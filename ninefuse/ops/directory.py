@@ -7,6 +7,7 @@ remembers the names it found.
 from __future__ import annotations
 
 import errno
+import os
 import stat
 import sys
 from typing import NamedTuple
@@ -190,7 +191,20 @@ def _entry_plus(session: Session, use: Fid, look: _Look) -> EntryPlus:
 
 def _stat_entry(session: Session, directory: int, name: bytes) -> tuple[Attributes, Mark]:
     attributes = session.stat_name(directory, name)
+    if attributes.is_mount_root:
+        attributes = _learn(session, directory, name)
     return attributes, session.fids.devices.mark(attributes, directory, name)
+
+
+def _learn(session: Session, directory: int, name: bytes) -> Attributes:
+    """Have what is mounted on a name learned; the attributes of its root."""
+    fd = session.open_step(directory, name)
+    try:
+        attributes = stat_descriptor(fd)
+        session.fids.devices.learn(fd, attributes)
+    finally:
+        os.close(fd)
+    return attributes
 
 
 def _open_directory_of(fid: Fid) -> OpenDirectory:

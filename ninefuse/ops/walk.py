@@ -223,9 +223,10 @@ def _step(session: Session, node: Node, name: bytes) -> tuple[Node, Attributes]:
         except BaseException:
             fids.unpin(there)
             raise
-    # A file that the kernel knows needs no new descriptor, only its name checked.
+    # A file that the kernel knows needs no new descriptor, only its name checked. (Where something
+    # is mounted, what it forbids may have changed, and is asked of the mount that is there now.)
     attributes = session.stat_name(node.fd, name)
-    known = fids.known(attributes)
+    known = None if attributes.is_mount_root else fids.known(attributes)
     if known is not None:
         has = fids.pin(known)
         fids.drop(known)
@@ -236,7 +237,8 @@ def _step(session: Session, node: Node, name: bytes) -> tuple[Node, Attributes]:
     fd = open_step(node.fd, name)
     try:
         attributes = stat_descriptor(fd)
-        if (attributes.dev_major, attributes.dev_minor) != node.device:
+        other = (attributes.dev_major, attributes.dev_minor) != node.device
+        if other or attributes.is_mount_root:
             fids.devices.learn(fd, attributes)
         mark = fids.devices.mark(attributes, fd)
     except OSError:

@@ -341,24 +341,35 @@ class DirectoryEntry(NamedTuple):
     name: bytes
 
 
-def read_entries(fd: int, size: int) -> list[DirectoryEntry]:
-    """The next entries of an open directory; an empty list at its end (getdents64(2)).
+def read_records(fd: int, size: int) -> bytes:
+    """The next records of an open directory; none at its end (getdents64(2)).
 
     Args:
         fd: the directory, open for reading; its offset moves.
-        size: how many bytes of the kernel's records to take at most.
+        size: how many bytes of records to take at most.
     """
     buffer = ctypes.create_string_buffer(size)
     filled = _getdents64(fd, buffer, size)
-    raw = buffer.raw[:filled]
-    entries = []
+    return ctypes.string_at(buffer, filled)
+
+
+def next_entry(records: bytes, at: int) -> tuple[DirectoryEntry, int]:
+    """The entry of the record at a place among some, and the place behind it."""
+    ino, offset, length, kind = _DIRENT.unpack_from(records, at)
+    end = records.index(0, at + _DIRENT.size)
+    entry = DirectoryEntry(ino, offset, kind, records[at + _DIRENT.size : end])
+    return entry, at + length
+
+
+def place_after(records: bytes, offset: int, before: int) -> int:
+    """The place behind the record that has a cookie; -1 if there is none before another place."""
     at = 0
-    while at < filled:
-        ino, offset, length, kind = _DIRENT.unpack_from(raw, at)
-        name = raw[at + _DIRENT.size : at + length]
-        entries.append(DirectoryEntry(ino, offset, kind, name[: name.index(0)]))
-        at += length
-    return entries
+    while at < before:
+        _, found, length, _ = _DIRENT.unpack_from(records, at)
+        at += int(length)
+        if found == offset:
+            return at
+    return -1
 
 
 # Numbers and values of the mount calls, which glibc has had only since 2.36. They are

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from ops_helpers import fails, need_devices, needs_root
+from ops_helpers import fails, need_devices, needs_root, read_entries
 from ops_helpers import leak_free as leak_free
 
 from ninefuse import syscalls
@@ -25,7 +25,6 @@ from ninefuse.syscalls import (
     file_handle,
     file_handles_last,
     is_overlayfs,
-    read_entries,
     rename,
     set_times,
     stat_descriptor,

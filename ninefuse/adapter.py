@@ -355,6 +355,8 @@ class Adapter(pyfuse3.Operations):
         entry = self._attributes(fid.number, attributes)
         entry.generation = fid.generation
         entry.entry_timeout = self._entry_timeout
+        if not fid.node.may_be_believed(attributes):
+            entry.entry_timeout = entry.attr_timeout = 0
         return entry
 
     def _attributes(self, nodeid: int, a: Attributes) -> pyfuse3.EntryAttributes:

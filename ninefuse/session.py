@@ -76,7 +76,7 @@ class Session:
         )
         self.msize = 0  # bytes of a message, agreed by version
 
-    def using(self, number: int, *, locked: bool = False) -> Use:
+    def using(self, number: int, *, locked: bool = False, looking: bool = False) -> Use:
         """``async with session.using(fid) as use``: reference a fid, pin its node.
 
         Inside, ``use.fid`` is the fid, ``use.node`` its node and ``use.fd`` the node's
@@ -85,6 +85,7 @@ class Session:
         Args:
             number: the fid.
             locked: whether the body holds the rename lock already.
+            looking: whether only attributes are wanted (`Descriptors.reopen`).
 
         Raises:
             OSError: unknown fid (see `FidTable.get`); ESTALE where the node had no
@@ -93,7 +94,7 @@ class Session:
         Locks: the rename lock, read, if the node's descriptor has to be opened again
         and ``locked`` is false.
         """
-        return Use(self, number, locked)
+        return Use(self, number, locked, looking)
 
     def using_node(self, node: Node, *, locked: bool = False) -> UseNode:
         """``async with session.using_node(node)``: as `using`, for a node held already."""
@@ -136,21 +137,22 @@ class Session:
         """
         return Keeping(self, directory, name)
 
-    async def claim_descriptor(self, near: Node) -> None:
+    async def claim_descriptor(self, near: Node, owner: int | None = None) -> None:
         """See that an open fid can have a descriptor; `FidTable.close_open` is its end.
 
         Args:
             near: a node of the device that it is about to be opened on.
+            owner: the user id of who opens it, whose share is bounded; None: nobody's.
 
         Raises:
             OSError: ENFILE, too many are in use.
         """
-        self.descriptors.claim()
+        self.descriptors.claim(owner)
         if self.descriptors.are_short:
             try:
                 await blocking(near.path, self.descriptors.make_room_for_open, near)
             except BaseException:
-                self.fids.unclaim()
+                self.fids.unclaim(owner)
                 raise
 
     async def settle(self, directory: Node) -> None:
@@ -199,11 +201,12 @@ class Keeping:
 class UseNode:
     """A node referenced and pinned, for an ``async with`` block; `Session.using_node`."""
 
-    __slots__ = ("_locked", "_session", "node")
+    __slots__ = ("_locked", "_looking", "_session", "node")
 
-    def __init__(self, session: Session, node: Node, locked: bool) -> None:
+    def __init__(self, session: Session, node: Node, locked: bool, looking: bool = False) -> None:
         self._session = session
         self._locked = locked
+        self._looking = looking
         self.node = node
 
     async def __aenter__(self) -> Node:
@@ -212,10 +215,10 @@ class UseNode:
             reopen = session.descriptors.reopen
             try:
                 if self._locked:
-                    await blocking(node.path, reopen, node)
+                    await blocking(node.path, reopen, node, self._looking)
                 else:
                     async with session.rename_lock.reading:
-                        await blocking(node.path, reopen, node)
+                        await blocking(node.path, reopen, node, self._looking)
                 session.descriptors.note()
             except BaseException:
                 session.fids.unpin(node)
@@ -229,20 +232,21 @@ class UseNode:
 class Use:
     """A fid referenced and its node pinned, for an ``async with`` block; `Session.using`."""
 
-    __slots__ = ("_locked", "_number", "_pin", "_session", "fid")
+    __slots__ = ("_locked", "_looking", "_number", "_pin", "_session", "fid")
 
     fid: Fid
     _pin: UseNode
 
-    def __init__(self, session: Session, number: int, locked: bool) -> None:
+    def __init__(self, session: Session, number: int, locked: bool, looking: bool) -> None:
         self._session = session
         self._number = number
         self._locked = locked
+        self._looking = looking
 
     async def __aenter__(self) -> Use:
         self.fid = self._session.fids.get(self._number)
         # The fid may be moved to another node meanwhile: this one is what is used here.
-        self._pin = UseNode(self._session, self.fid.node, self._locked)
+        self._pin = UseNode(self._session, self.fid.node, self._locked, self._looking)
         try:
             await self._pin.__aenter__()
         except BaseException:

@@ -25,7 +25,7 @@ from ninefuse.syscalls import is_local
 MS = 1_000_000  # nanoseconds
 US = 1_000
 INODE = 7
-FOREIGN = 0xFFFE << 48 | INODE
+FOREIGN = 1 << 52 | INODE
 
 
 def alone_in_it(sole: bool = True) -> Pace:

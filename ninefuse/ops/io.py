@@ -45,7 +45,8 @@ async def lopen(session: Session, fid: int, flags: int, caller: Caller | None = 
         session: the conversation.
         fid: unopened.
         flags: Linux open(2) flags; those that make no sense here are dropped.
-        caller: as whom the fid is to write; None: the daemon.
+        caller: as whom the fid is to write, and whose share of the descriptors it takes; None:
+            the daemon.
 
     Raises:
         OSError: EINVAL, the fid is open already; EROFS; EISDIR, a directory for
@@ -66,25 +67,26 @@ async def lopen(session: Session, fid: int, flags: int, caller: Caller | None = 
             raise error(errno.ENOTDIR)
         if kind not in (stat.S_IFDIR, stat.S_IFREG):
             raise error(errno.ENXIO)
-        await session.claim_descriptor(use.node)
+        owner = None if caller is None else caller.uid
+        await session.claim_descriptor(use.node, owner)
         opened: OpenFile | OpenDirectory
         try:
             if kind == stat.S_IFDIR:
-                opened = OpenDirectory(await blocking(on, _open_directory, use.fd))
+                opened = OpenDirectory(await blocking(on, _open_directory, use.fd), owner)
             else:
                 kept = flags & _KEPT_FLAGS
                 if kept & os.O_TRUNC:
                     use.node.emptied = True
                 fd = await blocking_unless(on, _open_file_now, _open_file, use.fd, kept)
-                opened = OpenFile(fd, kept, _writer(kept, caller))
+                opened = OpenFile(fd, kept, _writer(kept, caller), owner)
         except BaseException:
-            session.fids.unclaim()
+            session.fids.unclaim(owner)
             raise
         try:
             attributes = await blocking(on, stat_descriptor, use.fd)
             session.fids.open(use.fid, opened)
         except BaseException:
-            await blocking(on, session.fids.close_open, opened.fd)
+            await blocking(on, session.fids.close_open, opened.fd, owner)
             raise
     return session.fids.qid_of(attributes)
 
@@ -125,24 +127,25 @@ async def lcreate(
         kept = flags & _KEPT_FLAGS
         exclusive = bool(flags & os.O_EXCL)
         mode &= PERMISSIONS
-        await session.claim_descriptor(use.node)
+        owner = None if caller is None else caller.uid
+        await session.claim_descriptor(use.node, owner)
         try:
             fd = await blocking(on, _create_file, use.fd, name, kept, mode, caller, exclusive)
         except BaseException:
-            session.fids.unclaim()
+            session.fids.unclaim(owner)
             raise
         try:
             await session.settle(use.node)
             path_fd, attributes, mark = await blocking(on, _path_descriptor, session, fd)
             node = session.fids.new_node(attributes, path_fd, (use.node, name), mark)
             try:
-                opened = OpenFile(fd, kept, _writer(kept, caller))
+                opened = OpenFile(fd, kept, _writer(kept, caller), owner)
                 session.fids.open(use.fid, opened, node)
             finally:
                 session.fids.drop(node)
         except BaseException:
             # The file stays: it may be somebody's by now.
-            await blocking(on, session.fids.close_open, fd)
+            await blocking(on, session.fids.close_open, fd, owner)
             raise
     session.descriptors.note()
     return session.fids.qid_of(attributes)

@@ -140,7 +140,7 @@ def _step(session: Session, node: Node, name: bytes) -> tuple[Node, Attributes]:
             raise
     # A file that the kernel knows needs no new descriptor, only its name checked.
     attributes = session.stat_name(node.fd, name)
-    known = fids.known(attributes)
+    known = fids.known(attributes, allowing=True)
     if known is not None:
         has = fids.pin(known)
         fids.drop(known)

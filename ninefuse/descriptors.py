@@ -83,7 +83,7 @@ class Descriptors:
         """Count the descriptor that an open fid is about to have (`FidTable.close_open`).
 
         Args:
-            owner: the user id of who opens it, who may have half of all; None and 0: all.
+            owner: the user id of who opens it, who may have half of all (`FidTable.claim`).
 
         Raises:
             OSError: ENFILE, too many files are open, or this user has too many.

@@ -270,7 +270,8 @@ class FidTable:
         self.devices = Devices()
         self.descriptors = 0  # of nodes, those on their way to being closed among them
         self.open_descriptors = 0  # of open fids, likewise, and those about to be opened
-        self._claimed: dict[int, int] = {}  # of these, by the user id of who has them
+        self._claimed: dict[int, int] = {}  # of these, by the user id of who has them, …
+        self._unbounded = (None, 0, os.geteuid())  # … unless he has no bound: root, our own user
         self._counts = threading.Lock()
         self._fids: dict[int, Fid] = {}
         self._opened = 0  # fids that are open files, directories and attributes
@@ -371,8 +372,8 @@ class FidTable:
 
         Args:
             most: how many there may be.
-            owner: the user id of who opens it. Any but 0 may have half of these; None and 0
-                have no bound of their own.
+            owner: the user id of who opens it. Any but root and the daemon's own user may have
+                half of these; None: nobody's.
 
         Raises:
             OSError: ENFILE, there are as many.
@@ -380,7 +381,7 @@ class FidTable:
         with self._counts:
             if self.open_descriptors >= most:
                 raise error(errno.ENFILE)
-            if owner:
+            if owner is not None and owner not in self._unbounded:
                 has = self._claimed.get(owner, 0)
                 if has >= max(1, most // 2):
                     raise error(errno.ENFILE)
@@ -391,7 +392,7 @@ class FidTable:
         """Undo `claim`, where nothing came to be opened."""
         with self._counts:
             self.open_descriptors -= 1
-            if owner:
+            if owner is not None and owner not in self._unbounded:
                 left = self._claimed[owner] - 1
                 if left:
                     self._claimed[owner] = left

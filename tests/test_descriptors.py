@@ -37,6 +37,9 @@ from ninefuse.syscalls import Attributes
 
 pytestmark = pytest.mark.usefixtures("leak_free")
 
+STRANGER = os.geteuid() + 1000  # another user than the daemon's
+
+
 # Which nodes lose theirs, and how they get it again
 
 
@@ -95,18 +98,19 @@ def test_a_user_may_have_half_of_the_descriptors_for_open_files(client: Client) 
     cache = Descriptors(fids, client.executor.in_background, limit=256)
     most = cache.shared - min(64, cache.shared // 4)
     for _ in range(most // 2):
-        cache.claim(1000)
+        cache.claim(STRANGER)
     for _ in range(2):
         with fails(errno.ENFILE):
-            cache.claim(1000)
-    cache.claim(1001)
+            cache.claim(STRANGER)
+    cache.claim(STRANGER + 1)
     cache.claim(0)
     cache.claim()
-    fids.unclaim(1000)
-    cache.claim(1000)
+    cache.claim(os.geteuid())
+    fids.unclaim(STRANGER)
+    cache.claim(STRANGER)
     with fails(errno.ENFILE):
-        cache.claim(1000)
-    for owner in (1001, 0, None, *[1000] * (most // 2)):
+        cache.claim(STRANGER)
+    for owner in (STRANGER + 1, 0, None, os.geteuid(), *[STRANGER] * (most // 2)):
         fids.unclaim(owner)
     assert (fids.open_descriptors, fids._claimed) == (0, {})
 
@@ -124,7 +128,7 @@ def test_whoever_opened_a_file_has_its_descriptor_counted(
     (source / "directory").mkdir()
     (source / "file").touch()
     with client_of(source) as client:
-        table, caller = client.session.fids, Caller(1000, 1000, None, 0)
+        table, caller = client.session.fids, Caller(STRANGER, STRANGER, None, 0)
         opened = []
         for name in ("file", "directory"):
             opened.append(client.walk(name))
@@ -134,8 +138,8 @@ def test_whoever_opened_a_file_has_its_descriptor_counted(
         for fid in opened:
             state = client.fid(fid).opened
             assert isinstance(state, OpenFile | OpenDirectory)
-            assert state.owner == 1000
-        assert table._claimed == {1000: 3}
+            assert state.owner == STRANGER
+        assert table._claimed == {STRANGER: 3}
         with fails(errno.ENOTDIR):
             client.do(ops.lopen, client.walk("file"), os.O_WRONLY | os.O_DIRECTORY, caller)
         with fails(errno.ESTALE):
@@ -143,7 +147,7 @@ def test_whoever_opened_a_file_has_its_descriptor_counted(
         with monkeypatch.context() as patch, fails(errno.EIO):
             patch.setattr(module_of(ops.lopen), "_open_directory", broken)
             client.do(ops.lopen, client.walk(), os.O_RDONLY, caller)
-        assert table._claimed == {1000: 3}
+        assert table._claimed == {STRANGER: 3}
         client.do(ops.clunk, client.open("file"))
         for fid in opened:
             client.do(ops.clunk, fid)

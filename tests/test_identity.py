@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 from file_systems import image, mounted
+from mounting import run
 from ops_helpers import ROOT, Client, client_of, fails, made_up, needs_root
 from ops_helpers import leak_free as leak_free
 
 from ninefuse import ops, sequences
 from ninefuse.fids import Fid
-from ninefuse.identity import Devices
+from ninefuse.identity import Devices, hashed
 from ninefuse.ops.directory import fitted, readdirplus
 from ninefuse.syscalls import Attributes, FileSystem, stat_descriptor, stat_name
 
@@ -265,3 +266,25 @@ def test_of_many_rights_few_objects_are_kept() -> None:
         one = devices.rights(made_up(3)._replace(gid=number))
         assert devices.rights(made_up(4)._replace(gid=number)) is one
     assert len(devices._rights) <= 1000
+
+
+def test_what_a_file_system_is_known_by_stays_the_same(tmp_path: Path) -> None:
+    """From one version to the next, too: all numbers of its files are made from it."""
+    source, devices = tmp_path / "source", Devices()
+    with (
+        mounted("tmpfs", "tmpfs", source / "z/memory") as memory,
+        mounted("tmpfs", "tmpfs", source / "other") as other,
+        image("ext4", tmp_path) as disk,
+    ):
+        assert run("mount", "--bind", memory, other).returncode == 0
+        fds = [os.open(path, os.O_PATH) for path in (source, memory, other, disk)]
+        try:
+            devices.begin(fds[0], stat_descriptor(fds[0]))
+            found = [devices.learn(fd, stat_descriptor(fd)).base for fd in fds[1:]]
+            id_of_disk = os.fstatvfs(fds[3]).f_fsid
+        finally:
+            for fd in fds:
+                os.close(fd)
+            run("umount", other)
+        # Of two places the first in order, by whichever it was come to.
+        assert found == [*[hashed(b"at other +0")] * 2, hashed(b"id ef53 %x" % id_of_disk)]

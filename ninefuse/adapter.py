@@ -383,6 +383,8 @@ class Adapter(pyfuse3.Operations):
             # The kernel keeps the number that it was told first, but of another file.
             entry.generation += _HIDDEN
         entry.entry_timeout = self._entry_timeout
+        if not fid.node.may_be_believed(attributes):
+            entry.entry_timeout = entry.attr_timeout = 0
         return entry
 
     def _attributes(self, nodeid: int, a: Attributes) -> pyfuse3.EntryAttributes:

@@ -84,27 +84,35 @@ class Descriptors:
         """Whether a node can have another descriptor without one's being closed."""
         return self._fids.descriptors < self.for_nodes
 
-    def claim(self) -> None:
+    def claim(self, owner: int | None = None) -> None:
         """Count the descriptor that an open fid is about to have (`FidTable.close_open`).
 
+        Args:
+            owner: the user id of who opens it, who may have half of all (`FidTable.claim`).
+
         Raises:
-            OSError: ENFILE, too many files are open.
+            OSError: ENFILE, too many files are open, or this user has too many.
         """
-        self._fids.claim(self.shared - self._few)
+        self._fids.claim(self.shared - self._few, owner)
 
     def make_room_for_open(self, near: Node) -> None:
         """`make_room`, for an open fid; a few are left for names to be looked up with."""
         self.make_room(near, self._few)
 
-    def reopen(self, node: Node) -> None:
+    def reopen(self, node: Node, looking: bool = False) -> None:
         """Open a node again, which is pinned, by its parent and name. Blocks.
+
+        Args:
+            node: it.
+            looking: whether all that is wanted are its attributes, which the caller is told.
+                Then a directory may have been opened or closed to others since it was seen.
 
         Raises:
             OSError: ESTALE, the names do not lead there any more; ENFILE.
         """
         try:
             self.make_room(node)
-            fd = self.open_again(node)
+            fd = self.open_again(node, looking=looking)
         except OSError:
             if node.fd < 0:
                 raise
@@ -219,11 +227,16 @@ class Descriptors:
             look.close()
         return closed
 
-    def open_again(self, node: Node, *, use: bool = True) -> int:
+    def open_again(self, node: Node, *, use: bool = True, looking: bool = False) -> int:
         """A new descriptor of a node, by the names that it remembers. Blocks.
 
         Climbs to the nearest ancestor that has a descriptor and comes down from it, one
         name at a time, comparing each file with what its node knows of it.
+
+        Args:
+            node: it.
+            use: whether that counts as a use of what it comes by.
+            looking: as for `reopen`.
 
         Raises:
             OSError: ESTALE, the names do not lead there any more.
@@ -247,7 +260,9 @@ class Descriptors:
             for step, name in reversed(way):
                 above, fd = fd, self._open_step(top.fd if fd < 0 else fd, name)
                 _close(above)
-                if not self._is_open_at(step, fd):
+                # Of a directory on the way no more is wanted than what is in it.
+                is_lenient = step is not node or (looking and node.kind == stat.S_IFDIR)
+                if not self._is_open_at(step, fd, is_lenient):
                     raise error(errno.ESTALE)
         except (FileNotFoundError, NotADirectoryError):
             _close(fd)
@@ -259,9 +274,12 @@ class Descriptors:
             self._fids.unpin(top)
         return fd
 
-    def _is_open_at(self, node: Node, fd: int) -> bool:
+    def _is_open_at(self, node: Node, fd: int, is_lenient: bool = False) -> bool:
         attributes = stat_descriptor(fd)
-        return node.shows(attributes, self._fids.devices.mark(attributes, fd))
+        if not node.shows(attributes, self._fids.devices.mark(attributes, fd)):
+            return False
+        # The kernel let the caller in by what it was told of the node.
+        return is_lenient or node.allows(attributes)
 
 
 class _Look:

@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from ninefuse.credentials import Caller
-from ninefuse.identity import Devices, Mark, Mount
+from ninefuse.identity import Device, Devices, Mark, Mount, Rights
 from ninefuse.listing import Listing
 from ninefuse.locks import TableLock
 from ninefuse.qids import ROOT_NODEID, Qid, QidPaths, qid_of
@@ -44,6 +44,7 @@ from ninefuse.syscalls import Attributes
 FIRST_HANDLE = 1 << 64
 _MANY = 10_000  # fids, of which a table that has gone empty is worth making anew
 _STEP = 10_000  # fids more, or fewer by far, that are worth telling of
+_AT_ONCE = 256  # fids or nodes that are gone through while others wait for the table
 
 
 def error(code: int) -> OSError:
@@ -73,7 +74,7 @@ class Node:
         self,
         path: int,
         a: Attributes,
-        device: tuple[int, int],
+        device: Device,
         mount: Mount,
         mark: Mark,
         place: tuple[Node, bytes] | None,
@@ -109,35 +110,60 @@ class Node:
         return (
             self.inode == a.ino
             and self.kind == a.kind
-            and self.device == (a.dev_major, a.dev_minor)
-            and self._has_mark(a.birth if type(self.mark) is int else mark)
+            and self.device.number == (a.dev_major, a.dev_minor)
+            and self._has_mark(a.birth if type(self.mark) is int else mark, a.uid)
         )
 
     def is_file_of(self, other: Node) -> bool:
         """Whether both nodes are the same file."""
-        return self.has_number_of(other) and self.kind == other.kind and self._has_mark(other.mark)
+        owner = other.mark.uid if type(other.mark) is Rights else -1
+        return (
+            self.has_number_of(other)
+            and self.kind == other.kind
+            and self._has_mark(other.mark, owner)
+        )
 
-    def _has_mark(self, mark: Mark) -> bool:
+    def _has_mark(self, mark: Mark, owner: int) -> bool:
+        if type(self.mark) is Rights:
+            # The number is the file's own while we have a descriptor. Without, another owner's
+            # file is another; one of the same owner may be the same, changed meanwhile.
+            return self.fd >= 0 or owner in (-1, self.mark.uid)
         # One that is not known speaks neither for nor against.
         return self.mark is None or mark is None or self.mark == mark
 
+    def allows(self, a: Attributes) -> bool:
+        """Whether a file with these attributes is as open to others as this one was seen last.
+
+        Always so where files are told apart by more than that.
+        """
+        mark = self.mark
+        return type(mark) is not Rights or mark == (a.uid, a.gid, a.mode)
+
+    def may_be_believed(self, a: Attributes) -> bool:
+        """Whether attributes, as of this file, hold for a while: no later one passes for it."""
+        return type(self.mark) is not Rights or (self.fd >= 0 and self.allows(a))
+
     def has_number_of(self, other: Node) -> bool:
         """Whether both have one (device, inode): a later file may have an earlier one's."""
-        return self.inode == other.inode and self.device == other.device
+        return self.inode == other.inode and self.device.number == other.device.number
 
 
 class OpenFile:
     """The state of a fid after lopen or lcreate of a file.
 
-    ``writer`` is who opened it, where a write must be made with other ids than the daemon's.
+    ``writer`` is who opened it, where a write must be made with other ids than the daemon's;
+    ``owner`` the user id of who opened it, whom its descriptor is counted for, or None.
     """
 
-    __slots__ = ("fd", "flags", "writer")
+    __slots__ = ("fd", "flags", "owner", "writer")
 
-    def __init__(self, fd: int, flags: int, writer: Caller | None = None) -> None:
+    def __init__(
+        self, fd: int, flags: int, writer: Caller | None = None, owner: int | None = None
+    ) -> None:
         self.fd = fd
         self.flags = flags
         self.writer = writer
+        self.owner = owner
 
     @property
     def readable(self) -> bool:
@@ -149,12 +175,13 @@ class OpenFile:
 
 
 class OpenDirectory:
-    """The state of a fid after lopen of a directory."""
+    """The state of a fid after lopen of a directory; ``owner`` as of an `OpenFile`."""
 
-    __slots__ = ("fd", "fits", "listing")
+    __slots__ = ("fd", "fits", "listing", "owner")
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, owner: int | None = None) -> None:
         self.fd = fd
+        self.owner = owner
         self.listing = Listing(fd)
         self.fits = 24  # entries that fitted into the last reply with attributes
 
@@ -165,6 +192,7 @@ class AttributeRead:
     __slots__ = ("value",)
 
     fd = -1
+    owner = None
 
     def __init__(self, value: bytes) -> None:
         self.value = value
@@ -176,6 +204,7 @@ class AttributeWrite:
     __slots__ = ("caller", "data", "flags", "name", "remove", "size")
 
     fd = -1
+    owner = None
 
     def __init__(
         self, name: bytes, size: int, flags: int, remove: bool, caller: Caller | None = None
@@ -238,8 +267,12 @@ class FidTable:
         self.devices = Devices()
         self.descriptors = 0  # of nodes, those on their way to being closed among them
         self.open_descriptors = 0  # of open fids, likewise, and those about to be opened
+        self._claimed: dict[int, int] = {}  # of these, by the user id of who has them, …
+        self._unbounded = (None, 0, os.geteuid())  # … unless he has no bound: root, our own user
         self._counts = threading.Lock()
         self._fids: dict[int, Fid] = {}
+        self._opened = 0  # fids that are open files, directories and attributes
+        self._files = 0  # files among them
         self._most = 0  # fids that there were, as far as was noticed, since it last shrank
         self.step = _STEP
         self.on_change: Callable[[], None] = _nothing  # each `step` fids more, and far fewer
@@ -270,7 +303,7 @@ class FidTable:
         new = (root.dev_major, root.dev_minor), root.ino
         if new != self._root:  # else numbers given already stay as they are
             self._root = new
-            self._paths = QidPaths(root)
+            self._paths = QidPaths(root, self.devices)
 
     def path_of(self, a: Attributes) -> int:
         """The qid path of a file of the source."""
@@ -279,10 +312,10 @@ class FidTable:
         assert self._paths is not None
         return self._paths.path(a)
 
-    def number_apart(self, device: tuple[int, int], inode: int) -> int:
+    def number_apart(self, device: Device, inode: int) -> int:
         """A number to show a file with of which nothing but its inode number is known."""
         assert self._paths is not None
-        return self._paths.apart(device, inode)
+        return self._paths.unknown(device, inode)
 
     def qid_of(self, a: Attributes) -> Qid:
         """The qid of a file of the source."""
@@ -314,31 +347,47 @@ class FidTable:
         # Only the last one comes here: a fid in the table has the table's reference,
         # and one that has left it gets no new ones.
         if fid.opened is not None and fid.opened.fd >= 0:
-            self._defer(self.close_open, fid.opened.fd)
+            self._defer(self.close_open, fid.opened.fd, fid.opened.owner)
         self.drop(fid.node)
 
-    def claim(self, most: int) -> None:
+    def claim(self, most: int, owner: int | None = None) -> None:
         """Count a descriptor that is about to be opened for a fid; `close_open` counts it off.
 
+        Args:
+            most: how many there may be.
+            owner: the user id of who opens it. Any but root and the daemon's own user may have
+                half of these; None: nobody's.
+
         Raises:
-            OSError: ENFILE, there are ``most``.
+            OSError: ENFILE, there are as many.
         """
         with self._counts:
             if self.open_descriptors >= most:
                 raise error(errno.ENFILE)
+            if owner is not None and owner not in self._unbounded:
+                has = self._claimed.get(owner, 0)
+                if has >= max(1, most // 2):
+                    raise error(errno.ENFILE)
+                self._claimed[owner] = has + 1
             self.open_descriptors += 1
 
-    def unclaim(self) -> None:
+    def unclaim(self, owner: int | None = None) -> None:
         """Undo `claim`, where nothing came to be opened."""
         with self._counts:
             self.open_descriptors -= 1
+            if owner is not None and owner not in self._unbounded:
+                left = self._claimed[owner] - 1
+                if left:
+                    self._claimed[owner] = left
+                else:
+                    del self._claimed[owner]
 
-    def close_open(self, fd: int) -> None:
-        """Close the descriptor of an open fid. Blocks."""
+    def close_open(self, fd: int, owner: int | None = None) -> None:
+        """Close the descriptor of an open fid, which was claimed for a user. Blocks."""
         try:
             os.close(fd)
         finally:
-            self.unclaim()
+            self.unclaim(owner)
 
     def close_node(self, fd: int) -> None:
         """Close a descriptor that was taken from a node. Blocks."""
@@ -358,18 +407,8 @@ class FidTable:
             fd: an O_PATH descriptor of it, which passes to the node, or -1.
             place: the parent and name it was found at, None for the root.
             mark: what tells it from later files that get its number (`Devices.mark`).
-
-        Raises:
-            OSError: ENFILE, see `QidPaths.path`; the descriptor is closed.
         """
-        try:
-            path = self.path_of(a)
-        except OSError:
-            if fd >= 0:
-                self._defer(os.close, fd)
-            raise
-        mount = self.devices.mount_of(a)
-        node = Node(path, a, self.devices.of(a).number, mount, mark, place)
+        node = Node(self.path_of(a), a, self.devices.of(a), self.devices.mount_of(a), mark, place)
         if fd >= 0:
             self.give_descriptor(node, fd)
         return node
@@ -433,6 +472,7 @@ class FidTable:
             with self._counts:
                 node.refs += 1
             self._fids[number] = fid
+            self._count(opened, 1)
         return fid
 
     def intern(self, node: Node) -> Fid:
@@ -448,14 +488,8 @@ class FidTable:
         Returns:
             The fid, not referenced: the lookup just counted keeps it in the table.
         """
-        is_root = (node.device, node.inode) == self._root
-        number = ROOT_NODEID if is_root else node.path
         with self.lock.writing:
-            fid = self._fids.get(number)
-            if fid is not None and not fid.node.has_number_of(node):
-                assert self._paths is not None
-                number = node.path = self._paths.apart(node.device, node.inode)
-                fid = self._fids.get(number)
+            number, fid = self._fid_of(node)
             if fid is None:
                 fid = Fid(number, node)
                 self._fids[number] = fid
@@ -471,7 +505,9 @@ class FidTable:
                 fid.node.mount = node.mount
                 if fid.node.place is not None:  # the root, which may be mounted below itself
                     fid.node.place = node.place
-                if fid.node.mark is None:
+                # What was seen without a descriptor may be of a file that has gone by now.
+                is_sure = node.fd >= 0 or fid.node.fd < 0
+                if fid.node.mark is None or (type(fid.node.mark) is Rights and is_sure):
                     fid.node.mark = node.mark
                 self._share_descriptor(node, fid.node)
             fid.lookups += 1
@@ -482,15 +518,25 @@ class FidTable:
             self.on_change()
         return fid
 
-    def known(self, a: Attributes) -> Node | None:
-        """The node by which the kernel knows a file, referenced (`drop` it), or None."""
+    def known(self, a: Attributes, *, allowing: bool = False) -> Node | None:
+        """The node by which the kernel knows a file, referenced (`drop` it), or None.
+
+        Args:
+            a: its attributes.
+            allowing: only if it is as open to others as it was seen last (`Node.allows`).
+        """
         with self.lock.reading:
             fid = self._fids.get(self.path_of(a))
-            if fid is None or not fid.node.shows(a):
+            if fid is None or not fid.node.shows(a) or (allowing and not fid.node.allows(a)):
                 return None
             with self._counts:
                 fid.node.refs += 1
             return fid.node
+
+    def note_rights(self, a: Attributes, node: Node) -> None:
+        """Note what the kernel is about to be told of a node, seen by its descriptor."""
+        if type(node.mark) is Rights and not node.allows(a):
+            node.mark = self.devices.rights(a)
 
     def seen(self, a: Attributes, parent: Node, name: bytes) -> None:
         """Note where a file that the kernel may know is found from now on."""
@@ -516,6 +562,8 @@ class FidTable:
             if node is not None:
                 self._move(fid, node)
             fid.opened = opened
+            if self._fids.get(fid.number) is fid:  # it may have been clunked meanwhile
+                self._count(opened, 1)
 
     def remove(self, number: int) -> Fid:
         """Take a fid out of the table; its reference passes to the caller (`put` it).
@@ -525,6 +573,8 @@ class FidTable:
         """
         with self.lock.writing:
             fid = self._fids.pop(number, None)
+            if fid is not None:
+                self._leaves(fid)
         if fid is None:
             raise error(errno.EBADF if number >= FIRST_HANDLE else errno.ESTALE)
         return fid
@@ -538,42 +588,45 @@ class FidTable:
         Returns:
             How many nodeids left the table.
         """
-        gone = []
-        with self.lock.writing:
-            for number, count in forgets:
-                fid = self._fids.get(number)
-                if fid is None or number == ROOT_NODEID:
-                    continue
-                fid.lookups = max(0, fid.lookups - count)
-                if not fid.lookups:
-                    del self._fids[number]
-                    gone.append(fid)
-            shrunk = self._shrink()
-        for fid in gone:
-            self.put(fid)
+        left, gone, shrunk = iter(forgets), 0, False
+        while some := list(itertools.islice(left, _AT_ONCE)):
+            ended = []
+            with self.lock.writing:
+                for number, count in some:
+                    fid = self._fids.get(number)
+                    if fid is None or number == ROOT_NODEID:
+                        continue
+                    fid.lookups = max(0, fid.lookups - count)
+                    if not fid.lookups:
+                        del self._fids[number]
+                        self._leaves(fid)
+                        ended.append(fid)
+                shrunk = self._shrink() or shrunk
+            for fid in ended:
+                self.put(fid)
+            gone += len(ended)
         if shrunk:
             self.on_change()
-        return len(gone)
+        return gone
 
     def clear(self) -> None:
         """Take every fid out of the table (version, and the end of the session)."""
         with self.lock.writing:
-            gone = list(self._fids.values())
-            self._fids.clear()
-        for fid in gone:
+            gone, self._fids = self._fids, {}
+            self._opened = self._files = 0
+            if self._paths is not None:
+                self._paths.clear()
+        for fid in gone.values():
             self.put(fid)
 
     def statistics(self) -> TableStatistics:
-        """How many fids there are, and of which kind."""
-        with self.lock.reading:
-            opened = [fid.opened for fid in self._fids.values() if fid.opened is not None]
-            files = sum(isinstance(state, OpenFile) for state in opened)
-            return TableStatistics(len(self._fids), len(opened), files, self.descriptors)
+        """How many fids there are, and of which kind. Anybody may ask for it, any time."""
+        return TableStatistics(len(self._fids), self._opened, self._files, self.descriptors)
 
     # Reclaiming descriptors
 
     def coldest(
-        self, most: int, looks: int | None = None, device: tuple[int, int] | None = None
+        self, most: int, looks: int | None = None, device: Device | None = None
     ) -> list[Node]:
         """Pin the nodes that have not been used for longest, for their descriptors.
 
@@ -587,13 +640,22 @@ class FidTable:
             device: whose nodes; by default all.
         """
         cold: list[Node] = []
+        left = 2 * len(self._clock) if looks is None else looks
+        while left > 0 and len(cold) < most and self._clock:
+            self._look_for_cold(cold, most, min(left, _AT_ONCE), device)
+            left -= _AT_ONCE
+        return cold
+
+    def _look_for_cold(
+        self, cold: list[Node], most: int, looks: int, device: Device | None
+    ) -> None:
         with self.lock.reading, self._counts:
-            for _ in range(2 * len(self._clock) if looks is None else looks):
+            for _ in range(looks):
                 if len(cold) >= most or not self._clock:
                     break
                 node, _ = self._clock.popitem(last=False)
                 self._clock[node] = None  # at the end now
-                if device not in (None, node.device):
+                if device is not None and device.number != node.device.number:
                     continue
                 if node.recent:
                     node.recent = False
@@ -603,7 +665,6 @@ class FidTable:
                         node.pins += 1
                         node.refs += 1
                         cold.append(node)
-        return cold
 
     def take_descriptor(self, node: Node) -> int:
         """Take the descriptor of a node that only the caller uses and has pinned.
@@ -641,6 +702,32 @@ class FidTable:
         return found
 
     # Helpers that expect the locks to be held
+
+    def _fid_of(self, node: Node) -> tuple[int, Fid | None]:
+        """The number by which the kernel is to know a node's file, and its fid if there is one."""
+        assert self._paths is not None
+        if (node.device.number, node.inode) == self._root:
+            return ROOT_NODEID, self._fids.get(ROOT_NODEID)
+        number = node.path = self._paths.path_of(node.device, node.inode)
+        fid = self._fids.get(number)
+        if fid is None or fid.node.has_number_of(node):
+            return number, fid
+        number = node.path = self._paths.apart(
+            node.device, node.inode, lambda number: number not in self._fids
+        )
+        return number, None
+
+    def _count(self, opened: Opened | None, change: int) -> None:
+        if opened is not None:
+            self._opened += change
+            if isinstance(opened, OpenFile):
+                self._files += change
+
+    def _leaves(self, fid: Fid) -> None:
+        """A fid has left the table: what the table keeps of it goes as well."""
+        self._count(fid.opened, -1)
+        if fid.number < FIRST_HANDLE and self._paths is not None:
+            self._paths.back(fid.node.device, fid.node.inode, fid.number)
 
     def _shrink(self) -> bool:
         """Give back the room of entries long gone: a dictionary only ever grows."""

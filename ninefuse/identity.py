@@ -18,12 +18,39 @@ Locks touched: none; the dictionaries of devices and mounts are added to in one 
 
 from __future__ import annotations
 
+import hashlib
+import os
+import stat
+from collections import deque
 from enum import Enum
+from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 from ninefuse import mountflags
-from ninefuse.syscalls import Attributes, file_handle, file_handles_last, is_overlayfs
+from ninefuse.mounts import place_of
+from ninefuse.syscalls import (
+    Attributes,
+    FileSystem,
+    file_handle,
+    file_system_of,
+    open_step,
+    stat_descriptor,
+    uuid_of_file_system,
+)
 
-Mark = int | bytes | None  # birth time in nanoseconds; file handle; nothing known
+_MANY = 1000  # devices, or rights, that are kept at hand though nothing may need them
+
+
+class Rights(NamedTuple):
+    """Whose a file is and what it allows, as it was seen last: its mark for want of a better."""
+
+    uid: int
+    gid: int
+    mode: int  # with the type
+
+
+# Birth time in nanoseconds; file handle; rights. None: it was not asked for.
+Mark = int | bytes | Rights | None
 
 
 class _By(Enum):
@@ -33,13 +60,34 @@ class _By(Enum):
 
 
 class Device:
-    """A device of the source: its number, and what tells its files apart."""
+    """A device of the source: its number, and what tells its files apart.
 
-    __slots__ = ("by", "number")
+    Attributes:
+        number: major, minor; one tuple for all nodes of the device.
+        by: what tells its files apart.
+        base: what numbers of its files begin from, wherever the device is not the source's own.
+        file_system: what lay on it when it was learned.
+    """
 
-    def __init__(self, number: tuple[int, int], by: _By) -> None:
-        self.number = number  # major, minor; one tuple for all nodes of the device
+    __slots__ = ("__weakref__", "base", "by", "file_system", "number")
+
+    def __init__(
+        self,
+        number: tuple[int, int],
+        by: _By,
+        identity: bytes,
+        file_system: FileSystem | None = None,
+    ) -> None:
+        self.number = number
         self.by = by
+        self.base = hashed(identity)
+        self.file_system = file_system
+
+    def __eq__(self, other: object) -> bool:
+        return self.number == (other.number if isinstance(other, Device) else other)
+
+    def __hash__(self) -> int:
+        return hash(self.number)
 
 
 class Mount:
@@ -57,20 +105,38 @@ _UNKNOWN = Mount(mountflags.HIDEABLE)
 class Devices:
     """The devices and mounts that were met below one source directory.
 
+    A device is known for as long as nodes refer to it, and a while longer.
+
     Attributes:
         hides: what is not to be shown where a mount forbids it (`mountflags.HIDEABLE`).
     """
 
     def __init__(self) -> None:
         self.hides = 0
-        self._known: dict[tuple[int, int], Device] = {}
+        self._source = b"/"
+        self._known: WeakValueDictionary[tuple[int, int], Device] = WeakValueDictionary()
+        self._own: Device | None = None  # the source's, which is asked for most
+        self._recent: deque[Device] = deque(maxlen=_MANY)  # keeps those just learned
+        self._rights: dict[Rights, Rights] = {}  # one object for all nodes with the same
         self._mounts: dict[int, Mount] = {}
+        self._source_mount = 0
+
+    def begin(self, fd: int, a: Attributes) -> None:
+        """Learn of the source directory, and of its device. Blocks.
+
+        Args:
+            fd: the directory, O_PATH will do.
+            a: its attributes.
+        """
+        self._source = os.readlink(b"/proc/self/fd/%d" % fd)
+        self._own = self.learn(fd, a)
+        self._source_mount = a.mount_id
 
     def of(self, a: Attributes) -> Device:
-        """The device of a file; files of one that was not `learn`-ed have no marks."""
+        """The device of a file; of one that was not `learn`-ed nothing but the number."""
         number = (a.dev_major, a.dev_minor)
-        device = self._known.get(number)
-        return Device(number, _By.NOTHING) if device is None else device
+        device = self._get(number)
+        return Device(number, _By.NOTHING, b"%d:%d" % number) if device is None else device
 
     def mount_of(self, a: Attributes) -> Mount:
         """The mount that a file was reached by; one that was not `learn`-ed forbids all."""
@@ -81,7 +147,7 @@ class Devices:
         hidden = self.hides and self.hides & self.mount_of(a).forbids
         return mountflags.shown(a, hidden) if hidden else a
 
-    def learn(self, fd: int, a: Attributes) -> None:
+    def learn(self, fd: int, a: Attributes) -> Device:
         """Find out what tells the files of a device apart, and what its mount forbids. Blocks.
 
         To be called where a device or a mount may have come to lie: at the source directory, at
@@ -95,23 +161,32 @@ class Devices:
         forbids = mountflags.flags_of(fd)
         mount = self._mounts.get(a.mount_id)
         if mount is None:
+            if len(self._mounts) >= _MANY:  # mounts come and go: those there are are learned again
+                own = self._source_mount
+                self._mounts = {n: m for n, m in self._mounts.items() if n == own}
             self._mounts[a.mount_id] = Mount(forbids)
         elif not a.mount_id:  # which is all of them, where the kernel does not tell
             mount.forbids |= forbids
         else:
             mount.forbids = forbids
-        if is_overlayfs(fd):
+        found = file_system_of(fd)
+        if found.is_overlay:
             by = _By.NOTHING
         elif a.has_birth:
             by = _By.BIRTH
-        elif file_handles_last(fd):
+        elif found.has_lasting_handles:
             by = _By.HANDLE
         else:
             by = _By.NOTHING
         number = (a.dev_major, a.dev_minor)
-        known = self._known.get(number)
-        if known is None or known.by is not by:
-            self._known[number] = Device(number, by)
+        known = self._get(number)
+        if known is None or known.by is not by or known.file_system != found:
+            known = Device(number, by, _identity(fd, a, found, self._source), found)
+            self._known[number] = known
+            self._recent.append(known)
+            if self._own is not None and self._own.number == number:
+                self._own = known
+        return known
 
     def has_births(self, a: Attributes) -> bool:
         """Whether the files of this file's device are told apart by their birth."""
@@ -125,9 +200,57 @@ class Devices:
             file: a descriptor of the file, or of the directory that ``name`` is in.
             name: a name in that directory; a symlink is not followed.
         """
-        by = self.of(a).by
-        if by is _By.BIRTH:
+        device = self._get((a.dev_major, a.dev_minor))
+        if device is None:
+            device = self._meet(a, file, name)
+        if device.by is _By.BIRTH:
             return a.birth
-        if by is _By.HANDLE:
+        if device.by is _By.HANDLE:
             return file_handle(file, name)
-        return None
+        return self.rights(a)
+
+    def rights(self, a: Attributes) -> Rights:
+        """The rights that attributes tell of."""
+        rights = Rights(a.uid, a.gid, a.mode)
+        known = self._rights.get(rights)
+        if known is None:
+            if len(self._rights) >= _MANY:
+                self._rights = {}
+            known = self._rights.setdefault(rights, rights)
+        return known
+
+    def _get(self, number: tuple[int, int]) -> Device | None:
+        own = self._own
+        if own is not None and own.number == number:
+            return own
+        return self._known.get(number)
+
+    def _meet(self, a: Attributes, file: int, name: bytes) -> Device:
+        """Learn a file's device, where no step led to it: it was seen in a listing, or made."""
+        if not name:
+            return self.learn(file, a)
+        fd = open_step(file, name)
+        try:
+            now = stat_descriptor(fd)
+            if (now.dev_major, now.dev_minor) == (a.dev_major, a.dev_minor):
+                return self.learn(fd, now)
+        finally:
+            os.close(fd)
+        return self.of(a)  # something else is there by now
+
+
+def hashed(identity: bytes) -> int:
+    """64 bits that stand for something, always the same."""
+    return int.from_bytes(hashlib.blake2b(identity, digest_size=8).digest(), "big")
+
+
+def _identity(fd: int, a: Attributes, found: FileSystem, source: bytes) -> bytes:
+    """What a file system is known by from one mount to the next. Blocks."""
+    if not found.is_made_anew:
+        # Some have their device's number for an id, which is another after the next boot.
+        major, minor = a.dev_major, a.dev_minor
+        if found.id not in (0, minor & 0xFF | major << 8 | (minor & ~0xFF) << 12):
+            return b"id %x %x" % found
+        if a.kind in (stat.S_IFDIR, stat.S_IFREG) and (uuid := uuid_of_file_system(fd)):
+            return b"uuid " + uuid
+    return b"at " + place_of(fd, (a.dev_major, a.dev_minor), source)

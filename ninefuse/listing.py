@@ -15,23 +15,25 @@ import os
 import sys
 import threading
 
-from ninefuse.syscalls import DirectoryEntry, read_entries
+from ninefuse.syscalls import DirectoryEntry, next_entry, place_after, read_records
 
-_PIECE = 32 * 1024  # bytes of the kernel's records read at a time
+# Bytes of the kernel's records read at a time. With what else an open directory takes it is
+# less than 4 KB. More would save calls, but they are few: a record has some 40 bytes.
+_PIECE = 3 * 1024
 _RECORD = 24  # bytes of a 9P directory entry besides its name
 
 
 class Listing:
     """Reads the directory open at ``fd``, which stays its owner's."""
 
-    __slots__ = ("_at", "_entries", "_fd", "_mutex", "_offset")
+    __slots__ = ("_at", "_fd", "_mutex", "_offset", "_piece")
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._mutex = threading.Lock()
-        self._entries: list[DirectoryEntry] = []
-        self._at = 0  # index of the next entry
-        self._offset = -1  # its cookie
+        self._piece = b""  # records
+        self._at = 0  # where the next one begins
+        self._offset = -1  # the cookie of the one before
 
     def read(self, offset: int, count: int, most: int = sys.maxsize) -> list[DirectoryEntry]:
         """The entries from a cookie on. May block.
@@ -39,44 +41,63 @@ class Listing:
         Args:
             offset: the cookie of an earlier entry, or 0 to begin (again) at the start.
             count: bytes of 9P records (24 and the name) to fill at most.
-            most: entries to return at most.
+            most: entries to return at most. Who sets it may come back for those that found no
+                room after all: they are not from beyond the piece that is kept.
 
         Returns:
             As many entries as fit, an empty list at the end of the directory.
 
         Raises:
-            OSError: EINVAL, there are entries but not even one fits.
+            OSError: EINVAL, there are entries but not even one fits; the errors of getdents64(2)
+                where they come before the first entry.
         """
+        found: list[DirectoryEntry] = []
         with self._mutex:
             self._seek(offset)
-            if self._at == len(self._entries):
-                self._entries = read_entries(self._fd, _PIECE)
-                self._at = 0
-            first = self._at
-            for entry in self._entries[first : first + most]:
-                count -= _RECORD + len(entry.name)
-                if count < 0:
+            while self._fill(found, most):
+                piece, at, end = self._piece, self._at, len(self._piece)
+                while at < end and len(found) < most:
+                    entry, after = next_entry(piece, at)
+                    count -= _RECORD + len(entry.name)
+                    if count < 0:
+                        break
+                    found.append(entry)
+                    at = after
+                if not found:
+                    raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+                self._at, self._offset = at, found[-1].offset
+                if at < end:
                     break
-                self._at += 1
-                self._offset = entry.offset
-            if self._at == first and self._entries:
-                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-            return self._entries[first : self._at]
+        return found
+
+    def _fill(self, found: list[DirectoryEntry], most: int) -> bool:
+        """See that there is a record to take; False at the end, and where enough was found."""
+        if self._at < len(self._piece):
+            return True
+        if found and most < sys.maxsize:
+            return False
+        try:
+            self._piece = read_records(self._fd, _PIECE)
+        except OSError:
+            if found:
+                return False  # it comes back with the next reading
+            raise
+        self._at = 0
+        return len(self._piece) > 0
 
     def _seek(self, offset: int) -> None:
         if offset and offset == self._offset:
             return
         # A step back within the piece: the reply had no room for all we had given.
         if offset:
-            for at in range(self._at - 1, -1, -1):
-                if self._entries[at].offset == offset:
-                    self._at = at + 1
-                    self._offset = offset
-                    return
+            after = place_after(self._piece, offset, self._at)
+            if after >= 0:
+                self._at, self._offset = after, offset
+                return
         try:
             os.lseek(self._fd, offset, os.SEEK_SET)
         except OverflowError:  # 9P has cookies of 64 bits, lseek(2) of 63
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL)) from None
-        self._entries = []
+        self._piece = b""
         self._at = 0
         self._offset = offset

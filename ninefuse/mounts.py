@@ -31,6 +31,7 @@ class MountLine(NamedTuple):
     point: bytes
     kind: bytes  # of file system
     options: bytes  # of the file system itself, separated by commas
+    number: bytes = b""  # the mount's
 
 
 def lines_of(table: bytes) -> Iterator[MountLine]:
@@ -40,7 +41,7 @@ def lines_of(table: bytes) -> Iterator[MountLine]:
         fields = mount.split(b" ", 5)
         kind, _, options = (file_system.split(b" ") + [b""] * 3)[:3]
         point = fields[4].decode("unicode_escape").encode("latin-1")
-        yield MountLine(fields[2], point, kind, options)
+        yield MountLine(fields[2], point, kind, options, fields[0])
 
 
 def fields_of(table: bytes) -> Iterator[tuple[bytes, bytes]]:
@@ -76,6 +77,35 @@ def of_device(fd: int) -> tuple[str, frozenset[str]] | None:
         if line.device == b"0:" + found[1]:
             return os.fsdecode(line.point), frozenset(os.fsdecode(line.options).split(","))
     return None
+
+
+def place_of(fd: int, device: tuple[int, int], source: bytes) -> bytes:
+    """Where in a source the file system of an open file is mounted: the same after each boot.
+
+    Args:
+        fd: a file of it.
+        device: the device that the file is on (major, minor).
+        source: the path of the source directory.
+
+    Returns:
+        The path below the source, of several the first in order; empty where it is mounted at
+        the source or above. If the device is one of several that a single mount shows, as of
+        an overlayfs's layers, their distance from the mount's own is added.
+    """
+    lines = list(lines_of(_table()))
+    prefix = source.rstrip(b"/") + b"/"
+    distance = 0
+    points = [line.point for line in lines if line.device == b"%d:%d" % device]
+    if not points:
+        with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
+            found = re.search(rb"^mnt_id:\t(\d+)$", file.read(), re.M)
+        number = found[1] if found else b""
+        for line in lines:
+            if line.number == number:
+                distance = device[1] - int(line.device.partition(b":")[2])
+                points = [one.point for one in lines if one.device == line.device]
+    below = [point.removeprefix(prefix) for point in points if point.startswith(prefix)]
+    return b"%s +%d" % (min(below, default=b""), distance)
 
 
 def _table() -> bytes:

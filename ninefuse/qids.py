@@ -3,27 +3,41 @@
 A qid path stands for one file of the source. It is the file's own inode number
 wherever that is possible, since `EntryAttributes.st_ino` of pyfuse3 is both the FUSE
 nodeid and the inode number that users see. Files of other devices mounted below the
-source, and those whose number is taken, are mapped apart.
+source, and those whose number is taken, are mapped apart: into the numbers from 2**52 to
+2**53, since some programs (node.js) keep them in a double and others (borg, tar -g) take a
+file for another when its number has changed.
 
-Locks touched: none; the mapping is guarded by a mutex of its own.
+    0 and 51 bits  a file of another device: what is hashed from its file system, plus its own
+                   inode number. So it stays the same over mounts and boots, in whatever order
+                   files are looked at.
+    10 and 50 bits  a file of the source's own device whose number would be one of these, or 1
+    11 and 50 bits  a name of which no more is known than the number it is listed with
+
+Two files meet at one number next to never. One is then given another, for as long as it is
+known: the only ones that are remembered.
+
+Locks touched: none; the numbers given one by one are guarded by a mutex of their own.
 """
 
 from __future__ import annotations
 
-import errno
-import os
 import stat
 import threading
+from collections.abc import Callable
 from typing import NamedTuple
 
+from ninefuse.identity import Device, Devices, hashed
 from ninefuse.syscalls import Attributes
 
 ROOT_NODEID = 1  # FUSE's fixed number for the root of a mount
 
-_INODE_BITS = 48
-_FIRST_FOREIGN = 0xFFFE  # high 16 bits for the second device; the third has one less, …
-_LAST_FOREIGN = 0x8000
-_APART = 0xFFFF << _INODE_BITS  # numbers given one by one
+_GIVEN_BITS = 52
+_FOREIGN_BITS = 51
+_FEW_BITS = 50
+_FOREIGN = 1 << _GIVEN_BITS
+_OWN = _FOREIGN | 1 << _FOREIGN_BITS
+_UNKNOWN = _OWN | 1 << _FEW_BITS
+_MANY = 10_000  # numbers given one by one, of which an emptied dictionary is worth making anew
 
 
 class Qid(NamedTuple):
@@ -41,7 +55,9 @@ QTFILE = 0x00
 
 def is_on_own_device(path: int | None) -> bool:
     """Whether a qid path is of a file on the source's own device; not so if it is unknown."""
-    return path is not None and not path >> _INODE_BITS
+    if path is None:
+        return False
+    return path >> _GIVEN_BITS != 1 or path >> _FEW_BITS == _OWN >> _FEW_BITS
 
 
 def qid_of(path: int, attributes: Attributes) -> Qid:
@@ -57,37 +73,77 @@ class QidPaths:
 
     Args:
         root: the attributes of the source directory.
+        devices: what is known of devices.
     """
 
-    def __init__(self, root: Attributes) -> None:
+    def __init__(self, root: Attributes, devices: Devices) -> None:
         self._main = (root.dev_major, root.dev_minor)
+        self._devices = devices
         self._mutex = threading.Lock()
-        self._foreign: dict[tuple[int, int], int] = {}  # device -> its high bits
         self._apart: dict[tuple[tuple[int, int], int], int] = {}  # (device, inode) -> number
+        self._most = 0  # of these, since the dictionary was made
 
     def path(self, a: Attributes) -> int:
-        """The qid path of a file: the same for the same (device, inode), always.
-
-        Raises:
-            OSError: ENFILE, more than 32,767 devices below the source.
-        """
-        device = (a.dev_major, a.dev_minor)
-        if self._apart and (number := self._apart.get((device, a.ino))):
-            return number
-        if device == self._main and a.ino != ROOT_NODEID and a.ino < _APART:
+        """The qid path of a file: the same for the same (file system, inode), always."""
+        number = (a.dev_major, a.dev_minor)
+        if number == self._main and a.ino > ROOT_NODEID and a.ino >> _GIVEN_BITS != 1:
+            if self._apart and (given := self._apart.get((number, a.ino))):
+                return given
             return a.ino
-        if device == self._main or a.ino >> _INODE_BITS:
-            return self.apart(device, a.ino)
-        with self._mutex:
-            high = self._foreign.get(device)
-            if high is None:
-                high = _FIRST_FOREIGN - len(self._foreign)
-                if high < _LAST_FOREIGN:
-                    raise OSError(errno.ENFILE, os.strerror(errno.ENFILE))
-                self._foreign[device] = high
-        return high << _INODE_BITS | a.ino
+        return self.path_of(self._devices.of(a), a.ino)
 
-    def apart(self, device: tuple[int, int], inode: int) -> int:
-        """A number of its own for a file whose natural number is another's."""
+    def path_of(self, device: Device, inode: int) -> int:
+        """As `path`, of a file on a device."""
+        if self._apart and (given := self._apart.get((device.number, inode))):
+            return given
+        if device.number == self._main:
+            if inode > ROOT_NODEID and inode >> _GIVEN_BITS != 1:
+                return inode
+            return _OWN | _mixed(inode) >> 64 - _FEW_BITS
+        if inode >> _FOREIGN_BITS:
+            return _FOREIGN | _mixed(device.base, inode) >> 64 - _FOREIGN_BITS
+        return _FOREIGN | (device.base + inode) & (1 << _FOREIGN_BITS) - 1
+
+    def apart(self, device: Device, inode: int, is_free: Callable[[int], bool]) -> int:
+        """Give a file whose number is another's one of its own, until it is given `back`."""
+        first, bits = (_FOREIGN, _FOREIGN_BITS)
+        if device.number == self._main:
+            first, bits = (_OWN, _FEW_BITS)
+        tries = 0
+        while True:
+            number = first | _mixed(device.base, inode, *device.number, tries) >> 64 - bits
+            if is_free(number):
+                break
+            tries += 1
         with self._mutex:
-            return self._apart.setdefault((device, inode), _APART + len(self._apart))
+            self._apart[device.number, inode] = number
+            self._most = max(self._most, len(self._apart))
+        return number
+
+    def back(self, device: Device, inode: int, number: int) -> None:
+        """A file is known by a number no more, which may have been given to it alone."""
+        if not self._apart:
+            return
+        with self._mutex:
+            if self._apart.get((device.number, inode)) != number:
+                return
+            del self._apart[device.number, inode]
+            if not self._apart or len(self._apart) < self._most // 4 and self._most > _MANY:
+                self._apart = dict(self._apart)
+                self._most = len(self._apart)
+
+    def clear(self) -> None:
+        """No file is known any more."""
+        with self._mutex:
+            self._apart, self._most = {}, 0
+
+    def unknown(self, device: Device, inode: int) -> int:
+        """A number to show a name with of which nothing but an inode number is known.
+
+        No file that is known has it, and nothing is remembered of it.
+        """
+        return _UNKNOWN | _mixed(device.base, inode) >> 64 - _FEW_BITS
+
+
+def _mixed(*numbers: int) -> int:
+    return hashed(b" ".join(b"%x" % number for number in numbers))

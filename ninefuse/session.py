@@ -81,7 +81,7 @@ class Session:
         )
         self.msize = 0  # bytes of a message, agreed by version
 
-    def using(self, number: int) -> Use:
+    def using(self, number: int, *, looking: bool = False) -> Use:
         """``async with session.using(fid) as use``: reference a fid, pin its node.
 
         Inside, ``use.fid`` is the fid, ``use.node`` its node and ``use.fd`` the node's
@@ -89,24 +89,30 @@ class Session:
 
         Args:
             number: the fid.
+            looking: whether only attributes are wanted (`Descriptors.reopen`).
 
         Raises:
             OSError: unknown fid (see `FidTable.get`); ESTALE where the node had no
                 descriptor and its name leads to it no more.
         """
-        return Use(self, number)
+        return Use(self, number, looking)
 
     def using_node(self, node: Node) -> UseNode:
         """``async with session.using_node(node)``: as `using`, for a node held already."""
         return UseNode(self, node)
 
-    async def reopen(self, node: Node) -> None:
+    async def reopen(self, node: Node, looking: bool = False) -> None:
         """Give a pinned node its descriptor again, by the names that it remembers.
+
+        Args:
+            node: it.
+            looking: as for `Descriptors.reopen`.
 
         Raises:
             OSError: ESTALE, they do not lead there any more; ENFILE.
         """
-        await self.unless_moved(lambda: blocking(node.path, self.descriptors.reopen, node))
+        reopen = self.descriptors.reopen
+        await self.unless_moved(lambda: blocking(node.path, reopen, node, looking))
 
     async def unless_moved(self, find: Callable[[], Awaitable[T]]) -> T:
         """Await what finds a file by its remembered place; again, if a rename came in between.
@@ -159,21 +165,22 @@ class Session:
         """
         return Keeping(self, directory, name)
 
-    async def claim_descriptor(self, near: Node) -> None:
+    async def claim_descriptor(self, near: Node, owner: int | None = None) -> None:
         """See that an open fid can have a descriptor; `FidTable.close_open` is its end.
 
         Args:
             near: a node of the device that it is about to be opened on.
+            owner: the user id of who opens it, whose share is bounded; None: nobody's.
 
         Raises:
             OSError: ENFILE, too many are in use.
         """
-        self.descriptors.claim()
+        self.descriptors.claim(owner)
         if self.descriptors.are_short:
             try:
                 await blocking(near.path, self.descriptors.make_room_for_open, near)
             except BaseException:
-                self.fids.unclaim()
+                self.fids.unclaim(owner)
                 raise
 
     async def settle(self, directory: Node) -> None:
@@ -223,17 +230,18 @@ class Keeping:
 class UseNode:
     """A node referenced and pinned, for an ``async with`` block; `Session.using_node`."""
 
-    __slots__ = ("_session", "node")
+    __slots__ = ("_looking", "_session", "node")
 
-    def __init__(self, session: Session, node: Node) -> None:
+    def __init__(self, session: Session, node: Node, looking: bool = False) -> None:
         self._session = session
+        self._looking = looking
         self.node = node
 
     async def __aenter__(self) -> Node:
         session, node = self._session, self.node
         if not session.fids.pin(node):
             try:
-                await session.reopen(node)
+                await session.reopen(node, self._looking)
                 session.descriptors.note()
             except BaseException:
                 session.fids.unpin(node)
@@ -247,19 +255,20 @@ class UseNode:
 class Use:
     """A fid referenced and its node pinned, for an ``async with`` block; `Session.using`."""
 
-    __slots__ = ("_number", "_pin", "_session", "fid")
+    __slots__ = ("_looking", "_number", "_pin", "_session", "fid")
 
     fid: Fid
     _pin: UseNode
 
-    def __init__(self, session: Session, number: int) -> None:
+    def __init__(self, session: Session, number: int, looking: bool) -> None:
         self._session = session
         self._number = number
+        self._looking = looking
 
     async def __aenter__(self) -> Use:
         self.fid = self._session.fids.get(self._number)
         # The fid may be moved to another node meanwhile: this one is what is used here.
-        self._pin = UseNode(self._session, self.fid.node)
+        self._pin = UseNode(self._session, self.fid.node, self._looking)
         try:
             await self._pin.__aenter__()
         except BaseException:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import stat
 import struct
@@ -58,6 +59,21 @@ _LOCAL = frozenset(
         0x858458F6,  # ramfs
     )
 )
+
+# Each mount of these has an id of its own, another's, or none.
+_MADE_ANEW = frozenset(
+    (
+        _OVERLAYFS,  # which may have that of its upper layer
+        0x01021994,  # tmpfs
+        0x858458F6,  # ramfs
+        0x958458F6,  # hugetlbfs
+        0x65735546,  # FUSE
+    )
+)
+
+# struct fsuuid2: the length, and the UUID.
+_UUID_SIZE = 17
+_FS_IOC_GETFSUUID = 2 << 30 | _UUID_SIZE << 16 | 0x15 << 8  # _IOR(0x15, 0, struct fsuuid2)
 
 _BILLION = 1_000_000_000
 
@@ -273,14 +289,53 @@ def device_behind(directory: int, name: bytes) -> tuple[int, int]:
     return found.dev_major, found.dev_minor
 
 
-def is_overlayfs(fd: int) -> bool:
-    """Whether an open file is one of an overlayfs (fstatfs(2))."""
-    return _file_system_type(fd) == _OVERLAYFS
+class FileSystem(NamedTuple):
+    """What statfs(2) says of the file system that a file lies on."""
+
+    kind: int  # f_type
+    id: int  # f_fsid; 0: none
+
+    @property
+    def is_overlay(self) -> bool:
+        """Whether it is an overlayfs."""
+        return self.kind == _OVERLAYFS
+
+    @property
+    def has_lasting_handles(self) -> bool:
+        """Whether a file's handle stays the same for as long as the file exists."""
+        return self.kind in _LASTING_HANDLES
+
+    @property
+    def is_made_anew(self) -> bool:
+        """Whether its id is of this mount of it only, or of something else beneath it."""
+        return self.kind in _MADE_ANEW
 
 
-def file_handles_last(fd: int) -> bool:
-    """Whether an open file's handle stays the same for as long as the file exists."""
-    return _file_system_type(fd) in _LASTING_HANDLES
+def file_system_of(fd: int) -> FileSystem:
+    """The file system of an open file; O_PATH will do (fstatfs(2))."""
+    buffer = (ctypes.c_long * 32)()  # struct statfs is smaller; the type comes first
+    _fstatfs(fd, buffer)
+    # Seven numbers, each of a word as a rule, and two of 32 bits.
+    low, high = struct.unpack_from("=II", buffer, 7 * ctypes.sizeof(ctypes.c_long))
+    return FileSystem(int(buffer[0]) & 0xFFFFFFFF, high << 32 | low)
+
+
+def uuid_of_file_system(fd: int) -> bytes:
+    """The UUID of the file system of a file or directory; empty where there is none to be had.
+
+    The file is opened for reading for it (ioctl_getfsuuid, from Linux 6.9 on).
+    """
+    buffer = bytearray(_UUID_SIZE)
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    try:
+        readable = os.open(f"/proc/self/fd/{fd}", flags)
+        try:
+            fcntl.ioctl(readable, _FS_IOC_GETFSUUID, buffer)
+        finally:
+            os.close(readable)
+    except OSError:
+        return b""
+    return bytes(buffer[1 : 1 + buffer[0]])
 
 
 def file_handle(file: int, name: bytes = b"") -> bytes:
@@ -305,13 +360,7 @@ def is_local(fd: int) -> bool:
     One that is not known is taken for one that does; so is overlayfs, whose layers may be
     anything.
     """
-    return _file_system_type(fd) in _LOCAL
-
-
-def _file_system_type(fd: int) -> int:
-    buffer = (ctypes.c_long * 32)()  # struct statfs is smaller; the type comes first
-    _fstatfs(fd, buffer)
-    return int(buffer[0]) & 0xFFFFFFFF
+    return file_system_of(fd).kind in _LOCAL
 
 
 def rename(old_dir: int, old_name: bytes, new_dir: int, new_name: bytes, flags: int) -> None:
@@ -381,24 +430,35 @@ class DirectoryEntry(NamedTuple):
     name: bytes
 
 
-def read_entries(fd: int, size: int) -> list[DirectoryEntry]:
-    """The next entries of an open directory; an empty list at its end (getdents64(2)).
+def read_records(fd: int, size: int) -> bytes:
+    """The next records of an open directory; none at its end (getdents64(2)).
 
     Args:
         fd: the directory, open for reading; its offset moves.
-        size: how many bytes of the kernel's records to take at most.
+        size: how many bytes of records to take at most.
     """
     buffer = ctypes.create_string_buffer(size)
     filled = _getdents64(fd, buffer, size)
-    raw = buffer.raw[:filled]
-    entries = []
+    return ctypes.string_at(buffer, filled)
+
+
+def next_entry(records: bytes, at: int) -> tuple[DirectoryEntry, int]:
+    """The entry of the record at a place among some, and the place behind it."""
+    ino, offset, length, kind = _DIRENT.unpack_from(records, at)
+    end = records.index(0, at + _DIRENT.size)
+    entry = DirectoryEntry(ino, offset, kind, records[at + _DIRENT.size : end])
+    return entry, at + length
+
+
+def place_after(records: bytes, offset: int, before: int) -> int:
+    """The place behind the record that has a cookie; -1 if there is none before another place."""
     at = 0
-    while at < filled:
-        ino, offset, length, kind = _DIRENT.unpack_from(raw, at)
-        name = raw[at + _DIRENT.size : at + length]
-        entries.append(DirectoryEntry(ino, offset, kind, name[: name.index(0)]))
-        at += length
-    return entries
+    while at < before:
+        _, found, length, _ = _DIRENT.unpack_from(records, at)
+        at += int(length)
+        if found == offset:
+            return at
+    return -1
 
 
 # Numbers and values of the mount calls, which glibc has had only since 2.36. They are

@@ -176,6 +176,8 @@ class Tracer:
                 way.reply = (way.reply[0], way.reply[1], _now())
                 self._file.put(way)
             await wait_readable(fd)
+            if len(self._received) >= _MOST_REPLYING:
+                self._received.clear()  # of tasks that have ended, and of what has no body
             self._received[task] = _now()
 
         return watched

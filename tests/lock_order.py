@@ -66,7 +66,7 @@ _SYSTEM_CALLS = re.findall(
     " removexattr rename rmdir scandir setxattr stat symlink sync truncate unlink utime write",
 )
 _OUR_SYSTEM_CALLS = (
-    *("device_behind", "file_handle", "open_step", "read_entries", "rename"),
+    *("device_behind", "file_handle", "open_step", "read_records", "rename"),
     *("stat_descriptor", "stat_name"),
 )
 

@@ -32,7 +32,7 @@ from ninefuse.fids import Fid, Node, OpenDirectory, OpenFile
 from ninefuse.ops.walk import KERNEL
 from ninefuse.qids import ROOT_NODEID
 from ninefuse.session import Session
-from ninefuse.syscalls import Attributes
+from ninefuse.syscalls import Attributes, DirectoryEntry, next_entry, read_records
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -359,6 +359,16 @@ class Stepper(Generic[T]):
             else:
                 raise TypeError(command)
         return True
+
+
+def read_entries(fd: int, size: int) -> list[DirectoryEntry]:
+    """The next entries of an open directory, of so many bytes of records at most."""
+    records = read_records(fd, size)
+    entries, at = [], 0
+    while at < len(records):
+        entry, at = next_entry(records, at)
+        entries.append(entry)
+    return entries
 
 
 # Made-up files

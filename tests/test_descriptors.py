@@ -29,12 +29,16 @@ from ops_helpers import leak_free as leak_free
 from ops_helpers import source as source
 
 from ninefuse import ops
+from ninefuse.credentials import Caller
 from ninefuse.descriptors import Descriptors
-from ninefuse.fids import Fid, Node
+from ninefuse.fids import Fid, Node, OpenDirectory, OpenFile
 from ninefuse.ops.directory import fitted, readdirplus
 from ninefuse.syscalls import Attributes
 
 pytestmark = pytest.mark.usefixtures("leak_free")
+
+STRANGER = os.geteuid() + 1000  # another user than the daemon's
+
 
 # Which nodes lose theirs, and how they get it again
 
@@ -86,6 +90,69 @@ def test_nodes_have_what_open_files_leave(client: Client, limit: int, threads: i
         cache.claim()
     assert cache.for_nodes == few
     fids.open_descriptors = 0
+
+
+def test_a_user_may_have_half_of_the_descriptors_for_open_files(client: Client) -> None:
+    """Others, root and the daemon itself go on; what is closed is given back to whom it was."""
+    fids = client.session.fids
+    cache = Descriptors(fids, client.executor.in_background, limit=256)
+    most = cache.shared - min(64, cache.shared // 4)
+    for _ in range(most // 2):
+        cache.claim(STRANGER)
+    for _ in range(2):
+        with fails(errno.ENFILE):
+            cache.claim(STRANGER)
+    cache.claim(STRANGER + 1)
+    cache.claim(0)
+    cache.claim()
+    cache.claim(os.geteuid())
+    fids.unclaim(STRANGER)
+    cache.claim(STRANGER)
+    with fails(errno.ENFILE):
+        cache.claim(STRANGER)
+    for owner in (STRANGER + 1, 0, None, os.geteuid(), *[STRANGER] * (most // 2)):
+        fids.unclaim(owner)
+    assert (fids.open_descriptors, fids._claimed) == (0, {})
+
+
+@needs_root
+def test_whoever_opened_a_file_has_its_descriptor_counted(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the end: of files made and opened, of directories, and of what cannot be opened."""
+
+    def broken(fd: int) -> int:
+        raise OSError(errno.EIO, "broken")
+
+    source.chmod(0o777)
+    (source / "directory").mkdir()
+    (source / "file").touch()
+    with client_of(source) as client:
+        table, caller = client.session.fids, Caller(STRANGER, STRANGER, None, 0)
+        opened = []
+        for name in ("file", "directory"):
+            opened.append(client.walk(name))
+            client.do(ops.lopen, opened[-1], os.O_RDONLY, caller)
+        opened.append(client.walk())
+        client.do(ops.lcreate, opened[-1], b"new", os.O_RDWR, 0o644, caller)
+        for fid in opened:
+            state = client.fid(fid).opened
+            assert isinstance(state, OpenFile | OpenDirectory)
+            assert state.owner == STRANGER
+        assert table._claimed == {STRANGER: 3}
+        with fails(errno.ENOTDIR):
+            client.do(ops.lopen, client.walk("file"), os.O_WRONLY | os.O_DIRECTORY, caller)
+        with fails(errno.ESTALE):
+            client.do(ops.lcreate, client.walk(), b"file", os.O_RDWR, 0o644, caller)
+        with monkeypatch.context() as patch, fails(errno.EIO):
+            patch.setattr(module_of(ops.lopen), "_open_directory", broken)
+            client.do(ops.lopen, client.walk(), os.O_RDONLY, caller)
+        assert table._claimed == {STRANGER: 3}
+        client.do(ops.clunk, client.open("file"))
+        for fid in opened:
+            client.do(ops.clunk, fid)
+        client.rest()
+        assert (table.open_descriptors, table._claimed) == (0, {})
 
 
 def test_many_files_are_known_with_few_descriptors(source: Path) -> None:

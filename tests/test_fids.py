@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import stat
+import sys
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -23,14 +26,24 @@ from ops_helpers import leak_free as leak_free
 from ops_helpers import source as source
 
 from ninefuse import ops
-from ninefuse.fids import FIRST_HANDLE, Fid, FidTable, Node, OpenFile
-from ninefuse.qids import QTDIR, QTFILE, QTSYMLINK, ROOT_NODEID, QidPaths, qid_of
+from ninefuse.fids import FIRST_HANDLE, Fid, FidTable, Node, OpenDirectory, OpenFile
+from ninefuse.identity import Device, Devices, _By
+from ninefuse.qids import (
+    QTDIR,
+    QTFILE,
+    QTSYMLINK,
+    ROOT_NODEID,
+    QidPaths,
+    is_on_own_device,
+    qid_of,
+)
 from ninefuse.syscalls import Attributes
 
 pytestmark = pytest.mark.usefixtures("leak_free")
 
 THE_ROOT = made_up(2, kind=stat.S_IFDIR)
 OTHER_DEVICE = (9, 1)
+EXACT = 1 << 53  # whole numbers below it are apart in a double, too
 
 
 class Table(FidTable):
@@ -43,11 +56,18 @@ class Table(FidTable):
 
     def note(self, function: Callable[..., object], *args: Any) -> None:
         """Take note of what is deferred; for what a node had, a descriptor of ours is closed."""
-        self.closed.extend(args)
+        self.closed.append(args[0])
         if function == self.close_node:
             self.close_node(os.open(os.devnull, os.O_PATH))
         else:
             assert function in (os.close, self.close_open)
+
+    def copies(self, *numbers: tuple[int, int]) -> list[Device]:
+        """Have devices known that hold copies of one file system."""
+        devices = [Device(number, _By.BIRTH, b"a copy") for number in numbers]
+        for device in devices:
+            self.devices._known[device.number] = device
+        return devices
 
     def found(self, a: Attributes, fd: int = -1, parent: Node | None = None) -> Node:
         """A node that a walk found, marked by its birth."""
@@ -73,7 +93,7 @@ def table() -> Table:
 
 def test_a_file_of_the_source_has_its_own_number(table: Table) -> None:
     """Its inode number, which the users of the mount see."""
-    for ino in (3, 12345, (1 << 48) + 7, (0xFFFF << 48) - 1):
+    for ino in (3, 12345, (1 << 48) + 7, (1 << 52) - 1, EXACT, 1 << 63 | 5, (1 << 64) - 1):
         assert table.path_of(made_up(ino)) == ino
         assert table.looked_up(made_up(ino)).number == ino
 
@@ -113,41 +133,118 @@ def test_other_devices_have_numbers_apart(table: Table) -> None:
     assert again == first[::-1], "forgotten and found again"
 
 
-@pytest.mark.parametrize("ino", [1 << 48, (1 << 64) - 1])
-def test_large_numbers_of_other_devices(table: Table, ino: int) -> None:
-    """What leaves no bits to tell the device by is numbered one by one."""
-    numbers = [
-        table.looked_up(made_up(ino - less, device=device)).number
-        for less in (0, 1)
-        for device in ((9, 1), (9, 2), (9, 3))
+def test_numbers_that_are_given_can_be_kept_in_a_double(table: Table) -> None:
+    """As node.js does; npm takes files for links of one another where two fall together."""
+    own = [made_up(ino) for ino in (0, 1, 1 << 52, (1 << 52) + 1, EXACT - 1)]
+    foreign = [
+        made_up(ino, device=device)
+        for ino in (0, 1, 2, 77, 1 << 32, 1 << 48, (1 << 52) + 1, EXACT, (1 << 64) - 1)
+        for device in ((9, 1), (9, 2), (0, 55))
     ]
-    assert len(set(numbers)) == 6
-    assert table.looked_up(made_up(ino, device=(9, 2))).number == numbers[1]
+    numbers = [table.looked_up(a).number for a in own + foreign]
+    numbers += [table.number_apart(table.devices.of(a), a.ino) for a in own + foreign]
+    assert len(set(numbers)) == len(numbers)
+    assert max(numbers) < EXACT
+    assert min(numbers) > ROOT_NODEID
 
 
-@pytest.mark.parametrize("source_first", [True, False])
-def test_a_number_that_is_taken_is_not_given_again(table: Table, source_first: bool) -> None:
-    """A file of the source has the number that another device's would get."""
-    foreign = made_up(5, device=OTHER_DEVICE)
-    own = made_up(table.path_of(foreign))
-    files = [own, foreign] if source_first else [foreign, own]
-    first, second = (table.looked_up(a) for a in files)
-    assert first.number == own.ino
-    assert second.number != first.number
-    assert second.node.path == second.number
+def test_numbers_of_a_file_system_are_the_same_for_ever() -> None:
+    """Whatever its device is called, and whatever was looked at before: backups rely on it."""
+    for number in ((9, 1), (0, 77)):
+        paths = QidPaths(THE_ROOT, Devices())
+        device = Device(number, _By.BIRTH, b"id ef53 1234")
+        assert paths.path_of(device, 12) == 5270298345406088
+        assert paths.path_of(device, 13) == 5270298345406089
+        assert paths.path_of(device, 1 << 60) == 5381474442403174
+        assert paths.unknown(device, 12) == 8650587266742501
+    assert paths.path(made_up(1)) == 7841652639956712
+
+
+def test_whether_a_number_is_of_the_sources_own_device_can_be_told(table: Table) -> None:
+    """Exactly: the dispatcher makes calls itself on those alone."""
+    for ino in (1, 2, 5, 1 << 40, (1 << 52) - 1, 1 << 52, EXACT - 1, EXACT, (1 << 64) - 1):
+        assert is_on_own_device(table.looked_up(made_up(ino)).node.path)
+        foreign = table.looked_up(made_up(ino, device=OTHER_DEVICE)).node
+        assert not is_on_own_device(foreign.path)
+        assert not is_on_own_device(table.number_apart(foreign.device, ino))
+    one, other = table.copies((9, 8), (9, 9))
+    for device in (one, other):
+        assert not is_on_own_device(table.looked_up(made_up(5, device=device.number)).node.path)
+    assert not is_on_own_device(None)
+
+
+def test_a_number_that_is_taken_is_not_given_again(table: Table) -> None:
+    """Two copies of a file system lie below the source: each of their files has two numbers."""
+    copies = table.copies((9, 8), (9, 9), (9, 10))
+    files = [made_up(5, device=copy.number) for copy in copies]
+    fids = [table.looked_up(a) for a in files]
+    numbers = [fid.number for fid in fids]
+    assert len(set(numbers)) == 3
+    assert max(numbers) < EXACT
+    assert [fid.node.path for fid in fids] == numbers
     for _ in range(2):
-        assert [table.looked_up(a) for a in files] == [first, second]
-        assert [table.path_of(a) for a in files] == [first.number, second.number]
-    table.forget([(second.number, 99)])
-    assert table.looked_up(files[1]).number == second.number
+        assert [table.looked_up(a) for a in files] == fids
+        assert [table.path_of(a) for a in files] == numbers
+    table.forget([(numbers[1], 99)])
+    assert table.looked_up(files[1]).number == numbers[1]
 
 
-def test_numbers_given_one_by_one_are_nobodys_own(table: Table) -> None:
-    """A file of the source whose inode number lies among them is given one, too."""
-    own = table.looked_up(made_up(0xFFFF << 48))
-    assert table.looked_up(made_up(1)) is not own
-    assert table.looked_up(made_up(0xFFFF << 48)) is own
-    assert own.generation == 0
+def test_numbers_given_one_by_one_end_with_what_they_are_for(table: Table) -> None:
+    """By a forget, a clunk, or the end of the session; what is under way meanwhile is right."""
+    copies = table.copies((9, 8), (9, 9))
+    first, second = (made_up(5, device=copy.number) for copy in copies)
+    fid, apart = table.looked_up(first), table.looked_up(second)
+    found = table.found(second)  # by a walk that has not told the table yet
+    assert found.path == apart.number != fid.number
+    table.forget([(fid.number, 1), (apart.number, 1)])
+    assert not table._paths._apart  # type: ignore[union-attr]
+    again = table.intern(found)
+    assert again.number == found.path == fid.number, "nobody else has it now"
+    table.drop(found)
+    table.looked_up(first)
+    assert len(table._paths._apart) == 1  # type: ignore[union-attr]
+    table.clear()
+    assert not table._paths._apart  # type: ignore[union-attr]
+    for ends in (table.remove, lambda number: table.forget([(number, 1)])):
+        kept = [table.looked_up(made_up(n, device=copies[0].number)) for n in range(12_000)]
+        given = [table.looked_up(made_up(n, device=copies[1].number)) for n in range(12_000)]
+        assert len(table._paths._apart) == 12_000  # type: ignore[union-attr]
+        for fid in given[10:]:
+            ends(fid.number)
+        assert sys.getsizeof(table._paths._apart) < 200_000  # type: ignore[union-attr]
+        for fid in kept + given[:10]:
+            ends(fid.number)
+        table.clear()
+
+
+def test_of_what_only_a_number_is_known_nothing_is_remembered(table: Table) -> None:
+    """A user can have any number of such names."""
+    device = table.devices.of(made_up(5, device=OTHER_DEVICE))
+    table.number_apart(device, 0)
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        numbers = {table.number_apart(device, number) for number in range(5000)}
+        assert len(numbers) == 5000
+        del numbers
+        assert tracemalloc.get_traced_memory()[0] - before < 1000
+    finally:
+        tracemalloc.stop()
+
+
+def test_any_number_of_devices_may_come_and_go(table: Table) -> None:
+    """Nobody who mounts and unmounts uses anything up; of those that went little is kept."""
+    numbers = set()
+    for minor in range(40_000):
+        table.devices._known[0, minor] = device = Device((0, minor), _By.BIRTH, b"%d" % minor)
+        table.devices._recent.append(device)
+        fid = table.looked_up(made_up(5, device=(0, minor)))
+        numbers.add(fid.number)
+        table.forget([(fid.number, 1)])
+    del device, fid
+    assert len(numbers) == 40_000
+    assert len(table.devices._known) <= 1000
+    assert table.looked_up(made_up(5)).number == 5
 
 
 @settings(max_examples=60, derandomize=True, database=None, deadline=None)
@@ -157,8 +254,8 @@ def test_numbers_given_one_by_one_are_nobodys_own(table: Table) -> None:
             st.sampled_from([(8, 1), (9, 1), (9, 2), (253, 0)]),
             st.one_of(
                 st.integers(1, 40),
-                st.integers((1 << 48) - 5, (1 << 48) + 5),
-                st.builds(lambda high, low: high << 48 | low, st.integers(0xFFFC, 0xFFFF),
+                st.integers((1 << 51) - 5, (1 << 51) + 5),
+                st.builds(lambda high, low: high << 50 | low, st.integers(3, 9),
                           st.integers(0, 10)),
             ),
         ),
@@ -175,18 +272,6 @@ def test_no_two_files_share_a_number(files: list[tuple[tuple[int, int], int]]) -
         assert fid.generation == 0
     assert len(set(numbers.values())) == len(numbers)
     assert len(table) == len(numbers)
-
-
-def test_there_are_numbers_for_32767_other_devices() -> None:
-    """One more is ENFILE; those that have theirs go on."""
-    paths = QidPaths(THE_ROOT)
-    numbers = {paths.path(made_up(5, device=(1000, minor))) for minor in range(32767)}
-    assert len(numbers) == 32767
-    with fails(errno.ENFILE):
-        paths.path(made_up(5, device=(1001, 0)))
-    assert paths.path(made_up(5, device=(1000, 0))) in numbers
-    assert paths.path(made_up(5)) == 5
-    assert min(numbers) >= 1 << 63
 
 
 def test_handles_are_never_given_twice(table: Table) -> None:
@@ -300,6 +385,53 @@ def test_counts_of_a_table(table: Table) -> None:
     table.add(FIRST_HANDLE + 1, node, OpenFile(31, os.O_RDONLY))
     table.looked_up(made_up(4))
     assert table.statistics() == (3, 1, 1, 1)
+    table.open(table._fids[FIRST_HANDLE], OpenDirectory(32))
+    table.open(table._fids[4], OpenFile(33, os.O_RDONLY))
+    assert table.statistics() == (3, 3, 2, 1)
+    with fails(errno.EINVAL):
+        table.add(FIRST_HANDLE, node, OpenFile(34, os.O_RDONLY))
+    table.put(table.remove(FIRST_HANDLE + 1))
+    table.forget([(4, 1)])
+    assert table.statistics() == (1, 1, 0, 1)
+    going = table.add(FIRST_HANDLE + 2, node)
+    table.get(FIRST_HANDLE + 2)
+    table.put(table.remove(FIRST_HANDLE + 2))
+    table.open(going, OpenFile(35, os.O_RDONLY))
+    table.put(going)
+    assert table.statistics() == (1, 1, 0, 1)
+    table.clear()
+    assert table.statistics() == (0, 0, 0, 1), "the caller has the node"
+    table.drop(node)
+
+
+def test_the_counts_are_had_though_somebody_is_at_the_table(table: Table) -> None:
+    """Anybody may ask, of however many fids; nobody waits for it."""
+    with table.lock.writing:
+        assert table.statistics().fids == 0
+
+
+def test_much_at_once_is_done_in_pieces(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caller may have the kernel forget, or look for descriptors, by the ten thousand."""
+    held: list[int] = []
+    release = table.lock.release
+
+    def releasing(mode: str) -> None:
+        held.append(len(table) - sum(node.pins for node in table._clock))
+        release(mode)
+
+    fids = [table.looked_up(made_up(n), 10 * n) for n in range(3, 4003)]
+    for fid in fids:
+        fid.node.recent, fid.node.place = False, (fids[0].node, b"name")
+    monkeypatch.setattr(table.lock, "release", releasing)
+    held.append(4000)
+    cold = table.coldest(3000)
+    assert len(cold) == 3000
+    for node in cold:
+        table.unpin(node)
+    held.append(4000)
+    table.forget([(fid.number, 1) for fid in fids])
+    assert len(table) == 0
+    assert max(before - after for before, after in itertools.pairwise(held)) <= 256
 
 
 # Lookups

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from file_systems import image, mounted
-from ops_helpers import ROOT, Client, client_of, fails, needs_root
+from mounting import run
+from ops_helpers import ROOT, Client, client_of, fails, made_up, needs_root
 from ops_helpers import leak_free as leak_free
 
-from ninefuse import ops
+from ninefuse import ops, sequences
 from ninefuse.fids import Fid
-from ninefuse.identity import Devices
+from ninefuse.identity import Devices, hashed
 from ninefuse.ops.directory import fitted, readdirplus
-from ninefuse.syscalls import stat_descriptor, stat_name
+from ninefuse.syscalls import Attributes, FileSystem, stat_descriptor, stat_name
 
 pytestmark = [pytest.mark.usefixtures("leak_free"), needs_root]
 
@@ -121,13 +123,168 @@ def test_a_device_number_may_come_to_be_another_file_systems(tmp_path: Path) -> 
         directory = os.open(memory, os.O_PATH)
         try:
             a = stat_name(directory, b"file")
-            assert devices.mark(a, directory, b"file") is None, "not learned"
+            assert devices.mark(a, directory, b"file") == a.birth > 0, "learned where it is met"
             devices.learn(directory, stat_descriptor(directory))
-            assert devices.mark(a, directory, b"file") == a.birth > 0
             before = devices.of(a)
             devices.learn(directory, stat_descriptor(directory))
             assert devices.of(a) is before
             devices.learn(directory, stat_descriptor(directory)._replace(mask=0x7FF))
-            assert devices.mark(a, directory, b"file") is None, "no births, nor lasting handles"
+            rights = (a.uid, a.gid, a.mode)
+            assert devices.mark(a, directory, b"file") == rights, "no births, nor lasting handles"
         finally:
             os.close(directory)
+
+
+# Where nothing tells a file from a later one: by whose it is, and what it allows
+
+
+@pytest.fixture
+def without_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
+    """A client of a source whose file system keeps neither births nor lasting handles."""
+    (tmp_path / "source").mkdir()
+    monkeypatch.setattr(Attributes, "has_birth", False)
+    monkeypatch.setattr(FileSystem, "has_lasting_handles", False)
+    with client_of(tmp_path / "source") as client:
+        yield client
+
+
+def other_owner(path: Path) -> None:
+    os.chown(path, 4321, -1)
+
+
+def other_group(path: Path) -> None:
+    os.chown(path, -1, 4321)
+
+
+def other_mode(path: Path) -> None:
+    path.chmod(0o2700)
+
+
+@pytest.mark.parametrize("change", [other_owner, other_group, other_mode])
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_what_is_opened_again_must_be_as_open_as_it_was(
+    without_marks: Client, kind: str, change: Callable[[Path], None]
+) -> None:
+    """The kernel let the caller in by what it was told; ESTALE has it look again."""
+    client, path = without_marks, without_marks.source / "name"
+    path.touch() if kind == "file" else path.mkdir()
+    fid = client.know("name")
+    client.lose_descriptor(fid)
+    change(path)
+    clone = client.walk(start=fid.number)
+    with fails(errno.ESTALE):
+        client.do(ops.lopen, clone, os.O_RDONLY)
+    assert fid.node.fd == -1
+    if kind == "file" or change is other_owner:
+        with fails(errno.ESTALE):
+            client.do(ops.getattr, fid.number)
+    generation = fid.generation
+    again = client.know("name")
+    assert again is fid
+    # Of another owner it is another file; else the kernel learns what has changed.
+    assert fid.generation == generation + (change is other_owner)
+    client.do(ops.clunk, clone)
+    client.lose_descriptor(fid)
+    client.do(ops.clunk, client.open("name"))
+
+
+@pytest.mark.parametrize("change", [other_group, other_mode])
+def test_a_directory_that_is_held_is_found_again_by_a_look_at_it(
+    without_marks: Client, change: Callable[[Path], None]
+) -> None:
+    """Somebody's working directory: the kernel asks for attributes before it lets him in."""
+    client, path = without_marks, without_marks.source / "name"
+    path.mkdir()
+    (path / "file").touch()
+    fid = client.know("name")
+    client.lose_descriptor(fid)
+    change(path)
+    assert client.do(ops.getattr, fid.number).gid == path.stat().st_gid
+    client.lose_descriptor(fid)
+    client.do(ops.clunk, client.walk("file", start=fid.number))
+
+
+def test_what_is_changed_through_the_mount_stays_known(without_marks: Client) -> None:
+    """With or without a descriptor, and files in a directory that was changed in the source."""
+    client, path = without_marks, without_marks.source / "directory"
+    path.mkdir()
+    (path / "file").touch()
+    directory = client.know("directory")
+    file = client.know("file", start=directory.number)
+    for number in (file.number, directory.number):
+        for changes in (ops.Changes(mode=0o600), ops.Changes(gid=77), ops.Changes(uid=78)):
+            client.run(sequences.setattr(client.session, number, None, changes))
+            client.lose_descriptor(client.fid(number))
+            assert client.do(ops.getattr, number).uid == (78 if changes.uid else 0)
+            client.lose_descriptor(client.fid(number))
+            client.do(ops.lopen, clone := client.walk(start=number), os.O_RDONLY)
+            client.do(ops.clunk, clone)
+    client.lose_descriptor(file)
+    client.lose_descriptor(directory)
+    path.chmod(0o711)
+    assert client.do(ops.getattr, file.number).mode == stat.S_IFREG | 0o600
+
+
+def test_attributes_of_what_a_listing_found_are_not_believed(without_marks: Client) -> None:
+    """Until the file has a descriptor; nor if they are not what it was seen with."""
+    client, path = without_marks, without_marks.source / "name"
+    path.touch()
+    listed(client)
+    fid = client.fid(path.stat().st_ino)
+    a = stat_name(-100, os.fsencode(path))
+    assert not fid.node.may_be_believed(a)
+    assert client.know("name") is fid
+    assert fid.node.may_be_believed(a)
+    path.chmod(0o604)
+    a = stat_name(-100, os.fsencode(path))
+    assert listed(client)[b"name"] is fid
+    assert not fid.node.may_be_believed(a), "it may be a later file that was seen"
+    client.know("name")
+    assert fid.node.may_be_believed(a), "opened by its name, it is the same"
+    client.forget(fid, 4)
+
+
+def test_another_owners_file_is_not_joined_to_one_without_descriptor(
+    without_marks: Client,
+) -> None:
+    """A listing finds it, under the number of one that was listed before."""
+    client, path = without_marks, without_marks.source / "name"
+    path.touch()
+    fid = listed(client)[b"name"]
+    other_mode(path)
+    assert listed(client)[b"name"].generation == 0
+    other_owner(path)
+    assert listed(client)[b"name"] is fid
+    assert fid.generation == 1
+    assert client.do(ops.getattr, fid.number).uid == 4321
+
+
+def test_of_many_rights_few_objects_are_kept() -> None:
+    """Any owner may make up any number of them."""
+    devices = Devices()
+    for number in range(5000):
+        one = devices.rights(made_up(3)._replace(gid=number))
+        assert devices.rights(made_up(4)._replace(gid=number)) is one
+    assert len(devices._rights) <= 1000
+
+
+def test_what_a_file_system_is_known_by_stays_the_same(tmp_path: Path) -> None:
+    """From one version to the next, too: all numbers of its files are made from it."""
+    source, devices = tmp_path / "source", Devices()
+    with (
+        mounted("tmpfs", "tmpfs", source / "z/memory") as memory,
+        mounted("tmpfs", "tmpfs", source / "other") as other,
+        image("ext4", tmp_path) as disk,
+    ):
+        assert run("mount", "--bind", memory, other).returncode == 0
+        fds = [os.open(path, os.O_PATH) for path in (source, memory, other, disk)]
+        try:
+            devices.begin(fds[0], stat_descriptor(fds[0]))
+            found = [devices.learn(fd, stat_descriptor(fd)).base for fd in fds[1:]]
+            id_of_disk = os.fstatvfs(fds[3]).f_fsid
+        finally:
+            for fd in fds:
+                os.close(fd)
+            run("umount", other)
+        # Of two places the first in order, by whichever it was come to.
+        assert found == [*[hashed(b"at other +0")] * 2, hashed(b"id ef53 %x" % id_of_disk)]

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import tracemalloc
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from file_systems import mounted
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ops_helpers import fails, in_threads
+from ops_helpers import fails, in_threads, read_entries
 from ops_helpers import leak_free as leak_free
 
 from ninefuse import listing as listing_module
+from ninefuse.fids import OpenDirectory
 from ninefuse.listing import Listing
-from ninefuse.syscalls import DirectoryEntry, read_entries
+from ninefuse.syscalls import DirectoryEntry, read_records
 
 pytestmark = pytest.mark.usefixtures("leak_free")
 
 ALL = 1 << 30
+MANY = 1000  # entries of one piece at most
 
 
 @pytest.fixture
@@ -79,19 +85,19 @@ def test_pieces_are_read_in_order_and_kept_one_at_a_time(
     """A long directory is not held in memory, and no piece is read twice without need."""
     sizes: list[int] = []
 
-    def reading(fd: int, size: int) -> list[DirectoryEntry]:
-        entries = read_entries(fd, size)
-        sizes.append(len(entries))
-        return entries
+    def reading(fd: int, size: int) -> bytes:
+        records = read_records(fd, size)
+        sizes.append(len(records))
+        return records
 
-    monkeypatch.setattr(listing_module, "read_entries", reading)
+    monkeypatch.setattr(listing_module, "read_records", reading)
     listing = Listing(directory)
     offset, found = 0, 0
     while reply := listing.read(offset, 120):
-        assert len(listing._entries) == sizes[-1] <= 512 // 24
+        assert len(listing._piece) == sizes[-1] <= 512
         found += len(reply)
         offset = reply[-1].offset
-    assert found == sum(sizes) == len(everything)
+    assert found == len(everything)
     assert sizes[-1] == 0
     assert len(sizes) > 10
 
@@ -102,31 +108,83 @@ def test_a_step_back_within_a_piece_needs_no_call(
 ) -> None:
     """The reply had no room for all that was given: the rest comes again."""
     listing = Listing(directory)
-    first = listing.read(0, ALL)
+    first = listing.read(0, ALL, MANY)
     assert 3 < len(first) < len(everything)
 
     def calling(*args: object) -> None:
         raise AssertionError(args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(listing_module, "read_entries", calling)
+        patch.setattr(listing_module, "read_records", calling)
         patch.setattr(os, "lseek", calling)
         for fit in range(len(first) - 1, 0, -1):
-            assert listing.read(first[fit - 1].offset, ALL) == first[fit:]
-    assert listing.read(first[-1].offset, ALL)[0] == everything[len(first)]
+            assert listing.read(first[fit - 1].offset, ALL, MANY) == first[fit:]
+    assert listing.read(first[-1].offset, ALL, MANY)[0] == everything[len(first)]
 
 
 @pytest.mark.usefixtures("small_pieces")
 def test_a_step_back_over_pieces(directory: int, everything: list[DirectoryEntry]) -> None:
     """To the last entry of an earlier piece, and to the beginning."""
     listing = Listing(directory)
-    first = listing.read(0, ALL)
-    second = listing.read(first[-1].offset, ALL)
-    third = listing.read(second[-1].offset, ALL)
+    first = listing.read(0, ALL, MANY)
+    second = listing.read(first[-1].offset, ALL, MANY)
+    third = listing.read(second[-1].offset, ALL, MANY)
     assert first + second + third == everything[: len(first + second + third)]
-    assert listing.read(first[-1].offset, ALL)[0] == second[0]
-    assert listing.read(first[0].offset, ALL)[0] == first[1]
-    assert listing.read(0, ALL) == first
+    assert listing.read(first[-1].offset, ALL, MANY)[0] == second[0]
+    assert listing.read(first[0].offset, ALL, MANY)[0] == first[1]
+    assert listing.read(0, ALL, MANY) == first
+
+
+def test_an_open_directory_takes_less_than_4_kb(tmp_path: Path) -> None:
+    """Anybody may have thousands open. Beside what it answered last, which it need not keep."""
+    for number in range(1500):
+        (tmp_path / f"{number:04d}{'x' * (number % 200)}").touch()
+    fds = [os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY) for _ in range(50)]
+    try:
+        tracemalloc.start()
+        before = tracemalloc.get_traced_memory()[0]
+        opened = [OpenDirectory(fd) for fd in fds]
+        for directory in opened:
+            offset = 0
+            for _ in range(20):
+                reply = directory.listing.read(offset, ALL, 24)
+                offset = reply[-1].offset
+        del reply
+        each = (tracemalloc.get_traced_memory()[0] - before) / len(fds)
+    finally:
+        tracemalloc.stop()
+        for fd in fds:
+            os.close(fd)
+    assert each < 4096
+
+
+@pytest.mark.parametrize("where", ["tmpfs", "here"])
+def test_changes_meanwhile_lose_and_double_nothing(tmp_path: Path, where: str) -> None:
+    """Whatever is there from the beginning to the end is listed once."""
+    with contextlib.ExitStack() as stack:
+        top = tmp_path
+        if where == "tmpfs":
+            if os.geteuid():
+                pytest.skip("only root may mount file systems")
+            top = stack.enter_context(mounted("tmpfs", "tmpfs", tmp_path / "memory"))
+        for number in range(2000):
+            (top / f"stays {number}").touch()
+            (top / f"goes {number}").touch()
+        fd = os.open(top, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            listing, found, offset, step = Listing(fd), Counter[bytes](), 0, 0
+            while reply := listing.read(offset, ALL, 1 + step * 7 % 50):
+                fit = 1 + step * 5 % len(reply)  # the rest found no room, and comes again
+                found.update(entry.name for entry in reply[:fit])
+                offset = reply[fit - 1].offset
+                for number in range(step * 10, min(step * 10 + 10, 2000)):
+                    (top / f"goes {number}").unlink()
+                    (top / f"comes {number}").touch()
+                step += 1
+        finally:
+            os.close(fd)
+    assert max(found.values()) == 1
+    assert {b"stays %d" % number for number in range(2000)} <= found.keys()
 
 
 def test_an_entry_too_large_is_not_consumed(
@@ -160,14 +218,14 @@ def test_a_directory_that_cannot_be_read_is_read_later(
 ) -> None:
     """An error loses no entry."""
 
-    def broken(fd: int, size: int) -> list[DirectoryEntry]:
+    def broken(fd: int, size: int) -> bytes:
         raise OSError(errno.EIO, "broken")
 
     offset = everything[50].offset
     for at in (0, offset):
         listing = Listing(directory)
         with monkeypatch.context() as patch:
-            patch.setattr(listing_module, "read_entries", broken)
+            patch.setattr(listing_module, "read_records", broken)
             with fails(errno.EIO):
                 listing.read(at, ALL)
         assert listing.read(at, ALL) == everything[51 if at else 0 :]

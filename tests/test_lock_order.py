@@ -58,13 +58,14 @@ def use_all(client: Client) -> None:
     fitted(client.session, handle, entries, 1)
     # Two files of one number: the table gives the second one apart, in its own section.
     known = client.know("d", "4")
-    other = known.node.device[0], known.node.device[1] + 1
-    stranger = client.do(ops.getattr, known.number)._replace(dev_major=other[0], dev_minor=other[1])
-    node = client.session.fids.new_node(stranger, -1, (directory.node, b"stranger"))
-    node.path = known.node.path
-    client.session.fids.intern(node)
-    client.session.fids.drop(node)
-    client.session.fids.statistics()
+    fids, a = client.session.fids, client.do(ops.getattr, known.number)
+    for number in (998, 999):
+        node = fids.new_node(a._replace(dev_minor=number), -1, (directory.node, b"stranger"))
+        node.device.base = 7
+        fids.intern(node)
+        fids.drop(node)
+    fids.forget([(node.path, 1)])
+    fids.statistics()
 
 
 # Whoever breaks it
@@ -79,7 +80,8 @@ class Broken:
         self.table = self.session.fids.lock
         self.counts = self.session.fids._counts
         self.listing = listing.Listing(-1)._mutex
-        self.numbers = qids.QidPaths(syscalls.stat_name(-100, os.fsencode(source)))._mutex
+        root = syscalls.stat_name(-100, os.fsencode(source))
+        self.numbers = qids.QidPaths(root, self.session.fids.devices)._mutex
 
     def table_inside_counts(self) -> None:
         with self.counts, self.table.reading:

@@ -147,9 +147,9 @@ class World:
         self.until = time.monotonic() + SECONDS
         reopen = self.session.descriptors.reopen
 
-        def counting(node: Node) -> None:
+        def counting(node: Node, looking: bool = False) -> None:
             self.reopened += 1
-            reopen(node)
+            reopen(node, looking)
 
         self.session.descriptors.reopen = counting  # type: ignore[method-assign]
 

@@ -172,6 +172,7 @@ MAY_GO_ON = {
     "exchange",
     "wstat",
     "reclaiming",
+    "readdir",
     "readdirplus",
 }
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from ops_helpers import fails, need_devices, needs_root
+from ops_helpers import fails, need_devices, needs_root, read_entries
 from ops_helpers import leak_free as leak_free
 
 from ninefuse import syscalls
@@ -23,9 +23,7 @@ from ninefuse.syscalls import (
     SetTime,
     detached_mount,
     file_handle,
-    file_handles_last,
-    is_overlayfs,
-    read_entries,
+    file_system_of,
     rename,
     set_times,
     stat_descriptor,
@@ -232,14 +230,15 @@ def test_the_type_is_asked_of_an_o_path_descriptor(path: str) -> None:
             kinds[at] = kind
     fd = os.open(path, os.O_PATH)
     try:
-        assert is_overlayfs(fd) == (kinds[path] == "overlay")
+        found = file_system_of(fd)
+        assert found.is_overlay == (kinds[path] == "overlay")
         lasting = ("ext2", "ext3", "ext4", "xfs", "f2fs", "jfs", "nfs", "nfs4")
-        assert file_handles_last(fd) == (kinds[path] in lasting)
+        assert found.has_lasting_handles == (kinds[path] in lasting)
+        assert found.id == os.fstatvfs(fd).f_fsid
     finally:
         os.close(fd)
-    for ask in (is_overlayfs, file_handles_last):
-        with fails(errno.EBADF):
-            ask(1 << 30)
+    with fails(errno.EBADF):
+        file_system_of(1 << 30)
 
 
 def test_a_files_handle_is_its_own_under_any_name(directory: int) -> None:

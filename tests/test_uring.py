@@ -154,7 +154,7 @@ def test_calls_on_other_devices_go_to_workers(engine: Uring, tmp_path: Path) -> 
     async def scenario(driver: SecondModel, session: Session) -> None:
         fd = os.open(tmp_path / "file", os.O_CREAT | os.O_WRONLY)
         try:
-            foreign = 0xFFFE << 48 | 7
+            foreign = 1 << 52 | 7
             await driver.run("foreign", blocking(foreign, os.fsync, fd))
             await driver.run("other", blocking(7, os.fstat, fd))
         finally:

@@ -60,7 +60,7 @@ async def attach(session: Session, fid: int, directory: int | str) -> Qid:
     fd = await blocking(None, _open_root, directory)
     try:
         attributes = await blocking(None, stat_descriptor, fd)
-        await blocking(None, session.fids.devices.learn, fd, attributes)
+        await blocking(None, session.fids.devices.begin, fd, attributes)
         mark = await blocking(None, session.fids.devices.mark, attributes, fd)
     except OSError:
         os.close(fd)

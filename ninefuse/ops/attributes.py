@@ -48,8 +48,11 @@ async def getattr(session: Session, fid: int, on: int | None = None) -> Attribut
 
     Source: Tgetattr of 9P2000.L.
     """
-    async with session.using(fid) as use:
-        return await brief(use.node.path if on is None else on, stat_descriptor, use.fd)
+    async with session.using(fid, looking=True) as use:
+        on = use.node.path if on is None else on
+        attributes = await brief(on, stat_descriptor, use.fd)
+        session.fids.note_rights(attributes, use.node)
+        return attributes
 
 
 stat = getattr  # Tstat of 9P2000.u: the same question

@@ -56,7 +56,8 @@ async def lopen(session: Session, fid: int, flags: int, caller: Caller | None = 
         session: the conversation.
         fid: unopened.
         flags: Linux open(2) flags; those that make no sense here are dropped.
-        caller: who opens it, and as whom the fid is to write; None: the daemon.
+        caller: who opens it, as whom the fid is to write, and whose share of the descriptors it
+            takes; None: the daemon.
 
     Raises:
         OSError: EINVAL, the fid is open already; EROFS; EISDIR, a directory for
@@ -77,25 +78,26 @@ async def lopen(session: Session, fid: int, flags: int, caller: Caller | None = 
             raise error(errno.ENOTDIR)
         if kind not in (stat.S_IFDIR, stat.S_IFREG):
             raise error(errno.ENXIO)
-        await session.claim_descriptor(use.node)
+        owner = None if caller is None else caller.uid
+        await session.claim_descriptor(use.node, owner)
         opened: OpenFile | OpenDirectory
         try:
             if kind == stat.S_IFDIR:
-                opened = OpenDirectory(await brief(on, _open_directory, use.fd, caller))
+                opened = OpenDirectory(await brief(on, _open_directory, use.fd, caller), owner)
             else:
                 kept = flags & (_KEPT_FLAGS | _EXECUTE)
                 fd = await patiently(
                     lambda: blocking_unless(on, _open_file_now, _open_file, use.fd, kept, caller)
                 )
-                opened = OpenFile(fd, kept, _writer(kept, caller))
+                opened = OpenFile(fd, kept, _writer(kept, caller), owner)
         except BaseException:
-            session.fids.unclaim()
+            session.fids.unclaim(owner)
             raise
         try:
             attributes = await brief(on, stat_descriptor, use.fd)
             session.fids.open(use.fid, opened)
         except BaseException:
-            await blocking(on, session.fids.close_open, opened.fd)
+            await blocking(on, session.fids.close_open, opened.fd, owner)
             raise
     return session.fids.qid_of(attributes)
 
@@ -134,24 +136,25 @@ async def lcreate(
         kept = flags & _KEPT_FLAGS
         exclusive = bool(flags & os.O_EXCL)
         mode &= PERMISSIONS
-        await session.claim_descriptor(use.node)
+        owner = None if caller is None else caller.uid
+        await session.claim_descriptor(use.node, owner)
         try:
             fd = await blocking(on, _create_file, use.fd, name, kept, mode, caller, exclusive)
         except BaseException:
-            session.fids.unclaim()
+            session.fids.unclaim(owner)
             raise
         try:
             await session.settle(use.node)
             path_fd, attributes, mark = await blocking(on, _path_descriptor, session, fd)
             node = session.fids.new_node(attributes, path_fd, (use.node, name), mark)
             try:
-                opened = OpenFile(fd, kept, _writer(kept, caller))
+                opened = OpenFile(fd, kept, _writer(kept, caller), owner)
                 session.fids.open(use.fid, opened, node)
             finally:
                 session.fids.drop(node)
         except BaseException:
             # The file stays: it may be somebody's by now.
-            await blocking(on, session.fids.close_open, fd)
+            await blocking(on, session.fids.close_open, fd, owner)
             raise
     session.descriptors.note()
     return session.fids.qid_of(attributes)

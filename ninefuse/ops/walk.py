@@ -188,7 +188,7 @@ def _step_now(session: Session, node: Node, name: bytes) -> tuple[Node, Attribut
     known = None
     try:
         attributes = stat_descriptor(fd)
-        known = fids.known(attributes)
+        known = fids.known(attributes, allowing=True)
         if known is not None and fids.pin(known):
             # That one's descriptor keeps the file, so closing this one frees nothing.
             os.close(fd)
@@ -226,7 +226,7 @@ def _step(session: Session, node: Node, name: bytes) -> tuple[Node, Attributes]:
     # A file that the kernel knows needs no new descriptor, only its name checked. (Where something
     # is mounted, what it forbids may have changed, and is asked of the mount that is there now.)
     attributes = session.stat_name(node.fd, name)
-    known = None if attributes.is_mount_root else fids.known(attributes)
+    known = None if attributes.is_mount_root else fids.known(attributes, allowing=True)
     if known is not None:
         has = fids.pin(known)
         fids.drop(known)

@@ -70,14 +70,15 @@ class Memory:
 
 
 @contextlib.contextmanager
-def memory_that_never_comes(watchdog: Watchdog, base: Path) -> Iterator[Memory]:
-    path = base / "memory"
+def memory_that_never_comes(watchdog: Watchdog, path: Path, log: Path) -> Iterator[Memory]:
+    """Mount it on a new directory, which goes with it."""
     path.mkdir()
-    memory = Memory(watchdog, path, base / "memory-log")
+    memory = Memory(watchdog, path, log)
     try:
         yield memory
     finally:
         memory.end()
+        path.rmdir()
 
 
 def stuck_page(memory: Path, number: int = 0) -> mmap.mmap:
@@ -410,6 +411,19 @@ def _open_and_close(path: Path) -> None:
     os.close(os.open(path, os.O_RDONLY))
 
 
+def read_what_never_comes(ground: Ground) -> None:
+    """Files below the source are read whose data never comes; each is another one."""
+    mounted = ground.top_mount / ground.memory.relative_to(ground.top_source)
+    calls = [partial(_read, mounted / f"{number}") for number in range(ground.board.count)]
+    ground.board.ready()
+    ground.calls(*calls)
+
+
+def _read(path: Path) -> None:
+    with open(path, "rb", buffering=0) as file:
+        file.read(10)
+
+
 def fragmented(path: Path, extents: int = _EXTENTS) -> Path:
     """A file that takes long to truncate; it has every second block, and nothing in them."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -551,5 +565,5 @@ def _attack(
 
 
 def is_expected(code: int) -> bool:
-    """Whether an attacker's call may end with that error: it is told what became of it."""
-    return code in (0, errno.EFAULT, errno.EINTR, errno.EAGAIN)
+    """Whether an attacker's call may end with that error, of the file system that is gone."""
+    return code in (0, errno.EIO, errno.ENOTCONN, errno.ECONNABORTED)

@@ -23,7 +23,7 @@ _FIRST = 2  # inode of the file 0
 _FOREVER = 86400
 
 # Opcodes and flags of include/uapi/linux/fuse.h.
-_LOOKUP, _FORGET, _GETATTR, _OPEN, _READ = 1, 2, 3, 14, 15
+_LOOKUP, _FORGET, _GETATTR, _OPEN, _READ, _STATFS = 1, 2, 3, 14, 15, 17
 _RELEASE, _INIT, _OPENDIR, _RELEASEDIR, _INTERRUPT, _BATCH_FORGET = 18, 26, 27, 29, 36, 42
 _NEVER_ANSWERED = {_FORGET, _READ, _INTERRUPT, _BATCH_FORGET}
 _ASYNC_READ, _PARALLEL_DIROPS = 1 << 0, 1 << 18
@@ -85,6 +85,8 @@ def _answer(opcode: int, nodeid: int, data: bytes) -> bytes:
         return struct.pack("=Q2I", _FOREVER, 0, 0) + _attributes(nodeid)
     if opcode in (_OPEN, _OPENDIR):
         return struct.pack("=Q2I", 0, _KEEP_CACHE, 0)
+    if opcode == _STATFS:
+        return struct.pack("=5Q10I", 0, 0, 0, 0, 0, 4096, 255, 4096, *[0] * 7)
     if opcode in (_RELEASE, _RELEASEDIR):
         return b""
     raise OSError(errno.ENOSYS, "no such operation")

@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import mmap
 import os
+import re
 import signal
 import statistics
 import struct
@@ -23,19 +24,23 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import stuck
 from conftest import start
 from mounting import (
+    HASTY_NINEFUSE,
     SOAK,
     Child,
+    Counters,
     Mount,
     Watchdog,
     abort,
     become,
+    is_mounted,
     mount_ids,
+    run,
     wait_until,
 )
 from stuck import Attacker, Memory, memory_that_never_comes
@@ -54,12 +59,15 @@ ATTACKED, SPARED, SOURCE = "attacked", "spared", "source"
 WORST = 0.2  # seconds that a call may take under attack, whatever it takes without
 SLACK = 0.001  # seconds by which the median may be more than twice that of the spared
 BUSY = 0.01  # the same where an attacker makes a processor work
-SLACK_OF_ONE = 0.02  # the same of one kind of call, of which there are few
+SLACK_OF_ONE = 0.05  # the same of one kind of call, of which there are few
 SECONDS = 0.4  # of a measurement
 PAUSE = 0.004  # seconds between a victim's calls
 STUCK = 1.5  # seconds after which a victim that does not come back is given up
 BEGUN = 2.0  # seconds for an attacker to begin its calls
 ENDED = 10.0  # seconds for all to be over
+# Of a daemon that does nothing: descriptors that are no node's, threads that are no workers
+# (io_uring's end some seconds later).
+DESCRIPTORS, THREADS = 40, 100
 
 SERVERS = {
     "second-threads": ("--model", "second", "--engine", "threads"),
@@ -200,7 +208,7 @@ class Victims:
         return {role: child.result() for role, (child, _) in children.items()}
 
 
-_started: list[Child[Latencies]] = []  # and not collected yet
+_started: list[Child[Any]] = []  # and not collected yet
 
 
 def compare(found: dict[Role, Latencies], slack: float) -> tuple[list[str], list[str]]:
@@ -335,20 +343,27 @@ def open_directory() -> Iterator[Path]:
         yield Path(path)
 
 
-@pytest.fixture(scope="module", params=SERVERS)
-def server(
-    request: pytest.FixtureRequest, watchdog: Watchdog, open_directory: Path
-) -> Iterator[Server]:
-    if "uring" in request.param:
-        try:
-            Uring().close()
-        except Refused as reason:
-            pytest.skip(f"no io_uring here: {reason}")
-    base = open_directory / request.param
-    base.mkdir()
-    server = Server(watchdog, base, SERVERS[request.param])
-    yield server
-    server.end()
+@pytest.fixture(scope="module")
+def servers(watchdog: Watchdog, open_directory: Path) -> Iterator[Callable[[str], Server]]:
+    """Return the server of that name, which this file's tests share."""
+    found: dict[str, Server] = {}
+
+    def server(name: str) -> Server:
+        if name not in found:
+            if "uring" in name:
+                try:
+                    Uring().close()
+                except Refused as reason:
+                    pytest.skip(f"no io_uring here: {reason}")
+            base = open_directory / name
+            base.mkdir()
+            found[name] = Server(watchdog, base, SERVERS[name])
+        return found[name]
+
+    with ExitStack() as ends:
+        yield server
+        for one in found.values():
+            ends.callback(one.end)
 
 
 # Attacks
@@ -365,7 +380,8 @@ class Attack:
         spares_own: whether the attacker's own calls elsewhere are to go on.
         slack: seconds by which others' median may be more than twice that of the spared: as much
             as it takes where an attacker keeps a processor busy.
-        in_short: whether `make test` has it.
+        servers: those that `make test` tries it on.
+        inside: whether what never comes is a file in the source.
     """
 
     function: Callable[..., None]
@@ -374,42 +390,56 @@ class Attack:
     least: float = 0.3
     spares_own: bool = True
     slack: float = SLACK
-    in_short: bool = True
+    servers: tuple[str, ...] = tuple(SERVERS)
+    inside: bool = False
+
+
+ONE = ("second-threads",)  # of what concerns its dispatcher alone
+
+
+def _servers_for(kind: str) -> tuple[str, ...]:
+    return tuple(SERVERS) if kind in ("chmod", "write") else ONE
 
 
 MANY = 2500  # more requests than a daemon took at a time
 
 ATTACKS = {
     **{
-        f"{kind} of a held file": Attack(stuck.change_held, (kind,))
+        f"{kind} of a held file": Attack(stuck.change_held, (kind,), servers=_servers_for(kind))
         for kind in ("chmod", "utime", "setxattr", "truncate", "write")
     },
     **{
         f"{kind} of a file written from the mount": Attack(
-            stuck.change_while_written, (kind,), least=0.005, slack=BUSY
+            stuck.change_while_written, (kind,), least=0.005, slack=BUSY, servers=_servers_for(kind)
         )
         for kind in ("chmod", "utime", "setxattr", "truncate", "write")
     },
-    "chmod of a file read directly": Attack(stuck.change_while_read, ("chmod",)),
+    "chmod of a file read directly": Attack(stuck.change_while_read, ("chmod",), servers=ONE),
     "chmod of 40 held files": Attack(stuck.change_each, ("chmod",), 40, spares_own=False),
     "write to 40 held files": Attack(stuck.change_each, ("write",), 40, spares_own=False),
     "unlink of a held file": Attack(stuck.remove_held),
-    "rename over a held file": Attack(stuck.rename_over_held),
-    "link of a held file": Attack(stuck.link_held),
+    "rename over a held file": Attack(stuck.rename_over_held, servers=ONE),
+    "link of a held file": Attack(stuck.link_held, servers=ONE),
     "mkdir in a held top directory": Attack(stuck.make_in_held_directory, ("top",)),
-    "mkdir in a held directory": Attack(stuck.make_in_held_directory, ("own",)),
+    "mkdir in a held directory": Attack(stuck.make_in_held_directory, ("own",), servers=ONE),
     "rename in a held directory": Attack(stuck.rename_in_held_directory),
     "lookups in a held directory": Attack(stuck.look_in_held_directory, (), MANY, spares_own=False),
     "opens of leased files": Attack(stuck.open_leased, (40,), 40, spares_own=False),
     "many opens of leased files": Attack(stuck.open_leased, (40,), MANY, spares_own=False),
     "truncate of a fragmented file": Attack(stuck.truncate_fragmented, slack=BUSY),
     "unlink of a fragmented file": Attack(stuck.remove_fragmented, slack=BUSY),
+    "reads that never end": Attack(
+        stuck.read_what_never_comes, (), 64, spares_own=False, inside=True
+    ),
+    "many reads that never end": Attack(
+        stuck.read_what_never_comes, (), MANY, spares_own=False, servers=ONE, inside=True
+    ),
     "rmdir of a huge directory": Attack(
         stuck.remove_huge_directory,
         (200_000 if SOAK else 10_000,),
         least=0.001,
         slack=BUSY,
-        in_short=False,
+        servers=(),
     ),
 }
 
@@ -419,7 +449,10 @@ def attacked(
     server: Server, mount: Mount, attacks: list[tuple[Attack, int]], begun: float = BEGUN
 ) -> Iterator[list[Attacker]]:
     """Run attacks, by uid; at the end all they wait for is let go, and has to return."""
-    with memory_that_never_comes(server.watchdog, server.new_base("attack")) as memory:
+    number, base = next(_numbers), server.new_base("attack")
+    above = mount.source if any(attack.inside for attack, _ in attacks) else base
+    path = above / f"memory{number}"
+    with memory_that_never_comes(server.watchdog, path, base / "log") as memory:
         attackers: list[Attacker] = []
         try:
             for attack, uid in attacks:
@@ -494,8 +527,9 @@ def _attacked_and_compared(
         with attacked(server, mount, attacks, begun) as attackers:
             found = victims.measure(seconds)
             for (attack, _), attacker in zip(attacks, attackers, strict=True):
-                longest = attacker.board.longest()
-                assert longest >= attack.least, f"no attack: {attack}: {longest:.3f} s at most"
+                longest, codes = attacker.board.longest(), attacker.board.errors()
+                said = f"{attack.function.__name__}: {longest:.3f} s at most; errors {codes}"
+                assert longest >= attack.least, f"no attack, {said}"
     _check_nothing_is_left(mount)
     lines, complaints = compare(found, max(attack.slack for attack, _ in attacks))
     if complaints:
@@ -526,17 +560,136 @@ def _collect_started(server: Server, mount: Mount) -> None:
 
 
 def _check_nothing_is_left(mount: Mount) -> None:
-    def is_as_before() -> bool:
+    """No request, no open file and no descriptor; no more threads than it tells of."""
+
+    def nothing_is_left() -> bool:
         now = mount.counters()
-        return now.under_way == now.held_back == now.opened == 0
+        other_descriptors = now.descriptors - now.node_descriptors
+        return (
+            now.under_way == now.held_back == now.opened == 0
+            and other_descriptors <= DESCRIPTORS
+            and len(os.listdir(f"/proc/{mount.pid}/task")) <= _threads_told(now) + THREADS
+        )
 
-    wait_until(is_as_before, "the end of all requests", ENDED)
+    wait_until(nothing_is_left, "the end of all that the attack needed", ENDED)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name, attack in ATTACKS.items() if SOAK or attack.in_short]
-)
-def test_nobody_else_waits_for_an_attacker(guard: Watchdog, server: Server, name: str) -> None:
+def _threads_told(counters: Counters) -> int:
+    told = re.search(r"(\d+) workers", counters.text)
+    assert told is not None
+    return int(told[1])
+
+
+CASES = [
+    pytest.param(server, name, id=f"{server}-{name}")
+    for server in SERVERS
+    for name, attack in ATTACKS.items()
+    if SOAK or server in attack.servers
+]
+
+
+@pytest.mark.parametrize(("server", "name"), CASES)
+def test_nobody_else_waits_for_an_attacker(
+    guard: Watchdog, servers: Callable[[str], Server], server: str, name: str
+) -> None:
     attack = ATTACKS[name]
-    lines = _patiently(partial(_attacked_and_compared, server, [(attack, ATTACKER)], SECONDS))
+    lines = _patiently(
+        partial(_attacked_and_compared, servers(server), [(attack, ATTACKER)], SECONDS)
+    )
     print(f"\n{name}:", *lines, sep="\n")
+
+
+# Many attackers at once
+
+CROWD_SECONDS = 60.0 if SOAK else 3.0
+CROWD_SIZE = 50 if SOAK else 8
+# Each of another user than the one before; all together are more than the workers are.
+CROWD = [
+    "chmod of a held file",
+    "write of a file written from the mount",
+    "chmod of 40 held files",
+    "unlink of a held file",
+    "rename in a held directory",
+    "opens of leased files",
+    "mkdir in a held top directory",
+    "lookups in a held directory",
+    "truncate of a held file",
+    "rename over a held file",
+    "write to 40 held files",
+]
+
+
+@pytest.mark.limit(60.0 + 4 * CROWD_SECONDS)
+@pytest.mark.parametrize("server", SERVERS if SOAK else ["second-threads", "second-uring"])
+def test_nobody_else_waits_for_many_attackers(
+    guard: Watchdog, servers: Callable[[str], Server], server: str
+) -> None:
+    """Of several users and kinds at once."""
+    kinds = itertools.islice(itertools.cycle(CROWD), CROWD_SIZE)
+    # Not the user who measures.
+    attacks = [(ATTACKS[kind], 2001 + number % 7) for number, kind in enumerate(kinds)]
+    lines = _patiently(
+        partial(_attacked_and_compared, servers(server), attacks, CROWD_SECONDS, 3 * BEGUN), 2
+    )
+    print(f"\n{CROWD_SIZE} attackers:", *lines, sep="\n")
+
+
+# Ending under attack
+
+
+def _answered_at_last(path: Path) -> None:
+    """Ask for names until there is no mount any more."""
+    become(VICTIM)
+    for number in itertools.count():
+        try:
+            os.stat(path / f"{number}")
+        except FileNotFoundError:
+            if not os.path.ismount(path):
+                return
+        except OSError:
+            return
+        time.sleep(PAUSE)
+
+
+def _ask_to_end(mount: Mount, way: str) -> None:
+    if way == "SIGTERM":
+        mount.log.expect("the dispatcher does not end")
+        mount.signal(signal.SIGTERM)
+    else:
+        done = run(*way.split(), mount.path)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("way", ["SIGTERM", "umount -f -l", "fusermount3 -u -z"])
+@pytest.mark.parametrize("name", ["chmod of 40 held files", "opens of leased files"])
+def test_a_daemon_ends_under_attack(
+    guard: Watchdog, open_directory: Path, name: str, way: str
+) -> None:
+    """The mount point is given back in time, whatever the attacker does, and callers go on.
+
+    Its process ends when the last call that it makes for the attacker does.
+    """
+    base = open_directory / f"end{next(_numbers)}"
+    base.mkdir()
+    server = Server(guard, base, ())
+    mount = open_mount(guard, server.new_base("mount"), command=HASTY_NINEFUSE)
+    try:
+        with ExitStack() as stack:
+            asking = Child(_answered_at_last, mount.path)
+            _started.append(asking)
+            stack.callback(_collect_started, server, mount)
+            with attacked(server, mount, [(ATTACKS[name], ATTACKER)]) as (attacker,):
+                assert attacker.board.waiting() == attacker.board.count
+                _ask_to_end(mount, way)
+                wait_until(lambda: not is_mounted(mount.path), "the mount point given back", 5.0)
+                # Who is detached is served as long as he likes.
+                if way != "fusermount3 -u -z":
+                    asking.result(5.0)
+                    wait_until(lambda: not attacker.board.waiting(), "the attacker's answers", 5.0)
+            assert mount.wait(ENDED) in (0, 1)
+            asking.result(ENDED)
+    finally:
+        if mount.process.poll() is None:
+            _end_by_force(guard, mount)
+        else:
+            mount.end()

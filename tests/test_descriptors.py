@@ -121,7 +121,7 @@ def test_whoever_opened_a_file_has_its_descriptor_counted(
 ) -> None:
     """To the end: of files made and opened, of directories, and of what cannot be opened."""
 
-    def broken(fd: int) -> int:
+    def broken(fd: int, *_: object) -> int:
         raise OSError(errno.EIO, "broken")
 
     source.chmod(0o777)

@@ -88,6 +88,7 @@ class Request:
         "body",
         "call",
         "crossings",
+        "has_waited",
         "holds",
         "name",
         "started",
@@ -108,6 +109,7 @@ class Request:
         self.at = get_ident()  # the thread that it was seen on last
         self.crossings = 0  # how often that changed
         self.holds: tuple[Acquire, ...] = ()
+        self.has_waited = False  # a while, to try again
         self.waits: Acquire | Ended | Later | None = None
         self.task: trio.lowlevel.Task | None = None
         self.thread: str = ""
@@ -382,6 +384,7 @@ class Executor(ABC):
 
     def wait_a_while(self, request: Request, resume: Callable[[], None]) -> None:
         """Have a parked body go on after a while."""
+        request.has_waited = True
         self._patience.wait(resume, request.user)
 
     def _end(self, request: Request) -> None:
@@ -393,6 +396,8 @@ class Executor(ABC):
                     del self._users[user]
             self._behind.discard(request.tag)
             joiners = request._joiners
+        if request.has_waited:
+            self._patience.ended(request.user)
         for resume in joiners or ():
             resume()
 

@@ -16,7 +16,24 @@ from collections import deque
 from collections.abc import Callable
 
 _TICK = 0.05  # seconds
-_AT_ONCE = 8  # of each user, in a tick
+_AT_ONCE = 8  # of each user, in a tick; twice as many each time that some have succeeded
+
+
+class _Turns:
+    """What waits in one user's turn."""
+
+    __slots__ = ("at_once", "succeeded", "waiting")
+
+    def __init__(self) -> None:
+        self.waiting: deque[Callable[[], None]] = deque()
+        self.at_once = _AT_ONCE
+        self.succeeded = False  # since the last tick
+
+    def due(self) -> list[Callable[[], None]]:
+        """What goes on now."""
+        self.at_once = 2 * self.at_once if self.succeeded else _AT_ONCE
+        self.succeeded = False
+        return [self.waiting.popleft() for _ in range(min(self.at_once, len(self.waiting)))]
 
 
 class Patience:
@@ -24,13 +41,13 @@ class Patience:
 
     def __init__(self) -> None:
         self._mutex = threading.Lock()
-        self._waiting: dict[int | None, deque[Callable[[], None]]] = {}
+        self._turns: dict[int | None, _Turns] = {}
         self._is_ticking = False
 
     def __len__(self) -> int:
         """How much waits."""
         with self._mutex:
-            return sum(map(len, self._waiting.values()))
+            return sum(len(turns.waiting) for turns in self._turns.values())
 
     def wait(self, resume: Callable[[], None], user: int | None) -> None:
         """Have ``resume`` called after a while, on a thread that it may not keep. Any thread.
@@ -40,22 +57,26 @@ class Patience:
             user: in whose turn, a uid.
         """
         with self._mutex:
-            self._waiting.setdefault(user, deque()).append(resume)
+            turns = self._turns.setdefault(user, _Turns())
+            turns.waiting.append(resume)
             starts = not self._is_ticking
             self._is_ticking = True
         if starts:
             threading.Thread(target=self._tick, name="patience", daemon=True).start()
 
+    def ended(self, user: int | None) -> None:
+        """Note that something that has waited need not come again. Any thread."""
+        with self._mutex:
+            turns = self._turns.get(user)
+            if turns is not None:
+                turns.succeeded = True
+
     def _tick(self) -> None:
         while True:
             time.sleep(_TICK)
             with self._mutex:
-                due = [
-                    queue.popleft()
-                    for queue in self._waiting.values()
-                    for _ in range(min(_AT_ONCE, len(queue)))
-                ]
-                self._waiting = {user: queue for user, queue in self._waiting.items() if queue}
+                due = [resume for turns in self._turns.values() for resume in turns.due()]
+                self._turns = {user: turns for user, turns in self._turns.items() if turns.waiting}
                 if not due:
                     self._is_ticking = False
                     return

@@ -33,7 +33,8 @@ from stuckfs import SIZE
 
 TRAINING = 60  # calls after which a daemon may believe that it knows their kind
 _STACK = 256 << 10  # of a thread that only waits
-_GENTLY = 0.002  # seconds between two looks at a board
+_GENTLY = 0.002  # seconds between two looks at a board, …
+_FOR_EACH = 20e-6  # … and for each call on it
 _EXTENTS = 20_000  # of a file that takes a second to truncate
 _MNT_FORCE, _MNT_DETACH = 1, 2
 
@@ -121,6 +122,16 @@ class Board:
     def wait_until_over(self) -> None:
         while not self.is_over():
             time.sleep(_GENTLY)
+
+    def wait_for_returns(self, seconds: float) -> None:
+        """Wait until all calls that were begun have returned, or the time is over."""
+        deadline = time.monotonic() + seconds
+        while self.waiting() and time.monotonic() < deadline:
+            self.pause()
+
+    def pause(self) -> None:
+        """Wait a little between two looks at all calls."""
+        time.sleep(_GENTLY + self.count * _FOR_EACH)
 
     def is_over(self) -> bool:
         return bool(self._cells[self._OVER])
@@ -514,10 +525,6 @@ class Attacker:
         ground = Ground(source, mount, name, memory, self.board)
         self._child = Child(_attack, attack, uid, ground, args)
 
-    @property
-    def pid(self) -> int:
-        return self._child.pid
-
     def wait_until_ready(self, seconds: float) -> None:
         wait_until(
             lambda: self.board.is_ready() or self._child.done(), "a prepared attack", seconds
@@ -532,13 +539,16 @@ class Attacker:
         while self.board.begun() < self.board.count:
             if time.monotonic() > deadline or self._child.done():
                 return False
-            time.sleep(_GENTLY)
+            self.board.pause()
         return True
 
     def end(self, seconds: float) -> None:
         """Have it end; TimeoutError unless all its calls return within that time."""
         self.board.end()
-        wait_until(lambda: not self.board.waiting(), "the end of an attacker's calls", seconds)
+        self.board.wait_for_returns(seconds)
+        waiting = self.board.waiting()
+        if waiting:
+            raise TimeoutError(f"{waiting} calls of an attacker did not end within {seconds:g} s")
         self._child.result(seconds)
 
     def kill(self, seconds: float) -> bool:
@@ -559,11 +569,10 @@ def _attack(
     threading.stack_size(_STACK)
     attack(ground, *args)
     ground.board.wait_until_over()
-    deadline = time.monotonic() + 20.0
-    while ground.board.waiting() and time.monotonic() < deadline:
-        time.sleep(_GENTLY)
+    ground.board.wait_for_returns(20.0)
 
 
 def is_expected(code: int) -> bool:
     """Whether an attacker's call may end with that error, of the file system that is gone."""
-    return code in (0, errno.EIO, errno.ENOTCONN, errno.ECONNABORTED)
+    # Or of its mount point, by those that have not come that far before it was taken away.
+    return code in (0, errno.EIO, errno.ENOTCONN, errno.ECONNABORTED, errno.ENOENT)

@@ -177,7 +177,7 @@ def test_a_bind_mount_of_the_sources_own_files_is_another_mount(
         is_not_shown(mount.path / "bound")
         mount.end()
     finally:
-        subprocess.run(["umount", source / "bound"], check=True)
+        subprocess.run(["umount", "-l", source / "bound"], check=True)
 
 
 def test_a_mount_that_forbids_it_itself_hides_nothing(

@@ -67,6 +67,23 @@ def test_a_user_with_many_keeps_no_other_waiting() -> None:
     assert first == {1001: patience._AT_ONCE, 1002: 2}
 
 
+def test_where_it_is_worth_trying_all_go_on_soon() -> None:
+    """Twice as many each time, as long as some need not come again."""
+    waiting, left, over = Patience(), [5000], threading.Event()
+
+    def resumed() -> None:
+        waiting.ended(1001)
+        left[0] -= 1
+        if not left[0]:
+            over.set()
+
+    since = time.monotonic()
+    for _ in range(5000):
+        waiting.wait(resumed, 1001)
+    passed(over)
+    assert time.monotonic() - since < 100 * patience._TICK, "eight at a time would take 31 s"
+
+
 @pytest.mark.parametrize("model", ["none", "first", "second"])
 def test_a_body_tries_until_it_succeeds(model: str) -> None:
     """And, under a threading model, keeps no thread meanwhile."""

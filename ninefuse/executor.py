@@ -432,7 +432,12 @@ class Executor(ABC):
         A few threads at a time: if closing hangs, it is not to take worker after worker. But
         where all of them are stuck, one more goes on.
         """
-        while self._cleanups and self._may_clean():
+        while self._cleanups:
+            may_clean = self._may_clean()
+            if self._cleaners >= self._most_cleaners:
+                self._clean_later()  # this one may get stuck as well
+            if not may_clean:
+                return
             try:
                 self._make_deferred_calls()
             finally:
@@ -446,6 +451,9 @@ class Executor(ABC):
                 self._cleaners += 1
                 return True
             return False
+
+    def _clean_later(self) -> None:  # noqa: B027 - with one thread there is nobody to look
+        """See that somebody looks whether those who clean up are stuck."""
 
     def _make_deferred_calls(self) -> None:
         while self._cleanups:
@@ -519,6 +527,8 @@ class _Pooled(Executor, trio.abc.Instrument):
         self._dispatcher = -1  # which thread it is
         self._completed: deque[Request] = deque()
         self._asleep = False
+        self._cleans_later = False
+        self._is_closing = False
         self.uring: Uring | None = None  # makes calls in the workers' place
 
     async def run(self, name: str, body: Body[T], user: int | None = None) -> T:
@@ -552,6 +562,15 @@ class _Pooled(Executor, trio.abc.Instrument):
             assert task is not None
             trio.lowlevel.reschedule(task)
 
+    def _clean_later(self) -> None:
+        if not self._cleans_later and not self._is_closing:
+            self._cleans_later = True
+            self._patience.wait(self._clean_again, None)
+
+    def _clean_again(self) -> None:
+        self._cleans_later = False
+        self._after()
+
     async def _be_woken(self, uring: Uring) -> None:
         """Wait for the engine, so that trio does; see `after_io_wait` for what follows."""
         while True:
@@ -560,7 +579,9 @@ class _Pooled(Executor, trio.abc.Instrument):
 
     def close(self) -> None:
         """Let everything that was started or deferred finish, then end the workers."""
+        self._is_closing = True
         self._after()
+        self._patience.close()
         self.pool.close()
         if self.uring is not None:
             self.uring.close()

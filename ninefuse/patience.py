@@ -11,7 +11,6 @@ Locks touched: a mutex of its own, for the queues only.
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 
@@ -43,6 +42,8 @@ class Patience:
         self._mutex = threading.Lock()
         self._turns: dict[int | None, _Turns] = {}
         self._is_ticking = False
+        self._thread: threading.Thread | None = None
+        self._ends = threading.Event()
 
     def __len__(self) -> int:
         """How much waits."""
@@ -59,10 +60,11 @@ class Patience:
         with self._mutex:
             turns = self._turns.setdefault(user, _Turns())
             turns.waiting.append(resume)
-            starts = not self._is_ticking
-            self._is_ticking = True
-        if starts:
-            threading.Thread(target=self._tick, name="patience", daemon=True).start()
+            if not self._is_ticking:
+                self._is_ticking = True
+                thread = threading.Thread(target=self._tick, name="patience", daemon=True)
+                thread.start()
+                self._thread = thread
 
     def ended(self, user: int | None) -> None:
         """Note that something that has waited need not come again. Any thread."""
@@ -71,9 +73,18 @@ class Patience:
             if turns is not None:
                 turns.succeeded = True
 
+    def close(self) -> None:
+        """Have what waits now go on at once, and end the thread."""
+        with self._mutex:
+            thread = self._thread
+        if thread is not None:
+            self._ends.set()
+            thread.join()
+            self._ends.clear()
+
     def _tick(self) -> None:
         while True:
-            time.sleep(_TICK)
+            self._ends.wait(_TICK)
             with self._mutex:
                 due = [resume for turns in self._turns.values() for resume in turns.due()]
                 self._turns = {user: turns for user, turns in self._turns.items() if turns.waiting}

@@ -1318,6 +1318,54 @@ def test_slow_requests_say_what_they_hold_and_wait_for(
     drive(model, 1, scenario)
 
 
+@pooled_models
+def test_deferred_calls_that_hang_keep_no_others_waiting(model: str) -> None:
+    """Half of the workers make them; where these are stuck, one more begins after a while."""
+    gate, done = threading.Event(), threading.Semaphore(0)
+
+    async def scenario(executor: Executor) -> None:
+        async def body() -> None:
+            await blocking(None, int)
+
+        for _ in range(6):
+            executor.defer(passed, gate)
+            await executor.run("close", body())
+        for _ in range(6):
+            executor.defer(done.release)
+        # Nobody comes after this one who would look.
+        await executor.run("close", body())
+        for _ in range(6):
+            await until(lambda: done.acquire(blocking=False))
+        gate.set()
+
+    drive(model, 8, scenario)
+
+
+@pooled_models
+def test_a_user_may_have_so_many_requests_under_way(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody and root as many as they like; nothing is kept of who has none."""
+    monkeypatch.setattr(executor_module, "MOST_REQUESTS", 2)
+    gate = threading.Event()
+
+    async def body() -> None:
+        await blocking(None, passed, gate)
+
+    async def scenario(executor: Executor) -> None:
+        async with trio.open_nursery() as nursery:
+            for user in (1001, 1001, 0, 0, 0, None):
+                nursery.start_soon(executor.run, "call", body(), user)
+            await trio.testing.wait_all_tasks_blocked()
+            assert executor.has_too_many(1001)
+            assert not any(map(executor.has_too_many, (1002, 0, None)))
+            gate.set()
+        assert not executor.has_too_many(1001)
+        assert not executor._users
+
+    drive(model, 8, scenario)
+
+
 # The end
 
 

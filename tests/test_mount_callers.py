@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import itertools
 import mmap
 import os
@@ -18,6 +19,7 @@ import re
 import signal
 import statistics
 import struct
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -650,6 +652,44 @@ def test_nobody_else_waits_for_an_attacker(
     attacks = [(ATTACKS[name], ATTACKER)]
     lines = _patiently(partial(_attacked_and_compared, servers(server), attacks, SECONDS))
     print(f"\n{name}:", *lines, sep="\n")
+
+
+FEW_REQUESTS = (
+    sys.executable,
+    "-c",
+    "import sys; from ninefuse import cli, executor;"
+    " executor.MOST_REQUESTS = 5; sys.exit(cli.main())",
+)
+
+
+def _statvfs_as(uid: int, path: Path) -> int:
+    become(uid)
+    try:
+        os.statvfs(path)
+    except OSError as failure:
+        return failure.errno or -1
+    return 0
+
+
+def test_who_has_too_many_requests_under_way_is_told_so(
+    guard: Watchdog, open_directory: Path
+) -> None:
+    """EAGAIN, until some have been answered; others are answered as ever."""
+    base = open_directory / "few"
+    base.mkdir()
+    server = Server(guard, base, ())
+    mount = open_mount(guard, server.new_base("mount"), command=FEW_REQUESTS)
+    try:
+        with attacked(server, mount, [(Attack(stuck.open_leased, (5,), 5), ATTACKER)]):
+            wait_until(lambda: mount.counters().under_way == 5, "five requests under way")
+            told = {
+                uid: Child(_statvfs_as, uid, mount.path).result()
+                for uid in (ATTACKER, VICTIM, ROOT)
+            }
+        assert told == {ATTACKER: errno.EAGAIN, VICTIM: 0, ROOT: 0}
+        assert Child(_statvfs_as, ATTACKER, mount.path).result() == 0
+    finally:
+        mount.end()
 
 
 # Many attackers at once

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,16 @@ def test_a_user_with_many_keeps_no_other_waiting() -> None:
     passed(over)
     first = Counter(order[: patience._AT_ONCE + 2])
     assert first == {1001: patience._AT_ONCE, 1002: 2}
+
+
+def test_at_the_end_all_goes_on_at_once() -> None:
+    waiting, left = Patience(), list[int]()
+    before = threading.active_count()
+    for number in range(100):
+        waiting.wait(partial(left.append, number), 1001)
+    waiting.close()
+    assert sorted(left) == list(range(100))
+    assert threading.active_count() == before
 
 
 def test_where_it_is_worth_trying_all_go_on_soon() -> None:

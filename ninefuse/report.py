@@ -29,7 +29,7 @@ from ninefuse.session import Session
 _SLOW = 2.0  # seconds after which a request under way is listed
 _FRESH = 1.0  # seconds for which published counters stay the same
 _PADDED = 4096  # bytes; a value's size is a multiple, and so mostly that of the one before
-_FORMAT = 1  # goes up when a reader of the older one would misread the new one
+_FORMAT = 2  # goes up when a reader of the older one would misread the new one
 
 
 class Counters:

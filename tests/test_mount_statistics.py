@@ -30,7 +30,7 @@ def test_requests_are_counted_by_callback(new_mount: Callable[..., Mount], model
             file.write(b"x")
         assert errno_of(os.stat, mount.path / "absent") == errno.ENOENT
         found = statistics(mount)
-    assert found["version"] == 1
+    assert found["version"] == 2
     assert found["pid"] == mount.pid
     assert (found["source"], found["mountpoint"]) == (str(mount.source), str(mount.path))
     assert (found["model"], found["threads"]) == (model, 0 if model == "none" else 3)
@@ -110,7 +110,7 @@ def test_it_is_in_no_listing_and_cannot_be_set_or_removed(
     assert NAME not in os.listxattr(mount.path)
     assert errno_of(os.setxattr, mount.path, NAME, b"x") == errno.EPERM
     assert errno_of(os.removexattr, mount.path, NAME) == errno.EPERM
-    assert statistics(mount)["version"] == 1
+    assert statistics(mount)["version"] == 2
     assert os.getxattr(source, NAME) == b"the source's"
     # Elsewhere it is an attribute like any other.
     inner = mount.path / "directory"

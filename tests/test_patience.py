@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import trio
 from helpers_executor import PATIENCE, begin, drive, passed, until
-from mounting import Child, Mount, wait_until
+from mounting import Child, Mount, errno_of, wait_until
 from ops_helpers import ROOT, fails
 
 from ninefuse import ops, patience, sequences, session
@@ -213,6 +213,21 @@ def test_a_lease_keeps_no_worker(
         session.fids.clear()
 
     drive(model.partition("-")[0], 1, scenario)
+
+
+def test_who_opens_a_leased_file_without_waiting_is_told(
+    new_mount: Callable[..., Mount], lease: Callable[[Path], Leased]
+) -> None:
+    """EAGAIN at once (open(2), O_NONBLOCK); and the lease is being broken, as on the source."""
+    mount = new_mount()
+    path = mount.path / "file"
+    leased = lease(mount.source / "file")
+    for flags in (os.O_RDONLY, os.O_RDWR, os.O_RDWR | os.O_TRUNC):
+        with Child(errno_of, os.open, path, flags | os.O_NONBLOCK) as opening:
+            assert opening.result() == errno.EAGAIN
+    leased.give_back()
+    with Child(path.read_bytes) as reading:
+        assert reading.result() == b"data"
 
 
 def test_opening_leased_files_on_a_mount_stops_nobody(

@@ -43,7 +43,7 @@ LIMIT = 30.0
 NAME = "ninefuse-stat: "
 
 SNAPSHOT: dict[str, Any] = {
-    "version": 1,
+    "version": 2,
     "ninefuse": "0.1.0",
     "pid": 123,
     "source": "/src",
@@ -430,7 +430,7 @@ def test_json_is_the_snapshot_itself(published: Path) -> None:
     code, out, err = run("--json", published)
     assert (code, err) == (0, "")
     assert json.loads(out) == {**SNAPSHOT, "something": "new"}
-    assert out.startswith('{\n  "version": 1,\n')
+    assert out.startswith('{\n  "version": 2,\n')
 
 
 def test_it_starts_without_the_libraries_of_the_daemon() -> None:

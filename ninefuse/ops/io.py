@@ -11,6 +11,7 @@ import mmap
 import os
 import stat
 import struct
+from collections.abc import Awaitable
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -86,9 +87,7 @@ async def lopen(session: Session, fid: int, flags: int, caller: Caller | None = 
                 opened = OpenDirectory(await brief(on, _open_directory, use.fd, caller), owner)
             else:
                 kept = flags & (_KEPT_FLAGS | _EXECUTE)
-                fd = await patiently(
-                    lambda: blocking_unless(on, _open_file_now, _open_file, use.fd, kept, caller)
-                )
+                fd = await _opened(on, use.fd, kept, caller)
                 opened = OpenFile(fd, kept, _writer(kept, caller), owner)
         except BaseException:
             session.fids.unclaim(owner)
@@ -367,6 +366,14 @@ def _open_directory(fd: int, caller: Caller | None) -> int:
     # Not "." in it, for which one would need the right to search it as well.
     with acting_as(caller, (ENTER, fd, b"")):
         return os.open(path_of(fd), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+async def _opened(on: int, fd: int, flags: int, caller: Caller | None) -> int:
+    def ask() -> Awaitable[int]:
+        return blocking_unless(on, _open_file_now, _open_file, fd, flags, caller)
+
+    # Who opens it without waiting is told of a lease, as on the source.
+    return await (ask() if flags & os.O_NONBLOCK else patiently(ask))
 
 
 def _open_file_now(fd: int, flags: int, caller: Caller | None) -> int:

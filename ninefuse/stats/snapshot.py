@@ -11,7 +11,7 @@ from typing import Any
 from ninefuse.exitcodes import one_line
 from ninefuse.stats import ATTRIBUTE, Problem
 
-VERSION = 1  # of the snapshots that are understood here
+VERSION = 2  # of the snapshots that are understood here
 
 
 @dataclass(frozen=True, slots=True)

@@ -138,8 +138,8 @@ def test_a_snapshot_is_read() -> None:
 
 
 def test_another_version_says_to_update() -> None:
-    with pytest.raises(Problem, match="version 2, .* update") as failure:
-        snapshot(version=2)
+    with pytest.raises(Problem, match="version 1, .* update") as failure:
+        snapshot(version=1)
     assert failure.value.code == 1
 
 

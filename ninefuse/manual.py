@@ -28,7 +28,7 @@ COMMAND_LINE = (
     Option("-o OPT,...", "mount options: ro, allow_other, ...", "; as often as you like"),
     Option("-f", "stay in the foreground"),
     Option("-d", "stay in the foreground, with debug messages"),
-    Option("-s", "same as --model none"),
+    Option("-s", "same as --model none", ", under which one caller can keep all others waiting"),
     Option(
         "--model none|first|second",
         "[threading model](docs/models.md) (second)",

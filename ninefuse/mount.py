@@ -87,6 +87,8 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
     log.debug("open files: limit raised from %d to %d", soft, hard)
     source = _open_source(settings)
     settings = _forbid_as(settings, source)
+    if settings.allow_other and settings.model == "none":
+        log.warning("under --model none each user can keep all others waiting: use another one")
     if settings.allow_other and not settings.xattr:
         log.warning("with noxattr the kernel sees mode bits only, and lets in whom ACLs keep out")
     os.chdir("/")  # so as not to keep another file system busy

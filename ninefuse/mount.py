@@ -213,14 +213,16 @@ def _engine(settings: Settings) -> Uring | None:
 
 
 def _share_one_cpu() -> None:
-    """Keep this thread, and those it starts, on one of the processors it may use.
+    """Keep all threads there are, and those they start, on one of the processors they may use.
 
     The interpreter's lock lets one of them run Python at a time, and passing it on to a
     thread on another processor costs several times what it costs on the same one
     (docs/models.md). The kernel moves others' work away from a busy processor.
     """
     allowed = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {allowed[os.getpid() % len(allowed)]})
+    for thread in os.listdir("/proc/self/task"):  # the log's has been started
+        with contextlib.suppress(ProcessLookupError):
+            os.sched_setaffinity(int(thread), {allowed[os.getpid() % len(allowed)]})
 
 
 async def _serve(

@@ -98,6 +98,7 @@ def test_the_watchdog_says_who_has_and_who_awaits_what() -> None:
         async def both() -> None:
             async with trio.open_nursery() as nursery:
                 await begin(nursery, driver, "holds", holds())
+                await until(lambda: lock.statistics().writing)
                 await begin(nursery, driver, "wants", wants())
 
         def life() -> None:

@@ -26,6 +26,7 @@ from ninefuse.credentials import (
 )
 from ninefuse.fids import AttributeRead, AttributeWrite, Fid, OpenDirectory, OpenFile, error
 from ninefuse.identity import Mark
+from ninefuse.order import END
 from ninefuse.qids import Qid
 from ninefuse.session import (
     PERMISSIONS,
@@ -86,9 +87,7 @@ async def lopen(session: Session, fid: int, flags: int, caller: Caller | None = 
                 opened = OpenDirectory(await brief(on, _open_directory, use.fd, caller), owner)
             else:
                 kept = flags & (_KEPT_FLAGS | _EXECUTE)
-                fd = await patiently(
-                    lambda: blocking_unless(on, _open_file_now, _open_file, use.fd, kept, caller)
-                )
+                fd = await patiently(lambda: _open(session, on, use.fd, kept, caller))
                 opened = OpenFile(fd, kept, _writer(kept, caller), owner)
         except BaseException:
             session.fids.unclaim(owner)
@@ -187,6 +186,8 @@ async def read(session: Session, fid: int, offset: int, count: int) -> bytes:
             raise error(errno.EBADF)
         check_offset(offset)
         on = use.node.path
+        if on in session.ranges:
+            await session.ranges.settled(on, offset, offset + count)
         return await blocking_unless(on, _read_now, _read_fully, file.fd, count, offset)
     finally:
         session.fids.put(use)
@@ -220,14 +221,18 @@ async def write(session: Session, fid: int, offset: int, data: bytes) -> int:
         if not file.writable:
             raise error(errno.EBADF)
         check_offset(offset)
-        written = await _write(use.node.path, file, data, offset)
-        while written < len(data) and _may_be_written_back(file, offset):
-            # Of such a write the kernel heeds the error alone: a short count would be a loss
-            # that no msync or fsync tells of.
-            more = await _write(use.node.path, file, data[written:], offset + written)
-            if not more:
-                raise error(errno.EIO)
-            written += more
+        on = use.node.path
+        # What is appended begins where the file ends: nobody but the source knows where that is.
+        end = END if file.flags & os.O_APPEND else offset + len(data)
+        async with session.ranges.changing(on, offset, end):
+            written = await _write(on, file, data, offset)
+            while written < len(data) and _may_be_written_back(file, offset):
+                # Of such a write the kernel heeds the error alone: a short count would be a loss
+                # that no msync or fsync tells of.
+                more = await _write(on, file, data[written:], offset + written)
+                if not more:
+                    raise error(errno.EIO)
+                written += more
         return written
     finally:
         session.fids.put(use)
@@ -367,6 +372,14 @@ def _open_directory(fd: int, caller: Caller | None) -> int:
     # Not "." in it, for which one would need the right to search it as well.
     with acting_as(caller, (ENTER, fd, b"")):
         return os.open(path_of(fd), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+async def _open(session: Session, on: int, fd: int, flags: int, caller: Caller | None) -> int:
+    if not flags & os.O_TRUNC:
+        return await blocking_unless(on, _open_file_now, _open_file, fd, flags, caller)
+    # In its turn for as long as it is tried, but not while somebody has a lease on the file.
+    async with session.ranges.changing(on, 0, END):
+        return await blocking(on, _open_file, fd, flags, caller)
 
 
 def _open_file_now(fd: int, flags: int, caller: Caller | None) -> int:

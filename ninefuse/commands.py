@@ -14,6 +14,7 @@ drivers, one for each threading model), and goes on with the command's result:
   would have all wait who want the lock.
 * ``await later()``: go on after a while, to try again.
 * ``await ended(tag)``: wait until another request has ended.
+* ``await behind(turn)``: wait for earlier changes of the same bytes (order.py).
 
 Locks touched: none.
 """
@@ -40,6 +41,12 @@ class Queueing(Protocol):
     def acquire(self, mode: str, resume: Callable[[], None]) -> bool: ...
 
     def release(self, mode: str) -> None: ...
+
+
+class Coming(Protocol):
+    """What has others before it; see order.py."""
+
+    def has_come(self, resume: Callable[[], None]) -> bool: ...
 
 
 class Call:
@@ -113,7 +120,19 @@ class Later:
         return "another try"
 
 
-Command = Call | Acquire | Release | Ended | Later
+class Behind:
+    """Go on when it is the turn of ``turn``; see order.py."""
+
+    __slots__ = ("turn",)
+
+    def __init__(self, turn: Coming) -> None:
+        self.turn = turn
+
+    def __str__(self) -> str:
+        return str(self.turn)
+
+
+Command = Call | Acquire | Release | Ended | Later | Behind
 Body = Coroutine[Any, Any, T]
 
 
@@ -179,3 +198,8 @@ async def later() -> None:
 async def ended(tag: int) -> None:
     """Wait until the request ``tag`` has ended (its answer is then on its way)."""
     await _ask(Ended(tag))
+
+
+async def behind(turn: Coming) -> None:
+    """Wait until a turn has come; for order.py, which says what came earlier."""
+    await _ask(Behind(turn))

@@ -39,7 +39,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import trio
 
-from ninefuse.commands import Acquire, Body, Call, Ended, Later, Release
+from ninefuse.commands import Acquire, Behind, Body, Call, Ended, Later, Release
 from ninefuse.counters import Answered
 from ninefuse.locks import table_lock_held
 from ninefuse.patience import Patience
@@ -73,7 +73,7 @@ class Step(Enum):
     """Where a body stopped."""
 
     CALL = "it asks for a blocking call"
-    PARKED = "it waits for a lock; who lets the lock go resumes it"
+    PARKED = "it waits for a lock, or its turn; who lets it have that resumes it"
     DONE = "it has ended"
 
 
@@ -110,7 +110,7 @@ class Request:
         self.crossings = 0  # how often that changed
         self.holds: tuple[Acquire, ...] = ()
         self.has_waited = False  # a while, to try again
-        self.waits: Acquire | Ended | Later | None = None
+        self.waits: Acquire | Behind | Ended | Later | None = None
         self.task: trio.lowlevel.Task | None = None
         self.thread: str = ""
         self._value: Any = None
@@ -370,6 +370,11 @@ class Executor(ABC):
                 taken.remove(command.taken)
                 request.holds = tuple(taken)
                 command.taken.lock.release(command.taken.mode)
+            elif type(command) is Behind:
+                request.waits = command
+                if not command.turn.has_come(resume):
+                    return Step.PARKED
+                request.waits = None
             elif type(command) is Ended:
                 request.waits = command
                 if not self._join(command.tag, request, resume):

@@ -20,6 +20,7 @@ from ninefuse.descriptors import MOST, Descriptors
 from ninefuse.fids import Fid, FidTable, Node, error
 from ninefuse.locks import RenameLock
 from ninefuse.mounts import OwnMount
+from ninefuse.order import Ranges
 from ninefuse.syscalls import Attributes, open_step, stat_name
 
 T = TypeVar("T")
@@ -68,6 +69,7 @@ class Session:
         self.defer = driver.defer
         self.fids = FidTable(driver.defer)
         self.rename_lock = RenameLock()
+        self.ranges = Ranges()
         self.read_only = read_only
         self.sync_directories = sync_directories
         self.own_mount: OwnMount | None = None  # by which the requests come, if by one

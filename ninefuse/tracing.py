@@ -28,7 +28,17 @@ from typing import Any, TypeVar
 import trio
 
 from ninefuse import ops, sequences
-from ninefuse.commands import Acquire, Body, Call, Command, Ended, Later, Queueing, Release
+from ninefuse.commands import (
+    Acquire,
+    Behind,
+    Body,
+    Call,
+    Command,
+    Ended,
+    Later,
+    Queueing,
+    Release,
+)
 from ninefuse.ops import directory
 from ninefuse.trace_file import Lane, Message, Piece, TraceFile, Wait, Way
 
@@ -281,7 +291,7 @@ class _TracedBody(Coroutine[Any, Any, T]):
             return acquire
         if type(command) is Release:
             return Release(self._taken.pop(command.taken))
-        if type(command) in (Ended, Later):
+        if type(command) in (Behind, Ended, Later):
             self._waiting = (f"waits for {command}", now)
         return command  # type: ignore[no-any-return]
 

@@ -52,6 +52,7 @@ RANKS = {
     ("ninefuse.executor", "Executor"): INNERMOST,  # the registry of requests
     ("ninefuse.workers", "WorkerPool"): INNERMOST,
     ("ninefuse.patience", "Patience"): INNERMOST,
+    ("ninefuse.order", "Ranges"): INNERMOST,
     ("ninefuse.qids", "QidPaths"): INNERMOST,
     ("ninefuse.trace_file", "TraceFile"): INNERMOST,
     ("ninefuse.logs", "RepeatFilter"): INNERMOST,

@@ -26,7 +26,7 @@ from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 import pytest
 
 from ninefuse import ops
-from ninefuse.commands import Acquire, Body, Call, Release
+from ninefuse.commands import Acquire, Behind, Body, Call, Release
 from ninefuse.executor import NoThreading
 from ninefuse.fids import Fid, Node, OpenDirectory, OpenFile
 from ninefuse.ops.walk import KERNEL
@@ -198,6 +198,7 @@ class Client:
         for lock in (self.session.rename_lock, self.session.fids.lock):
             s = lock.statistics()
             assert (s.readers, s.writing, s.waiting) == (0, False, 0)
+        assert not len(self.session.ranges), "a change has not been ended"
         fids = self.session.fids._fids
         for number, fid in fids.items():
             assert fid.number == number
@@ -356,6 +357,8 @@ class Stepper(Generic[T]):
                 self._granted = command.lock.acquire(command.mode, self._grant)
             elif isinstance(command, Release):
                 command.taken.lock.release(command.taken.mode)
+            elif isinstance(command, Behind):
+                self._granted = command.turn.has_come(self._grant)
             else:
                 raise TypeError(command)
         return True

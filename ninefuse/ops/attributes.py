@@ -16,7 +16,8 @@ from ninefuse.credentials import CHANGE, ENTER, OWN, Caller, acting_as
 from ninefuse.fids import OpenFile, error
 from ninefuse.ops.io import sync_path
 from ninefuse.ops.names import rename_within
-from ninefuse.session import PERMISSIONS, Session, check_offset, path_of, patiently
+from ninefuse.order import END
+from ninefuse.session import PERMISSIONS, Session, Use, check_offset, path_of, patiently
 from ninefuse.syscalls import Attributes, SetTime, set_times, stat_descriptor
 
 _A_SECOND = 1_000_000_000  # nanoseconds
@@ -91,11 +92,12 @@ async def setattr(
             check_offset(changes.size)
             size = changes.size
             if isinstance(use.fid.opened, OpenFile) and use.fid.opened.writable:
-                await blocking(on, _ftruncate, use.fid.opened.fd, size, caller)
+                async with session.ranges.changing(on, size, END):
+                    await blocking(on, _ftruncate, use.fid.opened.fd, size, caller)
             else:
                 if use.node.kind != st.S_IFREG:
                     raise error(errno.EISDIR if use.node.kind == st.S_IFDIR else errno.EINVAL)
-                await patiently(lambda: blocking(on, _truncate, use.fd, size, caller))
+                await patiently(lambda: _truncate_in_turn(session, use, size, caller))
         if changes.atime is not None or changes.mtime is not None:
             atime = SetTime.OMIT if changes.atime is None else changes.atime
             mtime = SetTime.OMIT if changes.mtime is None else changes.mtime
@@ -168,6 +170,11 @@ def _chmod(fd: int, mode: int, caller: Caller | None) -> None:
 def _chown(fd: int, uid: int, gid: int, caller: Caller | None) -> None:
     with acting_as(caller, (CHANGE, fd, b""), bits=True):
         os.chown(path_of(fd), uid, gid)
+
+
+async def _truncate_in_turn(session: Session, use: Use, size: int, caller: Caller | None) -> None:
+    async with session.ranges.changing(use.node.path, size, END):
+        await blocking(use.node.path, _truncate, use.fd, size, caller)
 
 
 def _truncate(fd: int, size: int, caller: Caller | None) -> None:

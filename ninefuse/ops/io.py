@@ -11,7 +11,6 @@ import mmap
 import os
 import stat
 import struct
-from collections.abc import Awaitable
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -27,6 +26,7 @@ from ninefuse.credentials import (
 )
 from ninefuse.fids import AttributeRead, AttributeWrite, Fid, OpenDirectory, OpenFile, error
 from ninefuse.identity import Mark
+from ninefuse.order import END
 from ninefuse.qids import Qid
 from ninefuse.session import (
     PERMISSIONS,
@@ -87,7 +87,7 @@ async def lopen(session: Session, fid: int, flags: int, caller: Caller | None = 
                 opened = OpenDirectory(await brief(on, _open_directory, use.fd, caller), owner)
             else:
                 kept = flags & (_KEPT_FLAGS | _EXECUTE)
-                fd = await _opened(on, use.fd, kept, caller)
+                fd = await _opened(session, on, use.fd, kept, caller)
                 opened = OpenFile(fd, kept, _writer(kept, caller), owner)
         except BaseException:
             session.fids.unclaim(owner)
@@ -186,6 +186,8 @@ async def read(session: Session, fid: int, offset: int, count: int) -> bytes:
             raise error(errno.EBADF)
         check_offset(offset)
         on = use.node.path
+        if on in session.ranges:
+            await session.ranges.settled(on, offset, offset + count)
         return await blocking_unless(on, _read_now, _read_fully, file.fd, count, offset)
     finally:
         session.fids.put(use)
@@ -219,14 +221,18 @@ async def write(session: Session, fid: int, offset: int, data: bytes) -> int:
         if not file.writable:
             raise error(errno.EBADF)
         check_offset(offset)
-        written = await _write(use.node.path, file, data, offset)
-        while written < len(data) and _may_be_written_back(file, offset):
-            # Of such a write the kernel heeds the error alone: a short count would be a loss
-            # that no msync or fsync tells of.
-            more = await _write(use.node.path, file, data[written:], offset + written)
-            if not more:
-                raise error(errno.EIO)
-            written += more
+        on = use.node.path
+        # What is appended begins where the file ends: nobody but the source knows where that is.
+        end = END if file.flags & os.O_APPEND else offset + len(data)
+        async with session.ranges.changing(on, offset, end):
+            written = await _write(on, file, data, offset)
+            while written < len(data) and _may_be_written_back(file, offset):
+                # Of such a write the kernel heeds the error alone: a short count would be a loss
+                # that no msync or fsync tells of.
+                more = await _write(on, file, data[written:], offset + written)
+                if not more:
+                    raise error(errno.EIO)
+                written += more
         return written
     finally:
         session.fids.put(use)
@@ -368,9 +374,13 @@ def _open_directory(fd: int, caller: Caller | None) -> int:
         return os.open(path_of(fd), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
-async def _opened(on: int, fd: int, flags: int, caller: Caller | None) -> int:
-    def ask() -> Awaitable[int]:
-        return blocking_unless(on, _open_file_now, _open_file, fd, flags, caller)
+async def _opened(session: Session, on: int, fd: int, flags: int, caller: Caller | None) -> int:
+    async def ask() -> int:
+        if not flags & os.O_TRUNC:
+            return await blocking_unless(on, _open_file_now, _open_file, fd, flags, caller)
+        # In its turn for as long as it is tried, but not while somebody has a lease on the file.
+        async with session.ranges.changing(on, 0, END):
+            return await blocking(on, _open_file, fd, flags, caller)
 
     # Who opens it without waiting is told of a lease, as on the source.
     return await (ask() if flags & os.O_NONBLOCK else patiently(ask))

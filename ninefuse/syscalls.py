@@ -29,6 +29,7 @@ _STATX_ATTR_MOUNT_ROOT = 0x2000
 
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
+RENAME_WHITEOUT = 4
 
 _UTIME_NOW = 0x3FFFFFFF
 _UTIME_OMIT = 0x3FFFFFFE
@@ -364,7 +365,7 @@ def is_local(fd: int) -> bool:
 
 
 def rename(old_dir: int, old_name: bytes, new_dir: int, new_name: bytes, flags: int) -> None:
-    """renameat2(2): ``flags`` is 0, RENAME_NOREPLACE or RENAME_EXCHANGE."""
+    """renameat2(2)."""
     _renameat2(old_dir, old_name, new_dir, new_name, flags)
 
 

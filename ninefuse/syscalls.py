@@ -29,12 +29,14 @@ _STATX_ATTR_MOUNT_ROOT = 0x2000
 
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
+RENAME_WHITEOUT = 4
 
 _UTIME_NOW = 0x3FFFFFFF
 _UTIME_OMIT = 0x3FFFFFFE
 
 # The types of file systems in statfs(2).
 _OVERLAYFS = 0x794C7630
+_EXT4 = 0xEF53  # and ext2, ext3
 # File handles of these have the inode's number and its generation, or a server's own lasting
 # name for the file. (A FUSE server's have a number that is forgotten with the inode.)
 _LASTING_HANDLES = frozenset(
@@ -306,6 +308,14 @@ class FileSystem(NamedTuple):
         return self.kind in _LASTING_HANDLES
 
     @property
+    def orders_by_hash(self) -> bool:
+        """Whether a cookie of more than 31 bits is the hash of the name that comes next.
+
+        Of an overlayfs it is a layer's.
+        """
+        return self.kind in (_EXT4, _OVERLAYFS)
+
+    @property
     def is_made_anew(self) -> bool:
         """Whether its id is of this mount of it only, or of something else beneath it."""
         return self.kind in _MADE_ANEW
@@ -364,7 +374,7 @@ def is_local(fd: int) -> bool:
 
 
 def rename(old_dir: int, old_name: bytes, new_dir: int, new_name: bytes, flags: int) -> None:
-    """renameat2(2): ``flags`` is 0, RENAME_NOREPLACE or RENAME_EXCHANGE."""
+    """renameat2(2)."""
     _renameat2(old_dir, old_name, new_dir, new_name, flags)
 
 
@@ -442,12 +452,17 @@ def read_records(fd: int, size: int) -> bytes:
     return ctypes.string_at(buffer, filled)
 
 
+def next_record(records: bytes, at: int) -> tuple[int, int, int, bytes, int]:
+    """What is in the record at a place among some (`DirectoryEntry`), and the place behind it."""
+    ino, offset, length, kind = _DIRENT.unpack_from(records, at)
+    name = at + _DIRENT.size
+    return ino, offset, kind, records[name : records.index(0, name)], at + length
+
+
 def next_entry(records: bytes, at: int) -> tuple[DirectoryEntry, int]:
     """The entry of the record at a place among some, and the place behind it."""
-    ino, offset, length, kind = _DIRENT.unpack_from(records, at)
-    end = records.index(0, at + _DIRENT.size)
-    entry = DirectoryEntry(ino, offset, kind, records[at + _DIRENT.size : end])
-    return entry, at + length
+    ino, offset, kind, name, after = next_record(records, at)
+    return DirectoryEntry(ino, offset, kind, name), after
 
 
 def place_after(records: bytes, offset: int, before: int) -> int:

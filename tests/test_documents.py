@@ -101,6 +101,7 @@ NOT_RUN: dict[Key, str] = {
         "/srv/data /mnt/data fuse.ninefuse",
     ): "fstab: test_mount_helper.py",
     ("docs/mounting.md", "mount -t fuse3"): "test_mount_helper.py, with its own paths",
+    ("docs/mounting.md", "ninefuse -o allow_other,dev,suid"): "needs podman",
     ("docs/mounting.md", "/var/log/ninefuse.log {"): "for logrotate; test_mount_logs.py rotates",
     MODEL: "test_new_model.py runs it",
     (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import shutil
 import socket
 import stat
 import struct
@@ -14,7 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from mounting import SOAK, Child, Mount, Place, errno_of, in_child
+from mounting import SOAK, Child, Mount, Place, errno_of, in_child, run
+from ops_helpers import read_entries
+
+from ninefuse.syscalls import file_system_of
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.opendir.restype = ctypes.c_void_p
@@ -230,6 +234,80 @@ def test_telldir_and_seekdir_return_to_a_place(place: Place, crowd: list[str]) -
             assert [stream.read() for _ in range(3)] == (names + [None])[at + 1 : at + 4]
         stream.seek(places[17])
         assert stream.tell() == places[17]
+
+
+def test_places_in_a_directory_fit_the_offsets_of_32_bit_programs(
+    place: Place, crowd: list[str]
+) -> None:
+    """The source's own may not fit: ext4 has others for such programs, but we are none."""
+    fd = os.open(place.source, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        large = [entry for entry in read_entries(fd, 1 << 16) if entry.offset >= 1 << 31]
+        if large and not file_system_of(fd).orders_by_hash:
+            pytest.skip("nor do the source's own, whoever asks")
+    finally:
+        os.close(fd)
+    with directory(place.path) as stream:
+        places = [stream.tell() for _ in iter(stream.read, None)]
+    assert len(set(places)) == len(places) == len(crowd) + 2
+    assert max(places) < 1 << 31
+
+
+LISTING = r"""
+#include <dirent.h>
+#include <errno.h>
+#include <stdio.h>
+#include <sys/stat.h>
+#include <unistd.h>
+int main(int argc, char **argv)
+{
+    struct dirent *entry;
+    struct stat status;
+    long half = 0;
+    int found = 0, rest = 0;
+    DIR *stream = opendir(".");
+    for (errno = 0; stream && (entry = readdir(stream)); errno = 0) {
+        if (++found == 1500)
+            half = telldir(stream);
+        if (lstat(entry->d_name, &status))
+            break;
+    }
+    if (errno)
+        perror("readdir");
+    seekdir(stream, half);
+    while (readdir(stream))
+        rest++;
+    printf("%d %d\n", found, rest);
+    return errno;
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def listing_32(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A program of 32 bits, without support for large files, that lists where it stands."""
+    base = tmp_path_factory.mktemp("32")
+    (base / "list.c").write_text(LISTING)
+    program = base / "list"
+    compiler = shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("there is no gcc")
+    done = run(compiler, "-m32", "-static", "-w", "-o", program, base / "list.c")
+    if done.returncode or run(program).returncode:
+        pytest.skip("no program of 32 bits can be made, or run, here")
+    return program
+
+
+def test_a_32_bit_program_lists_a_directory(
+    place: Place, crowd: list[str], listing_32: Path
+) -> None:
+    for path in (place.source, place.path):
+        done = run("sh", "-c", 'cd "$1" && exec "$2"', "sh", path, listing_32)
+        assert (done.stdout, done.stderr, done.returncode) == (
+            f"{len(crowd) + 2} {len(crowd) + 2 - 1500}\n",
+            "",
+            0,
+        ), path
 
 
 def test_rewinddir_shows_what_has_come_since(place: Place) -> None:

@@ -31,7 +31,7 @@ from ninefuse.ops.directory import readdirplus
 from ninefuse.ops.names import AT_REMOVEDIR
 from ninefuse.ops.walk import KERNEL
 from ninefuse.qids import QTDIR, QTFILE, QTSYMLINK, Qid
-from ninefuse.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
+from ninefuse.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT, rename
 
 pytestmark = pytest.mark.usefixtures("leak_free")
 
@@ -453,9 +453,37 @@ def test_exchange_swaps_two_names(tree: Client) -> None:
         tree.do(ops.renameat, ROOT, b"one", ROOT, b"none", RENAME_EXCHANGE)
 
 
-@pytest.mark.parametrize("flags", [3, 4, 5, 8, 1 << 31, -1])
+@pytest.mark.parametrize("flags", [RENAME_WHITEOUT, RENAME_WHITEOUT | RENAME_NOREPLACE])
+def test_a_whiteout_is_left_in_the_old_place(tree: Client, flags: int) -> None:
+    """overlayfs's: a device 0:0. The node that was moved is found at its new place."""
+    (tree.source / "probe").touch()
+    there = os.open(tree.source, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        rename(there, b"probe", there, b"probed", RENAME_WHITEOUT)
+    except OSError as e:
+        pytest.skip(f"no whiteouts in the source: {e.strerror}")
+    finally:
+        os.close(there)
+    one = tree.know("one")
+    tree.do(ops.renameat, ROOT, b"one", tree.walk("d"), b"new", flags)
+    assert (tree.source / "d" / "new").read_bytes() == b"1"
+    left = (tree.source / "one").lstat()
+    assert stat.S_ISCHR(left.st_mode)
+    assert left.st_rdev == 0
+    assert one.node.place is not None
+    assert one.node.place[1] == b"new"
+    assert stat.S_ISCHR(tree.do(ops.getattr, tree.walk("one")).mode)
+    if flags & RENAME_NOREPLACE:
+        with fails(errno.EEXIST):
+            tree.do(ops.renameat, ROOT, b"two", ROOT, b"one", flags)
+    else:
+        tree.do(ops.renameat, ROOT, b"two", ROOT, b"one", flags)
+        assert (tree.source / "one").read_bytes() == b"22"
+
+
+@pytest.mark.parametrize("flags", [3, 6, 7, 8, 1 << 31, -1])
 def test_other_flags_of_renameat_are_refused(tree: Client, flags: int) -> None:
-    """EINVAL: whiteouts, and both of those above at once."""
+    """EINVAL, as renameat2(2) has it: to exchange excludes the others."""
     before = names(tree.source)
     with fails(errno.EINVAL):
         tree.do(ops.renameat, ROOT, b"one", ROOT, b"new", flags)

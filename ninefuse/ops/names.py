@@ -26,12 +26,18 @@ from ninefuse.session import (
 from ninefuse.syscalls import (
     RENAME_EXCHANGE,
     RENAME_NOREPLACE,
+    RENAME_WHITEOUT,
     Attributes,
     stat_name,
 )
 from ninefuse.syscalls import rename as rename_names
 
 AT_REMOVEDIR = 0x200  # unlinkat's only flag
+
+# What renameat2(2) takes.
+_RENAME_FLAGS = frozenset(
+    (0, RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT, RENAME_WHITEOUT | RENAME_NOREPLACE)
+)
 
 
 async def mkdir(
@@ -193,7 +199,9 @@ async def renameat(
         oldname: the name.
         newdirfid: where it goes.
         newname: its new name.
-        flags: 0, RENAME_NOREPLACE or RENAME_EXCHANGE (an extension to 9P).
+        flags: 0, RENAME_NOREPLACE, RENAME_EXCHANGE, or RENAME_WHITEOUT with or without
+            RENAME_NOREPLACE (an extension to 9P). overlayfs leaves a whiteout in the old place,
+            a character device 0:0, where the name is to hide one of a layer below.
         caller: who asks; None: the daemon.
 
     Raises:
@@ -204,7 +212,7 @@ async def renameat(
 
     Source: Trenameat of 9P2000.L.
     """
-    if flags not in (0, RENAME_NOREPLACE, RENAME_EXCHANGE):
+    if flags not in _RENAME_FLAGS:
         raise error(errno.EINVAL)
     _check_moved_name(oldname)
     _check_moved_name(newname)

@@ -7,7 +7,8 @@ source. A node that is used again is opened again by its name (descriptors.py).
 
 That takes a look every half second, as long as there are such descriptors, by a thread of its
 own. Of each file is asked whether it has a name left, without asking a server. Should even that
-hang, it hangs a thread for this mount alone.
+hang, it hangs a thread for this mount alone. What has no name left could not be opened again;
+the kernel is asked to forget it, which it does unless somebody is in there.
 
 Locks touched: the fid table's, through fids.py; a mutex of its own, to start its thread once.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from itertools import groupby
 
 from ninefuse.fids import FidTable, Node
@@ -31,10 +33,12 @@ class Leaver:
 
     Args:
         fids: their table.
+        forget: has the kernel asked to forget some, by their numbers.
     """
 
-    def __init__(self, fids: FidTable) -> None:
+    def __init__(self, fids: FidTable, forget: Callable[[list[int]], None]) -> None:
         self._fids = fids
+        self._forget = forget
         self._wanted = threading.Event()
         self._ends = threading.Event()
         self._starting = threading.Lock()
@@ -75,21 +79,29 @@ class Leaver:
         for number, nodes in groupby(idle, _mount_of):
             self._leaving.add(number)
             args = number, list(nodes)
-            threading.Thread(target=self._leave, args=args, name="leaver", daemon=True).start()
+            try:
+                threading.Thread(target=self._leave, args=args, name="leaver", daemon=True).start()
+            except RuntimeError:  # there may be no more threads
+                self._leave(*args)
 
     def _leave(self, mount: int, nodes: list[Node]) -> None:
-        fids = self._fids
+        fids, nameless = self._fids, []
         try:
             for node in nodes:
                 fd = -1
                 try:
-                    # Without a name it could not be opened again.
-                    if node.fd >= 0 and has_names(node.fd):
+                    if not has_names(node.fd):
+                        nameless.append(node.path)
+                    else:
                         fd = fids.take_descriptor(node)
                 finally:
                     fids.unpin(node)
                 if fd >= 0:
                     fids.close_node(fd)
+            if nameless:
+                self._forget(nameless)
+        except Exception:
+            log.exception("descriptors on another mount cannot be closed")
         finally:
             self._leaving.discard(mount)
 

@@ -243,7 +243,8 @@ async def _serve(
     stopper.number = device.connection(settings.mountpoint) if point is None else point.number
     if stopper.number is not None and not settings.one_file_system:
         session.own_mount = OwnMount(mounts, stopper.number)
-    forgetter, leaver = _mind_the_table(session, settings), Leaver(session.fids)
+    forgetter = _mind_the_table(session, settings)
+    leaver = Leaver(session.fids, forgetter.ask_for)
 
     def stop() -> None:
         forgetter.end()  # while what it asks is still answered

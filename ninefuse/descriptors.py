@@ -275,9 +275,15 @@ class Descriptors:
         return fd
 
     def _is_open_at(self, node: Node, fd: int, is_lenient: bool = False) -> bool:
-        attributes = stat_descriptor(fd)
-        if not node.shows(attributes, self._fids.devices.mark(attributes, fd)):
+        attributes, devices = stat_descriptor(fd), self._fids.devices
+        if attributes.is_mount_root:
+            devices.learn(fd, attributes)
+        if not node.shows(attributes, devices.mark(attributes, fd)):
             return False
+        if node.aside != devices.aside(attributes):
+            return False  # the same one at another place
+        if node.fd < 0:
+            node.mount = devices.mount_of(attributes)
         # The kernel let the caller in by what it was told of the node.
         return is_lenient or node.allows(attributes)
 
@@ -309,7 +315,8 @@ class _Look:
         has_descriptor = self._fids.pin(parent, use=False)
         try:
             directory = parent.fd if has_descriptor else self._opened(parent)
-            return node.shows(self._stat_name(directory, name))
+            found = self._stat_name(directory, name)
+            return node.shows(found) and node.aside == self._fids.devices.aside(found)
         except OSError:
             return False
         finally:

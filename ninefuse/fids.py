@@ -29,15 +29,17 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple
 
 from ninefuse.credentials import Caller
-from ninefuse.identity import Device, Devices, Mark, Mount, Rights
+from ninefuse.identity import Device, Devices, Mark, Rights
 from ninefuse.listing import Listing
 from ninefuse.locks import TableLock
+from ninefuse.places import Mount
 from ninefuse.qids import ROOT_NODEID, Qid, QidPaths, qid_of
 from ninefuse.syscalls import Attributes
 
@@ -56,6 +58,8 @@ class Node:
     """A file of the source, as far as fids know it."""
 
     __slots__ = (
+        "aside",
+        "asked",
         "bare",
         "device",
         "fd",
@@ -84,8 +88,11 @@ class Node:
         self.device = device
         self.mount = mount  # that it was found by
         self.inode = a.ino
+        # What tells it from the same one at another place (places.py).
+        self.aside = mount.directories if self.kind == stat.S_IFDIR else mount.files
         self.mark = mark  # see identity.py
         self.fd = -1  # O_PATH; -1: it has none now
+        self.asked: Mount | None = None  # that it had when a link failed for that (sequences.py)
         # The (parent, name) it was last seen at, swapped as a whole; None for the root.
         self.place = place
         self.refs = 1  # fids on it, and operations that use it: now its maker
@@ -144,8 +151,12 @@ class Node:
         return type(self.mark) is not Rights or (self.fd >= 0 and self.allows(a))
 
     def has_number_of(self, other: Node) -> bool:
-        """Whether both have one (device, inode): a later file may have an earlier one's."""
-        return self.inode == other.inode and self.device.number == other.device.number
+        """Whether both have one (device, inode), as a later file may have, at one place."""
+        return (
+            self.inode == other.inode
+            and self.device.number == other.device.number
+            and self.aside == other.aside
+        )
 
 
 class OpenFile:
@@ -284,6 +295,9 @@ class FidTable:
         # Nodes with a descriptor, in the reclaimer's order; in no other list, or a node that has
         # gone would keep the memory around it.
         self._clock: OrderedDict[Node, None] = OrderedDict()
+        # Those of them that are on other mounts than the source's own.
+        self._visitors: OrderedDict[Node, None] = OrderedDict()
+        self.on_visit: Callable[[], None] = _nothing  # there is one, any thread, no lock held
 
     def __len__(self) -> int:
         return len(self._fids)
@@ -307,7 +321,7 @@ class FidTable:
 
     def path_of(self, a: Attributes) -> int:
         """The qid path of a file of the source."""
-        if self._root == ((a.dev_major, a.dev_minor), a.ino):
+        if self._root == ((a.dev_major, a.dev_minor), a.ino) and not self.devices.aside(a):
             return a.ino
         assert self._paths is not None
         return self._paths.path(a)
@@ -449,10 +463,13 @@ class FidTable:
         """Give a node a descriptor; of two who opened one, the second's is closed."""
         with self._counts:
             self.descriptors += 1
-            if node.fd < 0 and node.refs:
+            given = node.fd < 0 and node.refs > 0
+            if given:
                 self._give(node, fd)
-                return
-        self._defer(self.close_node, fd)
+        if not given:
+            self._defer(self.close_node, fd)
+        elif node in self._visitors:
+            self.on_visit()
 
     # The table
 
@@ -502,7 +519,6 @@ class FidTable:
                 self._move(fid, node)
                 fid.generation += 1
             elif fid.node is not node:
-                fid.node.mount = node.mount
                 if fid.node.place is not None:  # the root, which may be mounted below itself
                     fid.node.place = node.place
                 # What was seen without a descriptor may be of a file that has gone by now.
@@ -618,6 +634,7 @@ class FidTable:
                 self._paths.clear()
         for fid in gone.values():
             self.put(fid)
+        self.devices.mounts.end()
 
     def statistics(self) -> TableStatistics:
         """How many fids there are, and of which kind. Anybody may ask for it, any time."""
@@ -659,12 +676,10 @@ class FidTable:
                     continue
                 if node.recent:
                     node.recent = False
-                elif node.pins == 0 and node.refs == 1 and node.place is not None:
-                    fid = self._fids.get(node.path)
-                    if fid is not None and fid.node is node:
-                        node.pins += 1
-                        node.refs += 1
-                        cold.append(node)
+                elif self._is_cold(node):
+                    node.pins += 1
+                    node.refs += 1
+                    cold.append(node)
 
     def take_descriptor(self, node: Node) -> int:
         """Take the descriptor of a node that only the caller uses and has pinned.
@@ -677,6 +692,37 @@ class FidTable:
             if node.pins > 1 or node.refs > 2 or node.recent:
                 return -1
             return self._take(node)
+
+    # Leaving other mounts
+
+    @property
+    def visitors(self) -> int:
+        """How many nodes have a descriptor on another mount than the source's own."""
+        return len(self._visitors)
+
+    def idle_visitors(self, but: Collection[int]) -> list[Node]:
+        """Pin those that have not been used since this was asked last, for their descriptors.
+
+        They are nodes as `coldest` has them.
+
+        Args:
+            but: numbers of mounts that are passed over.
+        """
+        idle: list[Node] = []
+        left = len(self._visitors)
+        while left > 0:
+            with self.lock.reading, self._counts:
+                for _ in range(min(left, _AT_ONCE, len(self._visitors))):
+                    node, _ = self._visitors.popitem(last=False)
+                    self._visitors[node] = None  # at the end now
+                    if node.recent:
+                        node.recent = False
+                    elif node.mount.number not in but and self._is_cold(node):
+                        node.pins += 1
+                        node.refs += 1
+                        idle.append(node)
+            left -= _AT_ONCE
+        return idle
 
     # Letting the kernel forget
 
@@ -706,14 +752,14 @@ class FidTable:
     def _fid_of(self, node: Node) -> tuple[int, Fid | None]:
         """The number by which the kernel is to know a node's file, and its fid if there is one."""
         assert self._paths is not None
-        if (node.device.number, node.inode) == self._root:
+        if (node.device.number, node.inode) == self._root and not node.aside:
             return ROOT_NODEID, self._fids.get(ROOT_NODEID)
-        number = node.path = self._paths.path_of(node.device, node.inode)
+        number = node.path = self._paths.path_of(node.device, node.inode, node.aside)
         fid = self._fids.get(number)
         if fid is None or fid.node.has_number_of(node):
             return number, fid
         number = node.path = self._paths.apart(
-            node.device, node.inode, lambda number: number not in self._fids
+            node.device, node.inode, node.aside, lambda number: number not in self._fids
         )
         return number, None
 
@@ -727,7 +773,8 @@ class FidTable:
         """A fid has left the table: what the table keeps of it goes as well."""
         self._count(fid.opened, -1)
         if fid.number < FIRST_HANDLE and self._paths is not None:
-            self._paths.back(fid.node.device, fid.node.inode, fid.number)
+            node = fid.node
+            self._paths.back(node.device, node.inode, node.aside, fid.number)
 
     def _shrink(self) -> bool:
         """Give back the room of entries long gone: a dictionary only ever grows."""
@@ -746,19 +793,44 @@ class FidTable:
         old, fid.node = fid.node, node
         self.drop(old)
 
+    def _is_cold(self, node: Node) -> bool:
+        """Whether nobody uses a node's descriptor, and it can be opened again."""
+        if node.pins or node.refs != 1 or node.place is None:
+            return False
+        fid = self._fids.get(node.path)
+        return fid is not None and fid.node is node
+
     def _give(self, node: Node, fd: int) -> None:
         node.fd = fd
         node.recent = True
         self._clock[node] = None
+        if node.mount.number != self.devices.mounts.own or self._is_apart(node):
+            self._visitors[node] = None
+
+    def _is_apart(self, node: Node) -> bool:
+        return self._root is not None and node.device.number != self._root[0]
 
     def _take(self, node: Node) -> int:
         fd, node.fd = node.fd, -1
         if fd >= 0:
             del self._clock[node]
+            self._visitors.pop(node, None)
         return fd
 
     def _share_descriptor(self, found: Node, known: Node) -> None:
-        """A node that lost its descriptor gets the one of a newly found twin."""
+        """A node gets the descriptor of a newly found twin, if it has none, or of another mount.
+
+        A descriptor keeps its mount busy, and what is done by it is done at that place.
+        """
+        old = -1
         with self._counts:
-            if known.fd < 0 <= found.fd and known.refs and found.refs == 1:
+            if known.fd < 0:
+                known.mount = found.mount
+            elif found.fd < 0 or found.mount is known.mount or known.pins:
+                return
+            if found.fd >= 0 and known.refs and found.refs == 1:
+                old = self._take(known)
+                known.mount = found.mount
                 self._give(known, self._take(found))
+        if old >= 0:
+            self._defer(self.close_node, old)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import errno
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from ninefuse.fids import FidTable
 
@@ -44,12 +44,20 @@ class Forgetter:
         self._starting = threading.Lock()
         self._ends = False
         self._thread: threading.Thread | None = None
+        self._more: set[int] = set()  # files to ask for besides
         self.asked = 0
 
     def note(self) -> None:
         """Have the kernel asked if it knows too much. Any thread; does not wait."""
-        if len(self._fids) <= self._most:
-            return
+        if len(self._fids) > self._most:
+            self._wake()
+
+    def ask_for(self, nodeids: Iterable[int]) -> None:
+        """Have the kernel asked to forget these files, however many it knows. Likewise."""
+        self._more.update(nodeids)
+        self._wake()
+
+    def _wake(self) -> None:
         with self._starting:
             if self._thread is None and not self._ends:
                 self._thread = threading.Thread(target=self._run, name="forgetter", daemon=True)
@@ -82,6 +90,11 @@ class Forgetter:
 
     def _ask(self) -> None:
         """Ask for as many as there are above seven eighths of the mark, if there are so many."""
+        if self._more:
+            more, self._more = self._more, set()
+            self._prune(list(more))
+        if len(self._fids) <= self._most:
+            return
         surplus = len(self._fids) - self._most * 7 // 8
         looks = 2 * len(self._fids)  # a file that was used is passed over once
         while surplus > 0 and looks > 0 and not self._ends:

@@ -10,15 +10,15 @@ of a file there, and on file systems that keep neither, beyond its number.
 While somebody has a file open its number is its own, so marks matter only for files that
 the daemon has no descriptor of.
 
-A file is reached by a mount, which may forbid something (mountflags.py); a mount is known by
-its number, as statx(2) has it. That is learned where devices are.
+A file is reached by a mount, which may forbid something, and may show what another shows as
+well (places.py); a mount is known by its number, as statx(2) has it. That is learned where
+devices are.
 
-Locks touched: none; the dictionaries of devices and mounts are added to in one step.
+Locks touched: that of `Mounts`; the dictionary of devices is added to in one step.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 from collections import deque
@@ -28,6 +28,7 @@ from weakref import WeakValueDictionary
 
 from ninefuse import mountflags
 from ninefuse.mounts import place_of
+from ninefuse.places import Mount, Mounts, hashed
 from ninefuse.syscalls import (
     Attributes,
     FileSystem,
@@ -90,18 +91,6 @@ class Device:
         return hash(self.number)
 
 
-class Mount:
-    """A mount of the source, or in it: what it forbids now."""
-
-    __slots__ = ("forbids",)
-
-    def __init__(self, forbids: int) -> None:
-        self.forbids = forbids
-
-
-_UNKNOWN = Mount(mountflags.HIDEABLE)
-
-
 class Devices:
     """The devices and mounts that were met below one source directory.
 
@@ -118,8 +107,7 @@ class Devices:
         self._own: Device | None = None  # the source's, which is asked for most
         self._recent: deque[Device] = deque(maxlen=_MANY)  # keeps those just learned
         self._rights: dict[Rights, Rights] = {}  # one object for all nodes with the same
-        self._mounts: dict[int, Mount] = {}
-        self._source_mount = 0
+        self.mounts = Mounts()
 
     def begin(self, fd: int, a: Attributes) -> None:
         """Learn of the source directory, and of its device. Blocks.
@@ -129,8 +117,8 @@ class Devices:
             a: its attributes.
         """
         self._source = os.readlink(b"/proc/self/fd/%d" % fd)
+        self.mounts.begin(self._source, a.mount_id)
         self._own = self.learn(fd, a)
-        self._source_mount = a.mount_id
 
     def of(self, a: Attributes) -> Device:
         """The device of a file; of one that was not `learn`-ed nothing but the number."""
@@ -140,7 +128,14 @@ class Devices:
 
     def mount_of(self, a: Attributes) -> Mount:
         """The mount that a file was reached by; one that was not `learn`-ed forbids all."""
-        return self._mounts.get(a.mount_id, _UNKNOWN)
+        return self.mounts.get(a.mount_id)
+
+    def aside(self, a: Attributes) -> int:
+        """What tells a file from the same one at another place, 0 at the first (places.py)."""
+        if a.mount_id == self.mounts.own:
+            return 0
+        mount = self.mounts.get(a.mount_id)
+        return mount.directories if a.kind == stat.S_IFDIR else mount.files
 
     def shown(self, a: Attributes) -> Attributes:
         """A file's attributes as they are to be shown."""
@@ -158,17 +153,7 @@ class Devices:
             fd: any file of the device, O_PATH will do.
             a: its attributes.
         """
-        forbids = mountflags.flags_of(fd)
-        mount = self._mounts.get(a.mount_id)
-        if mount is None:
-            if len(self._mounts) >= _MANY:  # mounts come and go: those there are are learned again
-                own = self._source_mount
-                self._mounts = {n: m for n, m in self._mounts.items() if n == own}
-            self._mounts[a.mount_id] = Mount(forbids)
-        elif not a.mount_id:  # which is all of them, where the kernel does not tell
-            mount.forbids |= forbids
-        else:
-            mount.forbids = forbids
+        self.mounts.learn(a.mount_id, mountflags.flags_of(fd))
         found = file_system_of(fd)
         if found.is_overlay:
             by = _By.NOTHING
@@ -237,11 +222,6 @@ class Devices:
         finally:
             os.close(fd)
         return self.of(a)  # something else is there by now
-
-
-def hashed(identity: bytes) -> int:
-    """64 bits that stand for something, always the same."""
-    return int.from_bytes(hashlib.blake2b(identity, digest_size=8).digest(), "big")
 
 
 def _identity(fd: int, a: Attributes, found: FileSystem, source: bytes) -> bytes:

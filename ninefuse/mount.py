@@ -41,6 +41,7 @@ from ninefuse import (
 from ninefuse.adapter import Adapter
 from ninefuse.exitcodes import ExitCode, Failure
 from ninefuse.forgetting import Forgetter
+from ninefuse.leaving import Leaver
 from ninefuse.mounts import MountsBelow, OwnMount
 from ninefuse.notify import notify
 from ninefuse.options import Settings
@@ -247,6 +248,7 @@ async def _serve(
     if stopper.number is not None and not settings.one_file_system:
         session.own_mount = OwnMount(mounts, stopper.number)
     forgetter = _mind_the_table(session, settings)
+    leaver = Leaver(session.fids, forgetter.ask_for)
 
     def stop() -> None:
         forgetter.end()  # while what it asks is still answered
@@ -265,6 +267,7 @@ async def _serve(
             await pyfuse3.main(_MIN_TASKS, _MAX_TASKS)
             nursery.cancel_scope.cancel()
     finally:
+        leaver.end()
         stopper.announce()
         stopper.ended.set()
         device.remove()

@@ -16,6 +16,7 @@ import os
 import re
 import select
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -32,16 +33,24 @@ class MountLine(NamedTuple):
     kind: bytes  # of file system
     options: bytes  # of the file system itself, separated by commas
     number: bytes = b""  # the mount's
+    root: bytes = b"/"  # what of the file system it shows
+    flags: frozenset[bytes] = frozenset()  # options of the mount
 
 
 def lines_of(table: bytes) -> Iterator[MountLine]:
     """The lines of mountinfo; of several on one mount point the last is on top."""
     for line in table.split(b"\n")[:-1]:
         mount, _, file_system = line.partition(b" - ")
-        fields = mount.split(b" ", 5)
+        number, _, device, root, point, flags = (mount.split(b" ", 6) + [b""] * 6)[:6]
         kind, _, options = (file_system.split(b" ") + [b""] * 3)[:3]
-        point = fields[4].decode("unicode_escape").encode("latin-1")
-        yield MountLine(fields[2], point, kind, options, fields[0])
+        root, point = map(_unescaped, (root, point))
+        yield MountLine(device, point, kind, options, number, root, frozenset(flags.split(b",")))
+
+
+def _unescaped(path: bytes) -> bytes:
+    if b"\\" not in path:
+        return path
+    return path.decode("unicode_escape").encode("latin-1")
 
 
 def fields_of(table: bytes) -> Iterator[tuple[bytes, bytes]]:
@@ -88,14 +97,15 @@ def place_of(fd: int, device: tuple[int, int], source: bytes) -> bytes:
         source: the path of the source directory.
 
     Returns:
-        The path below the source, of several the first in order; empty where it is mounted at
-        the source or above. If the device is one of several that a single mount shows, as of
-        an overlayfs's layers, their distance from the mount's own is added.
+        The path below the source, of several that of the mount which shows most, or the first in
+        order; empty where it is mounted at the source or above. If the device is one of several
+        that a single mount shows, as of an overlayfs's layers, their distance from the mount's
+        own is added.
     """
     lines = list(lines_of(_table()))
     prefix = source.rstrip(b"/") + b"/"
     distance = 0
-    points = [line.point for line in lines if line.device == b"%d:%d" % device]
+    points = [(line.root, line.point) for line in lines if line.device == b"%d:%d" % device]
     if not points:
         with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
             found = re.search(rb"^mnt_id:\t(\d+)$", file.read(), re.M)
@@ -103,14 +113,47 @@ def place_of(fd: int, device: tuple[int, int], source: bytes) -> bytes:
         for line in lines:
             if line.number == number:
                 distance = device[1] - int(line.device.partition(b":")[2])
-                points = [one.point for one in lines if one.device == line.device]
-    below = [point.removeprefix(prefix) for point in points if point.startswith(prefix)]
-    return b"%s +%d" % (min(below, default=b""), distance)
+                points = [(one.root, one.point) for one in lines if one.device == line.device]
+    below = [(len(root), point) for root, point in points if point.startswith(prefix)]
+    _, point = min(below, default=(0, b""))
+    return b"%s +%d" % (point.removeprefix(prefix), distance)
+
+
+def _all_of(table: int) -> bytes:
+    found = b""
+    while part := os.pread(table, 1 << 16, len(found)):
+        found += part
+    return found
 
 
 def _table() -> bytes:
     with open(_MOUNTINFO, "rb") as file:
         return file.read()
+
+
+class MountTable:
+    """The mount table, read again when it has changed. One thread at a time may ask.
+
+    Attributes:
+        close: ends it.
+    """
+
+    def __init__(self) -> None:
+        # Kept open: a change of the table makes it ready for POLLPRI, until it is read.
+        self._table = os.open(_MOUNTINFO, os.O_RDONLY | os.O_CLOEXEC)
+        self.close = weakref.finalize(self, os.close, self._table)
+        self._pollfd = PollFd(self._table, select.POLLPRI, 0)
+        self._address = ctypes.byref(self._pollfd)
+        self._lines = self._read()
+
+    def lines(self) -> dict[int, MountLine]:
+        """Its lines, by the mount's number: the same object, as long as nothing has changed."""
+        if is_ready(self._address):
+            self._lines = self._read()
+        return self._lines
+
+    def _read(self) -> dict[int, MountLine]:
+        return {int(line.number): line for line in lines_of(_all_of(self._table))}
 
 
 class MountsBelow:
@@ -147,11 +190,8 @@ class MountsBelow:
             return self._devices
 
     def _look(self) -> frozenset[bytes]:
-        table = b""
-        while part := os.pread(self._table, 1 << 16, len(table)):
-            table += part
-        prefix = self._prefix
-        return frozenset(device for device, point in fields_of(table) if point.startswith(prefix))
+        prefix, fields = self._prefix, fields_of(_all_of(self._table))
+        return frozenset(device for device, point in fields if point.startswith(prefix))
 
 
 class OwnMount:

@@ -10,7 +10,8 @@ file for another when its number has changed.
     0 and 51 bits  a file of another device: what is hashed from its file system, plus its own
                    inode number. So it stays the same over mounts and boots, in whatever order
                    files are looked at.
-    10 and 50 bits  a file of the source's own device whose number would be one of these, or 1
+    10 and 50 bits  a file of the source's own device whose number would be one of these, or 1;
+                   a directory that a bind mount shows at a second place
     11 and 50 bits  a name of which no more is known than the number it is listed with
 
 Two files meet at one number next to never. One is then given another, for as long as it is
@@ -26,7 +27,8 @@ import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ninefuse.identity import Device, Devices, hashed
+from ninefuse.identity import Device, Devices
+from ninefuse.places import hashed
 from ninefuse.syscalls import Attributes
 
 ROOT_NODEID = 1  # FUSE's fixed number for the root of a mount
@@ -80,54 +82,60 @@ class QidPaths:
         self._main = (root.dev_major, root.dev_minor)
         self._devices = devices
         self._mutex = threading.Lock()
-        self._apart: dict[tuple[tuple[int, int], int], int] = {}  # (device, inode) -> number
+        # (device, inode, what tells it from the same at another place) -> number
+        self._apart: dict[tuple[tuple[int, int], int, int], int] = {}
         self._most = 0  # of these, since the dictionary was made
 
     def path(self, a: Attributes) -> int:
         """The qid path of a file: the same for the same (file system, inode), always."""
-        number = (a.dev_major, a.dev_minor)
-        if number == self._main and a.ino > ROOT_NODEID and a.ino >> _GIVEN_BITS != 1:
-            if self._apart and (given := self._apart.get((number, a.ino))):
+        number, aside = (a.dev_major, a.dev_minor), self._devices.aside(a)
+        if number == self._main and not aside and a.ino > ROOT_NODEID and a.ino >> _GIVEN_BITS != 1:
+            if self._apart and (given := self._apart.get((number, a.ino, 0))):
                 return given
             return a.ino
-        return self.path_of(self._devices.of(a), a.ino)
+        return self.path_of(self._devices.of(a), a.ino, aside)
 
-    def path_of(self, device: Device, inode: int) -> int:
-        """As `path`, of a file on a device."""
-        if self._apart and (given := self._apart.get((device.number, inode))):
+    def path_of(self, device: Device, inode: int, aside: int = 0) -> int:
+        """As `path`, of a file on a device, `Devices.aside` of it given."""
+        if self._apart and (given := self._apart.get((device.number, inode, aside))):
             return given
         if device.number == self._main:
+            if aside:
+                return _OWN | _mixed(aside, inode) >> 64 - _FEW_BITS
             if inode > ROOT_NODEID and inode >> _GIVEN_BITS != 1:
                 return inode
             return _OWN | _mixed(inode) >> 64 - _FEW_BITS
         if inode >> _FOREIGN_BITS:
-            return _FOREIGN | _mixed(device.base, inode) >> 64 - _FOREIGN_BITS
-        return _FOREIGN | (device.base + inode) & (1 << _FOREIGN_BITS) - 1
+            mixed = _mixed(device.base, inode, aside) if aside else _mixed(device.base, inode)
+            return _FOREIGN | mixed >> 64 - _FOREIGN_BITS
+        return _FOREIGN | (device.base + aside + inode) & (1 << _FOREIGN_BITS) - 1
 
-    def apart(self, device: Device, inode: int, is_free: Callable[[int], bool]) -> int:
+    def apart(self, device: Device, inode: int, aside: int, is_free: Callable[[int], bool]) -> int:
         """Give a file whose number is another's one of its own, until it is given `back`."""
         first, bits = (_FOREIGN, _FOREIGN_BITS)
         if device.number == self._main:
             first, bits = (_OWN, _FEW_BITS)
         tries = 0
         while True:
-            number = first | _mixed(device.base, inode, *device.number, tries) >> 64 - bits
+            mixed = _mixed(device.base + aside, inode, *device.number, tries)
+            number = first | mixed >> 64 - bits
             if is_free(number):
                 break
             tries += 1
         with self._mutex:
-            self._apart[device.number, inode] = number
+            self._apart[device.number, inode, aside] = number
             self._most = max(self._most, len(self._apart))
         return number
 
-    def back(self, device: Device, inode: int, number: int) -> None:
+    def back(self, device: Device, inode: int, aside: int, number: int) -> None:
         """A file is known by a number no more, which may have been given to it alone."""
         if not self._apart:
             return
+        key = (device.number, inode, aside)
         with self._mutex:
-            if self._apart.get((device.number, inode)) != number:
+            if self._apart.get(key) != number:
                 return
-            del self._apart[device.number, inode]
+            del self._apart[key]
             if not self._apart or len(self._apart) < self._most // 4 and self._most > _MANY:
                 self._apart = dict(self._apart)
                 self._most = len(self._apart)

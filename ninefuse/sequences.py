@@ -96,10 +96,36 @@ async def link(
     session: Session, nodeid: int, parent: int, name: bytes, caller: Caller | None = None
 ) -> tuple[Fid, Attributes]:
     """link, walk from the file to itself (a lookup is counted), getattr."""
-    await ops.link(session, parent, nodeid, name, caller, remember=True)
+    try:
+        await ops.link(session, parent, nodeid, name, caller, remember=True)
+    except OSError as e:
+        if e.errno == errno.EXDEV and _is_worth_a_look(session, nodeid, parent):
+            raise error(errno.ESTALE) from None
+        raise
     _, fid = await ops.walk(session, nodeid, KERNEL)
     assert fid is not None
     return fid, await _attributes(session, fid)
+
+
+def _is_worth_a_look(session: Session, nodeid: int, parent: int) -> bool:
+    """Whether a file that cannot be linked to may have been found at another place since.
+
+    What the kernel has in memory it does not look up, and at another place of the directory the
+    file is the same. ESTALE has it look at the file's name again, once; what was found by that
+    is where the file was meant.
+    """
+    file = session.fids.get(nodeid)
+    try:
+        directory = session.fids.get(parent)
+        node, mount = file.node, directory.node.mount
+        session.fids.put(directory)
+        asked, node.asked = node.asked, None
+        if node.device.number != directory.node.device.number or asked is node.mount:
+            return False
+        node.asked = node.mount
+        return node.mount is not mount
+    finally:
+        session.fids.put(file)
 
 
 async def open_fid(session: Session, nodeid: int, flags: int, caller: Caller | None = None) -> int:

@@ -24,6 +24,7 @@ _AT_NO_AUTOMOUNT = 0x800
 _AT_EMPTY_PATH = 0x1000
 _AT_STATX_DONT_SYNC = 0x4000
 _STATX_WANTED = 0x1FFF  # the basic ones, the creation time, the mount
+_STATX_NLINK = 0x4
 _STATX_BTIME = 0x800
 _STATX_ATTR_MOUNT_ROOT = 0x2000
 
@@ -289,6 +290,13 @@ def device_behind(directory: int, name: bytes) -> tuple[int, int]:
     _statx(directory, name, flags, 0, buffer)
     found = Attributes._make(_STATX.unpack_from(buffer))
     return found.dev_major, found.dev_minor
+
+
+def has_names(fd: int) -> bool:
+    """Whether an open file has a name left, as far as is known without asking a server."""
+    buffer = _StatxBuffer()
+    _statx(fd, b"", _AT_EMPTY_PATH | _AT_STATX_DONT_SYNC, _STATX_NLINK, buffer)
+    return Attributes._make(_STATX.unpack_from(buffer)).nlink > 0
 
 
 class FileSystem(NamedTuple):

@@ -46,7 +46,9 @@ RANK_NAMES = ("rename lock", "listing", "fid table", "counts", "innermost")
 RANKS = {
     ("ninefuse.listing", "Listing"): LISTING,
     ("ninefuse.mounts", "MountsBelow"): LISTING,  # held while the mount table is read
+    ("ninefuse.places", "Mounts"): LISTING,  # likewise
     ("ninefuse.forgetting", "Forgetter"): INNERMOST,
+    ("ninefuse.leaving", "Leaver"): INNERMOST,
     ("ninefuse.fids", "FidTable"): COUNTS,
     ("ninefuse.locks", "RWLock"): INNERMOST,  # the state of a read-write lock
     ("ninefuse.executor", "Executor"): INNERMOST,  # the registry of requests

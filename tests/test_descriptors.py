@@ -33,6 +33,7 @@ from ninefuse.credentials import Caller
 from ninefuse.descriptors import Descriptors
 from ninefuse.fids import Fid, Node, OpenDirectory, OpenFile
 from ninefuse.ops.directory import fitted, readdirplus
+from ninefuse.qids import is_on_own_device
 from ninefuse.syscalls import Attributes
 
 pytestmark = pytest.mark.usefixtures("leak_free")
@@ -488,7 +489,7 @@ def test_directories_below_each_other_are_stale_rather_than_endless(source: Path
 
 @needs_root
 def test_a_root_that_is_mounted_below_itself(source: Path) -> None:
-    """It is fid 1 there, too; going up from it stays there, and it is not removed."""
+    """It is another directory there, with the same files; it is not removed."""
     (source / "below").mkdir()
     (source / "file").touch()
     try:
@@ -497,12 +498,17 @@ def test_a_root_that_is_mounted_below_itself(source: Path) -> None:
         pytest.skip("mounting is not permitted here")
     try:
         with few_descriptors(source, 1000) as client:
-            assert client.know("below") is client.fid(ROOT)
+            below = client.know("below")
+            assert below is not client.fid(ROOT)
+            assert is_on_own_device(below.number)
             assert client.node(ROOT).place is None
-            assert client.know("..") is client.fid(ROOT)
-            with fails(errno.EBUSY):
-                client.do(ops.remove, client.walk(start=ROOT))
+            assert client.know("..") is client.know("below", "..") is client.fid(ROOT)
+            for number in (ROOT, below.number):
+                with fails(errno.EBUSY):
+                    client.do(ops.remove, client.walk(start=number))
             assert client.know("below", "file") is client.know("file")
+            reclaim(client, below)
+            assert client.do(ops.getattr, below.number).ino == source.stat().st_ino
     finally:
         subprocess.run(["umount", source / "below"], check=True)
 

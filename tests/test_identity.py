@@ -17,8 +17,9 @@ from ops_helpers import leak_free as leak_free
 
 from ninefuse import ops, sequences
 from ninefuse.fids import Fid
-from ninefuse.identity import Devices, hashed
+from ninefuse.identity import Devices
 from ninefuse.ops.directory import fitted, readdirplus
+from ninefuse.places import hashed
 from ninefuse.syscalls import Attributes, FileSystem, stat_descriptor, stat_name
 
 pytestmark = [pytest.mark.usefixtures("leak_free"), needs_root]

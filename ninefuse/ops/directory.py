@@ -174,6 +174,10 @@ def _entry_plus(session: Session, use: Fid, look: _Look) -> EntryPlus:
     """What the reply says of an entry that was seen; a lookup is counted."""
     (ino, offset, kind, name), attributes, mark = look
     if name in (b".", b".."):
+        # The number that it is known by, which may be another than the one listed.
+        node, place = use.node, use.node.place
+        if place is not None:
+            ino = node.path if name == b"." else place[0].path
         return EntryPlus(name, offset, ino, kind, attributes, None)
     if attributes is None:
         # A dead mount, say, or one that is somebody else's: it has a name all the same.

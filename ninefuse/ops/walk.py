@@ -189,7 +189,8 @@ def _step_now(session: Session, node: Node, name: bytes) -> tuple[Node, Attribut
     try:
         attributes = stat_descriptor(fd)
         known = fids.known(attributes, allowing=True)
-        if known is not None and fids.pin(known):
+        is_here = known is not None and known.mount is fids.devices.mount_of(attributes)
+        if known is not None and fids.pin(known) and is_here:
             # That one's descriptor keeps the file, so closing this one frees nothing.
             os.close(fd)
             fids.drop(known)
@@ -228,7 +229,8 @@ def _step(session: Session, node: Node, name: bytes) -> tuple[Node, Attributes]:
     attributes = session.stat_name(node.fd, name)
     known = None if attributes.is_mount_root else fids.known(attributes, allowing=True)
     if known is not None:
-        has = fids.pin(known)
+        # One by another mount will not do: it keeps that busy, and forbids what that does.
+        has = fids.pin(known) and known.mount is fids.devices.mount_of(attributes)
         fids.drop(known)
         if has:
             return known, attributes

@@ -40,6 +40,7 @@ class Turn:
 
     __slots__ = ("_followers", "_left", "_ranges", "_resume", "end", "number", "path", "start")
 
+    number: int
     _resume: Callable[[], None] | None
 
     def __init__(self, ranges: Ranges, path: int, start: int, end: int) -> None:

@@ -123,7 +123,7 @@ def _read_mapped(path: Path, finished: Any, over: Any) -> tuple[int, int]:
     mapped = mmap.mmap(fd, PAGES * PAGE, prot=mmap.PROT_READ)
 
     def is_old(page: int) -> bool:
-        wanted = finished[page]
+        wanted: int = finished[page]
         seen: int = struct.unpack_from("q", mapped, page * PAGE)[0]
         return seen < wanted
 

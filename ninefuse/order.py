@@ -35,20 +35,21 @@ class Turn:
         path: qid path of the file.
         start: the first byte.
         end: the one behind the last.
-        number: later ones have greater ones.
+        number: later changes of the same file have greater ones.
     """
 
     __slots__ = ("_followers", "_left", "_ranges", "_resume", "end", "number", "path", "start")
 
+    number: int
+    _resume: Callable[[], None] | None
+
     def __init__(self, ranges: Ranges, path: int, start: int, end: int) -> None:
+        self._ranges = ranges
         self.path = path
         self.start = start
         self.end = end
-        self.number = 0
-        self._ranges = ranges
         self._left = 0  # changes to wait for
-        self._followers: list[Turn] = []  # who waits for this one
-        self._resume: Callable[[], None] | None = None
+        self._followers: list[Turn] | None = None  # who waits for this one
 
     def __str__(self) -> str:
         end = "the end" if self.end >= END else str(self.end)
@@ -61,10 +62,6 @@ class Turn:
     async def __aexit__(self, *exc: object) -> None:
         self._ranges.end(self)
 
-    def covers(self, other: Turn) -> bool:
-        """Whether all bytes of another are among these."""
-        return self.start <= other.start and other.end <= self.end
-
     def has_come(self, resume: Callable[[], None]) -> bool:
         """Whether there is nothing left to wait for.
 
@@ -73,20 +70,29 @@ class Turn:
                 has not come. It must not block.
         """
         with self._ranges.mutex:
-            if self._left:
-                self._resume = resume
+            self._resume = resume
             return not self._left
 
-    def follow(self, changes: list[Turn]) -> None:
-        """Wait for these. The mutex is held."""
+    # The mutex is held:
+
+    def covers(self, other: Turn) -> bool:
+        """Whether all bytes of another are among these."""
+        return self.start <= other.start and other.end <= self.end
+
+    def follow(self, changes: list[Turn]) -> bool:
+        """Wait for these; whether there are any."""
         self._left = len(changes)
+        self._resume = None
         for change in changes:
+            if change._followers is None:
+                change._followers = []
             change._followers.append(self)
+        return bool(changes)
 
     def let_go(self) -> list[Callable[[], None]]:
-        """It has ended: whom to resume once the mutex, which is held, is not held any more."""
+        """It has ended; whom to resume when the mutex is no longer held."""
         ready = []
-        for turn in self._followers:
+        for turn in self._followers or ():
             turn._left -= 1
             if not turn._left and turn._resume is not None:
                 ready.append(turn._resume)
@@ -96,22 +102,36 @@ class Turn:
 class _File:
     """The changes of one file that are under way, those that wait among them."""
 
-    __slots__ = ("longest", "turns")
+    __slots__ = ("_count", "_longest", "_turns")
 
-    def __init__(self) -> None:
-        self.turns: list[Turn] = []  # by their starts
-        self.longest = 0  # bytes, of all there were
+    def __init__(self, first: Turn) -> None:
+        first.number = 0
+        self._turns = [first]  # by their starts
+        self._longest = first.end - first.start  # bytes, of all there were
+        self._count = 0
 
     def before(self, turn: Turn) -> list[Turn]:
         """Whom a turn that comes now has to wait for."""
-        first = bisect_left(self.turns, turn.start - self.longest, key=_start)
-        last = bisect_left(self.turns, turn.end, first, key=_start)
-        found = [other for other in self.turns[first:last] if other.end > turn.start]
+        first = bisect_left(self._turns, turn.start - self._longest, key=_start)
+        last = bisect_left(self._turns, turn.end, first, key=_start)
+        found = [other for other in self._turns[first:last] if other.end > turn.start]
         found.sort(key=_number, reverse=True)
         for count, other in enumerate(found, 1):
             if other.covers(turn):  # it waits for all that came before it itself
                 return found[:count]
         return found
+
+    def add(self, turn: Turn) -> None:
+        """A change comes."""
+        self._count += 1
+        turn.number = self._count
+        self._longest = max(self._longest, turn.end - turn.start)
+        self._turns.insert(bisect_left(self._turns, turn.start, key=_start), turn)
+
+    def remove(self, turn: Turn) -> bool:
+        """A change has ended; whether it was the last."""
+        self._turns.remove(turn)
+        return not self._turns
 
 
 class Ranges:
@@ -123,8 +143,9 @@ class Ranges:
 
     def __init__(self) -> None:
         self.mutex = threading.Lock()
-        self._files: dict[int, _File] = {}
-        self._count = 0  # changes so far
+        # A file with one change under way, as most have, is that change. One that is not in here
+        # gets in without the mutex (`setdefault`); all else is done with it.
+        self._files: dict[int, Turn | _File] = {}
 
     def __contains__(self, path: int) -> bool:
         return path in self._files
@@ -136,8 +157,8 @@ class Ranges:
     def changing(self, path: int, start: int, end: int) -> Turn:
         """``async with ranges.changing(path, start, end):`` around the change of these bytes.
 
-        It waits for earlier changes of them, and is waited for by all that comes later. Nothing
-        may be awaited between the beginning of a body and this that is not over at once.
+        It waits for earlier changes of them, and is waited for by what comes later and asks for
+        any of them.
 
         Args:
             path: qid path of the file.
@@ -154,32 +175,38 @@ class Ranges:
         turn = Turn(self, path, start, end)
         with self.mutex:
             file = self._files.get(path)
-            if file is not None:
-                turn.follow(file.before(turn))
-        if turn._left:
+            waits = file is not None and turn.follow(self._all_of(file).before(turn))
+        if waits:
             await behind(turn)
 
     def begin(self, turn: Turn) -> bool:
         """A change comes; whether it has to wait."""
+        if self._files.setdefault(turn.path, turn) is turn:
+            return False
         with self.mutex:
-            file = self._files.get(turn.path)
-            if file is None:
-                file = self._files[turn.path] = _File()
-            else:
-                turn.follow(file.before(turn))
-            self._count += 1
-            turn.number = self._count
-            file.longest = max(file.longest, turn.end - turn.start)
-            file.turns.insert(bisect_left(file.turns, turn.start, key=_start), turn)
-            return turn._left > 0
+            file = self._files.setdefault(turn.path, turn)
+            if file is turn:  # the other has just ended
+                return False
+            file = self._all_of(file)
+            waits = turn.follow(file.before(turn))
+            file.add(turn)
+            return waits
 
     def end(self, turn: Turn) -> None:
         """A change has ended, well or not: resume those whose turn has come by that."""
+        files, path = self._files, turn.path
         with self.mutex:
-            file = self._files[turn.path]
-            file.turns.remove(turn)
-            if not file.turns:
-                del self._files[turn.path]
-            ready = turn.let_go() if turn._followers else ()
+            file = files[path]
+            if file is turn or (isinstance(file, _File) and file.remove(turn)):
+                del files[path]
+            if turn._followers is None:
+                return
+            ready = turn.let_go()
         for resume in ready:
             resume()
+
+    def _all_of(self, file: Turn | _File) -> _File:
+        if isinstance(file, Turn):
+            first = file
+            file = self._files[first.path] = _File(first)
+        return file

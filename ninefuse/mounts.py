@@ -34,7 +34,7 @@ class MountLine(NamedTuple):
     options: bytes  # of the file system itself, separated by commas
     number: bytes = b""  # the mount's
     root: bytes = b"/"  # what of the file system it shows
-    flags: frozenset[bytes] = frozenset()  # options of the mount
+    flags: bytes = b""  # options of the mount, separated by commas
 
 
 def lines_of(table: bytes) -> Iterator[MountLine]:
@@ -44,7 +44,7 @@ def lines_of(table: bytes) -> Iterator[MountLine]:
         number, _, device, root, point, flags = (mount.split(b" ", 6) + [b""] * 6)[:6]
         kind, _, options = (file_system.split(b" ") + [b""] * 3)[:3]
         root, point = map(_unescaped, (root, point))
-        yield MountLine(device, point, kind, options, number, root, frozenset(flags.split(b",")))
+        yield MountLine(device, point, kind, options, number, root, flags)
 
 
 def _unescaped(path: bytes) -> bytes:
@@ -136,6 +136,7 @@ class MountTable:
 
     Attributes:
         close: ends it.
+        version: how often it was read.
     """
 
     def __init__(self) -> None:
@@ -144,15 +145,17 @@ class MountTable:
         self.close = weakref.finalize(self, os.close, self._table)
         self._pollfd = PollFd(self._table, select.POLLPRI, 0)
         self._address = ctypes.byref(self._pollfd)
+        self.version = 0
         self._lines = self._read()
 
     def lines(self) -> dict[int, MountLine]:
-        """Its lines, by the mount's number: the same object, as long as nothing has changed."""
+        """Its lines, by the mount's number."""
         if is_ready(self._address):
             self._lines = self._read()
         return self._lines
 
     def _read(self) -> dict[int, MountLine]:
+        self.version += 1
         return {int(line.number): line for line in lines_of(_all_of(self._table))}
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterator
 
 from ninefuse import mountflags
 from ninefuse.mounts import MountLine, MountTable
@@ -37,7 +37,7 @@ class Mount:
             mount of them.
     """
 
-    __slots__ = ("directories", "files", "forbids", "line", "number", "table")
+    __slots__ = ("directories", "files", "forbids", "line", "number", "version")
 
     def __init__(self, number: int, forbids: int) -> None:
         self.number = number
@@ -45,7 +45,7 @@ class Mount:
         self.directories = 0
         self.files = 0
         self.line: MountLine | None = None
-        self.table: dict[int, MountLine] | None = None  # that this was found out by
+        self.version = -1  # of the mount table that this was found out by
 
 
 def hashed(identity: bytes) -> int:
@@ -82,7 +82,7 @@ class Mounts:
         with self._lock:
             if self._table is not None:
                 self._table.close()
-                self._table = None
+                self._table, self._known = None, {}
 
     def get(self, number: int) -> Mount:
         """A mount by its number; one that was not `learn`-ed forbids all."""
@@ -91,7 +91,10 @@ class Mounts:
     def learn(self, number: int, forbids: int) -> None:
         """Note what a mount forbids, and find out what others show as well."""
         with self._lock:
-            table = {} if self._table is None or not number else self._table.lines()
+            table: dict[int, MountLine] = {}
+            version = 0
+            if self._table is not None and number:
+                table, version = self._table.lines(), self._table.version
             mount, line = self._known.get(number), table.get(number)
             if mount is None or not _is_same(mount.line, line):
                 self._drop_old(table)
@@ -101,8 +104,8 @@ class Mounts:
                 mount.forbids |= forbids
             else:
                 mount.forbids = forbids
-            if mount.table is not table:
-                mount.line, mount.table = line, table
+            if mount.version != version:
+                mount.line, mount.version = line, version
                 self._compare(mount, line, table)
             self._known[number] = mount
 
@@ -129,14 +132,15 @@ class Mounts:
         if not rivals:
             return  # that one has gone
         first = min(rivals, key=lambda rival: (not self._is_first(rival), *self._order(rival)))
-        if b"idmapped" in line.flags | first.flags:
+        allows, others = (set(one.flags.split(b",")) - _TIMES for one in (line, first))
+        if b"idmapped" in allows | others:
             mount.files = mount.directories
-        elif line.flags - _TIMES != first.flags - _TIMES:
-            mount.files = hashed(b"as " + b",".join(sorted(line.flags - _TIMES)))
+        elif allows != others:
+            mount.files = hashed(b"as " + b",".join(sorted(allows)))
         else:
             mount.files = 0
 
-    def _rivals(self, line: MountLine, table: dict[int, MountLine]) -> Iterable[MountLine]:
+    def _rivals(self, line: MountLine, table: dict[int, MountLine]) -> Iterator[MountLine]:
         """The other mounts in the source that show a part of what this one does, or all."""
         prefix = self._source.rstrip(b"/") + b"/"
         root = self._root(line)

@@ -28,6 +28,7 @@ from ops_helpers import source as source
 from ninefuse import ops
 from ninefuse.fids import FIRST_HANDLE, Fid, FidTable, Node, OpenDirectory, OpenFile
 from ninefuse.identity import Device, Devices, _By
+from ninefuse.places import hashed
 from ninefuse.qids import (
     QTDIR,
     QTFILE,
@@ -158,6 +159,17 @@ def test_numbers_of_a_file_system_are_the_same_for_ever() -> None:
         assert paths.path_of(device, 1 << 60) == 5381474442403174
         assert paths.unknown(device, 12) == 8650587266742501
     assert paths.path(made_up(1)) == 7841652639956712
+
+
+def test_numbers_at_a_second_place_are_the_same_for_ever() -> None:
+    paths, aside = QidPaths(THE_ROOT, Devices()), hashed(b"place ftp/pub")
+    own = Device((THE_ROOT.dev_major, THE_ROOT.dev_minor), _By.BIRTH, b"id ef53 1")
+    foreign = Device((9, 1), _By.BIRTH, b"id ef53 1234")
+    assert paths.path_of(own, 12, aside) == 7714134542978943
+    assert is_on_own_device(7714134542978943)
+    assert paths.path_of(foreign, 12, aside) == 6339268855533258
+    assert paths.path_of(foreign, 1 << 60, aside) == 5986705281157055
+    assert not is_on_own_device(6339268855533258)
 
 
 def test_whether_a_number_is_of_the_sources_own_device_can_be_told(table: Table) -> None:

@@ -29,6 +29,7 @@ from ninefuse.credentials import Caller
 from ninefuse.executor import Executor
 from ninefuse.fids import FIRST_HANDLE, Fid
 from ninefuse.ops.directory import fitted
+from ninefuse.ops.io import is_live
 from ninefuse.ops.names import AT_REMOVEDIR
 from ninefuse.options import Settings
 from ninefuse.qids import ROOT_NODEID
@@ -430,9 +431,8 @@ class Adapter(pyfuse3.Operations):
     def _opened(self, fid: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         handle = _handle(fid)
         self._openers[handle] = ctx.uid
-        return pyfuse3.FileInfo(
-            fh=handle, direct_io=self._is_direct(flags), keep_cache=self._keep_cache
-        )
+        direct = self._is_direct(flags) or is_live(self._session, fid)
+        return pyfuse3.FileInfo(fh=handle, direct_io=direct, keep_cache=self._keep_cache)
 
 
 def _refuse_statistics(inode: int, name: bytes) -> None:

@@ -163,14 +163,21 @@ class OpenFile:
     """The state of a fid after lopen or lcreate of a file.
 
     ``writer`` is who opened it, where a write must be made with other ids than the daemon's;
-    ``owner`` the user id of who opened it, whom its descriptor is counted for, or None.
+    ``owner`` the user id of who opened it, whom its descriptor is counted for, or None;
+    ``live`` whether each read and write is one of the source's, past every cache.
     """
 
-    __slots__ = ("fd", "flags", "owner", "writer")
+    __slots__ = ("fd", "flags", "live", "owner", "writer")
 
     def __init__(
-        self, fd: int, flags: int, writer: Caller | None = None, owner: int | None = None
+        self,
+        fd: int,
+        flags: int,
+        writer: Caller | None = None,
+        owner: int | None = None,
+        live: bool = False,
     ) -> None:
+        self.live = live
         self.fd = fd
         self.flags = flags
         self.writer = writer

@@ -63,6 +63,35 @@ _LOCAL = frozenset(
     )
 )
 
+# What these show is made when it is read, whatever size they tell, and what is written to them
+# is an order.
+_LIVE = frozenset(
+    (
+        0x9FA0,  # proc
+        0x62656572,  # sysfs
+        0x27E0EB,  # cgroup
+        0x63677270,  # cgroup2
+        0x7655821,  # resctrl
+        0x74726163,  # tracefs
+        0x64626720,  # debugfs
+        0x62656570,  # configfs
+        0xDE5E81E4,  # efivarfs
+        0x6165676C,  # pstore
+        0x73636673,  # securityfs
+        0xF97CFF8C,  # selinuxfs
+        0x43415D53,  # smackfs
+        0x5A3C69F0,  # apparmorfs
+        0xCAFE4A11,  # bpf
+        0x42494E4D,  # binfmt_misc
+        0x65735543,  # fusectl
+        0x6E667364,  # nfsd
+        0x67596969,  # rpc_pipefs
+        0x19800202,  # mqueue
+        0x9FA1,  # openpromfs
+        0xABBA1974,  # xenfs
+    )
+)
+
 # Each mount of these has an id of its own, another's, or none.
 _MADE_ANEW = frozenset(
     (
@@ -324,6 +353,16 @@ class FileSystem(NamedTuple):
         return self.kind in (_EXT4, _OVERLAYFS)
 
     @property
+    def is_live(self) -> bool:
+        """Whether its files show what there is at the moment, as those of /proc do."""
+        return self.kind in _LIVE
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is known to need no server to answer; not for what its layers may be."""
+        return self.kind in _LOCAL
+
+    @property
     def is_made_anew(self) -> bool:
         """Whether its id is of this mount of it only, or of something else beneath it."""
         return self.kind in _MADE_ANEW
@@ -378,7 +417,7 @@ def is_local(fd: int) -> bool:
     One that is not known is taken for one that does; so is overlayfs, whose layers may be
     anything.
     """
-    return file_system_of(fd).kind in _LOCAL
+    return file_system_of(fd).is_local
 
 
 def rename(old_dir: int, old_name: bytes, new_dir: int, new_name: bytes, flags: int) -> None:

@@ -24,7 +24,15 @@ from ninefuse.credentials import (
     needs_acting,
     spending_as,
 )
-from ninefuse.fids import AttributeRead, AttributeWrite, Fid, OpenDirectory, OpenFile, error
+from ninefuse.fids import (
+    AttributeRead,
+    AttributeWrite,
+    Fid,
+    Node,
+    OpenDirectory,
+    OpenFile,
+    error,
+)
 from ninefuse.identity import Mark
 from ninefuse.order import END
 from ninefuse.qids import Qid
@@ -94,6 +102,8 @@ async def lopen(session: Session, fid: int, flags: int, caller: Caller | None = 
             raise
         try:
             attributes = await brief(on, stat_descriptor, use.fd)
+            if isinstance(opened, OpenFile):
+                opened.live = _is_live(use.node, attributes, flags)
             session.fids.open(use.fid, opened)
         except BaseException:
             await blocking(on, session.fids.close_open, opened.fd, owner)
@@ -147,7 +157,8 @@ async def lcreate(
             path_fd, attributes, mark = await blocking(on, _path_descriptor, session, fd)
             node = session.fids.new_node(attributes, path_fd, (use.node, name), mark)
             try:
-                opened = OpenFile(fd, kept, _writer(kept, caller), owner)
+                live = _is_live(node, attributes, os.O_RDWR)
+                opened = OpenFile(fd, kept, _writer(kept, caller), owner, live)
                 session.fids.open(use.fid, opened, node)
             finally:
                 session.fids.drop(node)
@@ -166,7 +177,7 @@ async def read(session: Session, fid: int, offset: int, count: int) -> bytes:
         session: the conversation.
         fid: open for reading.
         offset: where, in bytes.
-        count: how many bytes; fewer come back only at the end.
+        count: how many bytes; fewer come back only at the end, or of a live file.
 
     Raises:
         OSError: EINVAL, unopened; EISDIR; EBADF, not open for reading; the errors of
@@ -186,6 +197,8 @@ async def read(session: Session, fid: int, offset: int, count: int) -> bytes:
             raise error(errno.EBADF)
         check_offset(offset)
         on = use.node.path
+        if file.live:
+            return await blocking(on, _read_once, file.fd, count, offset)
         if on in session.ranges:
             await session.ranges.settled(on, offset, offset + count)
         return await blocking_unless(on, _read_now, _read_fully, file.fd, count, offset)
@@ -275,6 +288,15 @@ async def report_close(session: Session, fid: int) -> None:
         file = _open_file_of(use)
         if file.writable:
             await blocking(use.node.path, _close_duplicate, file.fd)
+    finally:
+        session.fids.put(use)
+
+
+def is_live(session: Session, fid: int) -> bool:
+    """Whether an open file is to be read and written past all caches; see `OpenFile`."""
+    use = session.fids.get(fid)
+    try:
+        return isinstance(use.opened, OpenFile) and use.opened.live
     finally:
         session.fids.put(use)
 
@@ -444,6 +466,40 @@ def _path_descriptor(session: Session, fd: int) -> tuple[int, Attributes, Mark]:
         raise
 
 
+def _is_live(node: Node, a: Attributes, flags: int) -> bool:
+    """Whether a file is to be read past all caches, since its size tells nothing of its content.
+
+    So it is in /proc and its like. A server (FUSE, 9P) may have such files, too: there one
+    that is opened for reading, and says that it is empty, is asked. (Not one that is opened for
+    writing: it may be mapped, and that needs the cache.)
+    """
+    found = node.device.file_system
+    if found is None:
+        return False
+    is_read = flags & os.O_ACCMODE == os.O_RDONLY
+    return found.is_live or (is_read and not a.size and not found.is_local)
+
+
+def _read_once(fd: int, count: int, offset: int) -> bytes:
+    """One read: a second might wait for what is yet to come."""
+    try:
+        return os.pread(fd, count, offset)
+    except OSError as e:
+        if e.errno != errno.ESPIPE:
+            raise
+    return os.read(fd, count)  # a stream, such as tracefs has
+
+
+def _write_once(fd: int, data: bytes, offset: int) -> int:
+    """One write, which is one order."""
+    try:
+        return os.pwrite(fd, data, offset)
+    except OSError as e:
+        if e.errno != errno.ESPIPE:
+            raise
+    return os.write(fd, data)
+
+
 def _read_fully(fd: int, count: int, offset: int) -> bytes:
     data = os.pread(fd, count, offset)
     # A short read is the end of the file to whoever asked; make sure that it is.
@@ -475,6 +531,8 @@ def _writer(flags: int, caller: Caller | None) -> Caller | None:
 
 
 async def _write(on: int, file: OpenFile, data: bytes, offset: int) -> int:
+    if file.live:
+        return await blocking(on, _write_live, file.writer, file.fd, data, offset)
     if file.writer is not None:
         return await blocking(on, _write_as, file.writer, file.fd, data, offset)
     # Two kinds: one waits for the disk.
@@ -488,11 +546,17 @@ def _may_be_written_back(file: OpenFile, offset: int) -> bool:
     A file can be mapped shared and writable only if it is open for both and not direct.
     """
     is_cached = file.flags & (os.O_ACCMODE | os.O_APPEND | os.O_DSYNC) == os.O_RDWR
-    return is_cached and offset % mmap.PAGESIZE == 0
+    return is_cached and not file.live and offset % mmap.PAGESIZE == 0
 
 
 def _write_as(writer: Caller, fd: int, data: bytes, offset: int) -> int:
     return spending_as(writer, _write_fully, fd, data, offset)
+
+
+def _write_live(writer: Caller | None, fd: int, data: bytes, offset: int) -> int:
+    if writer is None:
+        return _write_once(fd, data, offset)
+    return spending_as(writer, _write_once, fd, data, offset)
 
 
 def _write_durably(fd: int, data: bytes, offset: int) -> int:

@@ -257,6 +257,7 @@ class FidTable:
     Attributes:
         on_change: called, on any thread and with no lock held, each time that the table has
             grown by ``step`` fids, and when it has become far smaller.
+        set_id: the nodeids of which the kernel was told that they have set-id bits.
 
     Args:
         defer: ``defer(close, fd)`` has a descriptor closed where that may block.
@@ -277,6 +278,7 @@ class FidTable:
         self.step = _STEP
         self.on_change: Callable[[], None] = _nothing  # each `step` fids more, and far fewer
         self._told = 0  # of how many fids was told last
+        self.set_id: set[int] = set()
         self._defer = defer
         self._handles = itertools.count(FIRST_HANDLE)
         self._root: tuple[tuple[int, int], int] | None = None
@@ -613,6 +615,7 @@ class FidTable:
         """Take every fid out of the table (version, and the end of the session)."""
         with self.lock.writing:
             gone, self._fids = self._fids, {}
+            self.set_id.clear()
             self._opened = self._files = 0
             if self._paths is not None:
                 self._paths.clear()
@@ -727,6 +730,7 @@ class FidTable:
         """A fid has left the table: what the table keeps of it goes as well."""
         self._count(fid.opened, -1)
         if fid.number < FIRST_HANDLE and self._paths is not None:
+            self.set_id.discard(fid.number)
             self._paths.back(fid.node.device, fid.node.inode, fid.number)
 
     def _shrink(self) -> bool:

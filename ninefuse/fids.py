@@ -152,10 +152,11 @@ class OpenFile:
     """The state of a fid after lopen or lcreate of a file.
 
     ``writer`` is who opened it, where a write must be made with other ids than the daemon's;
-    ``owner`` the user id of who opened it, whom its descriptor is counted for, or None.
+    ``group`` a further group to write in, or None; ``owner`` the user id of who opened it, whom
+    its descriptor is counted for, or None.
     """
 
-    __slots__ = ("fd", "flags", "owner", "writer")
+    __slots__ = ("fd", "flags", "group", "owner", "writer")
 
     def __init__(
         self, fd: int, flags: int, writer: Caller | None = None, owner: int | None = None
@@ -163,6 +164,7 @@ class OpenFile:
         self.fd = fd
         self.flags = flags
         self.writer = writer
+        self.group: int | None = None
         self.owner = owner
 
     @property

@@ -21,6 +21,7 @@ from ninefuse.credentials import (
     OWN,
     Caller,
     acting_as,
+    keeps_mark,
     needs_acting,
     spending_as,
 )
@@ -95,6 +96,10 @@ async def lopen(session: Session, fid: int, flags: int, caller: Caller | None = 
             raise
         try:
             attributes = await brief(on, stat_descriptor, use.fd)
+            if kind == stat.S_IFREG and caller is not None and _has_mark(attributes.mode):
+                assert isinstance(opened, OpenFile)
+                if opened.writable:
+                    await blocking(on, _keep_mark, opened, caller, attributes.gid)
             session.fids.open(use.fid, opened)
         except BaseException:
             await blocking(on, session.fids.close_open, opened.fd, owner)
@@ -149,6 +154,8 @@ async def lcreate(
             node = session.fids.new_node(attributes, path_fd, (use.node, name), mark)
             try:
                 opened = OpenFile(fd, kept, _writer(kept, caller), owner)
+                if caller is not None and opened.writable and _has_mark(attributes.mode):
+                    await blocking(on, _keep_mark, opened, caller, attributes.gid)
                 session.fids.open(use.fid, opened, node)
             finally:
                 session.fids.drop(node)
@@ -457,9 +464,20 @@ def _writer(flags: int, caller: Caller | None) -> Caller | None:
     return caller
 
 
+def _has_mark(mode: int) -> bool:
+    """Whether a set-group-id bit gives nobody anything (once: that locks are mandatory)."""
+    return mode & (stat.S_ISGID | stat.S_IXGRP) == stat.S_ISGID
+
+
+def _keep_mark(file: OpenFile, caller: Caller, gid: int) -> None:
+    """Have a file's set-group-id bit stay when it is written to, for whom the source leaves it."""
+    if os.geteuid() == 0 and keeps_mark(caller, gid):
+        file.writer, file.group = caller, gid
+
+
 async def _write(on: int, file: OpenFile, data: bytes, offset: int) -> int:
     if file.writer is not None:
-        return await blocking(on, _write_as, file.writer, file.fd, data, offset)
+        return await blocking(on, _write_as, file, data, offset)
     # Two kinds: one waits for the disk.
     pwrite = _write_durably if file.flags & os.O_DSYNC else _write_fully
     return await blocking(on, pwrite, file.fd, data, offset)
@@ -474,8 +492,9 @@ def _may_be_written_back(file: OpenFile, offset: int) -> bool:
     return is_cached and offset % mmap.PAGESIZE == 0
 
 
-def _write_as(writer: Caller, fd: int, data: bytes, offset: int) -> int:
-    return spending_as(writer, _write_fully, fd, data, offset)
+def _write_as(file: OpenFile, data: bytes, offset: int) -> int:
+    assert file.writer is not None
+    return spending_as(file.writer, file.group, _write_fully, file.fd, data, offset)
 
 
 def _write_durably(fd: int, data: bytes, offset: int) -> int:

@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _SYNC = os.O_SYNC | os.O_DSYNC
+_SET_ID = stat.S_ISUID | stat.S_ISGID
 _HIDDEN = 1 << 31  # the highest bit of a generation: a device whose number is not shown
 _MAX_ERRNO = 4095  # the kernel takes nothing above for an error
 
@@ -146,12 +147,12 @@ class Adapter(pyfuse3.Operations):
         return self._entry(*await self._answer("link", body, ctx.uid))
 
     async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        body = ops.unlinkat(self._session, parent_inode, name, 0, self._caller(ctx))
+        body = sequences.unlink(self._session, parent_inode, name, 0, self._caller(ctx))
         await self._answer("unlink", body, ctx.uid)
 
     async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
         caller = self._caller(ctx)
-        body = ops.unlinkat(self._session, parent_inode, name, AT_REMOVEDIR, caller)
+        body = sequences.unlink(self._session, parent_inode, name, AT_REMOVEDIR, caller)
         await self._answer("rmdir", body, ctx.uid)
 
     async def rename(
@@ -163,7 +164,7 @@ class Adapter(pyfuse3.Operations):
         flags: int,
         ctx: pyfuse3.RequestContext,
     ) -> None:
-        body = ops.renameat(
+        body = sequences.rename(
             self._session,
             parent_inode_old,
             name_old,
@@ -245,7 +246,7 @@ class Adapter(pyfuse3.Operations):
         return await self._answer("read", body, self._openers.get(fh))
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:
-        body = ops.write(self._session, _fid(fh), off, buf)
+        body = sequences.write(self._session, _fid(fh), off, buf)
         return await self._answer("write", body, self._openers.get(fh))
 
     async def flush(self, fh: int) -> None:
@@ -390,6 +391,8 @@ class Adapter(pyfuse3.Operations):
 
     def _attributes(self, nodeid: int, a: Attributes) -> pyfuse3.EntryAttributes:
         a = self._session.fids.devices.shown(a)
+        if a.mode & _SET_ID and a.kind == stat.S_IFREG:
+            self._session.fids.set_id.add(nodeid)
         entry = pyfuse3.EntryAttributes()
         # Number and nodeid are one in pyfuse3. Of the root the kernel knows the nodeid.
         entry.st_ino = a.ino if nodeid == ROOT_NODEID else nodeid

@@ -187,6 +187,15 @@ def needs_acting(caller: Caller) -> bool:
     return caller[:2] != (os.geteuid(), os.getegid()) and os.geteuid() == 0
 
 
+def keeps_mark(caller: Caller, gid: int) -> bool:
+    """Whether the source leaves files of a group their set-group-id bit when a caller writes.
+
+    That is about files without group execution, where the bit is but a mark.
+    """
+    rights = _rights_of(caller, _get_capabilities().permitted)
+    return gid == caller.gid or gid in rights.groups or bool(rights.capabilities & _CAP_FSETID)
+
+
 def may_see_trusted(caller: Caller) -> bool:
     """Whether the source would list a caller the attributes named trusted.* (xattr(7))."""
     return bool(_rights_of(caller, _get_capabilities().permitted).capabilities & _CAP_SYS_ADMIN)
@@ -388,16 +397,23 @@ def acting_as(
     return _Acting(umask, caller, groups, own, effective)
 
 
-def spending_as(caller: Caller, function: Callable[..., T], *args: object) -> T:
+def spending_as(caller: Caller, group: int | None, function: Callable[..., T], *args: object) -> T:
     """Call a function that takes blocks for a caller, by way of an open descriptor.
 
     The file system ids tell a file system for whom it reserves blocks; the descriptor is all
     the right that is needed.
 
+    Args:
+        caller: for whom.
+        group: which further group to be in; None: those that the thread is in.
+        function: what to call.
+        args: its arguments.
+
     Raises:
         OSError: EPERM, the daemon may not take these ids on; what the function raises.
     """
-    with _Acting(None, caller, None, _get_capabilities(), None):
+    groups = None if group is None else frozenset((group,))
+    with _Acting(None, caller, groups, _get_capabilities(), None):
         return function(*args)
 
 

@@ -52,7 +52,10 @@ _TICK = 0.1  # seconds: how long a read may stand still, twice that at worst
 _IN_A_ROW = 16  # requests read without a round of trio's loop, for the others' sake
 
 _OUT_HEADER = struct.Struct("=IiQ")  # length, error or kind of notification, unique
+_NOTIFY_INVAL_INODE = 2
 _NOTIFY_PRUNE = 9
+
+_INVAL_INODE = struct.Struct("=Qqq")  # nodeid, offset (negative: attributes alone), length
 
 # Requests in the background; the kernel's defaults are 12 and 9. Well below what mount.py
 # lets run at once, so that they alone never stop the device from being read.
@@ -182,12 +185,29 @@ def prune(nodeids: Sequence[int]) -> None:
 
     Source: Linux include/uapi/linux/fuse.h.
     """
+    count = len(nodeids)
+    _notify(_NOTIFY_PRUNE, struct.pack(f"=IIQ{count}Q", count, 0, 0, *nodeids))
+
+
+def attributes_changed(nodeid: int) -> None:
+    """Have the kernel ask for a file's attributes, and ACLs, before it believes any again.
+
+    It does so too with answers to what it asked before. Only for a file or directory that a
+    request under way is about: whoever makes that keeps it in the kernel's memory, and then
+    this waits for nobody. (Of one that is just being evicted the kernel waits for the end,
+    which may wait for us.)
+
+    Source: Linux fs/fuse/inode.c, fuse_reverse_inval_inode.
+    """
+    with contextlib.suppress(OSError):  # it knows of no such file, or there is no mount any more
+        _notify(_NOTIFY_INVAL_INODE, _INVAL_INODE.pack(nodeid, -1, 0))
+
+
+def _notify(kind: int, body: bytes) -> None:
     fd = pyfuse3.trio.lowlevel.descriptor()  # type: ignore[attr-defined]
     if fd < 0:
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-    count = len(nodeids)
-    body = struct.pack(f"=IIQ{count}Q", count, 0, 0, *nodeids)
-    os.write(fd, _OUT_HEADER.pack(_OUT_HEADER.size + len(body), _NOTIFY_PRUNE, 0) + body)
+    os.write(fd, _OUT_HEADER.pack(_OUT_HEADER.size + len(body), kind, 0) + body)
 
 
 def terminate() -> None:

@@ -163,11 +163,12 @@ class OpenFile:
     """The state of a fid after lopen or lcreate of a file.
 
     ``writer`` is who opened it, where a write must be made with other ids than the daemon's;
-    ``owner`` the user id of who opened it, whom its descriptor is counted for, or None;
-    ``live`` whether each read and write is one of the source's, past every cache.
+    ``group`` a further group to write in, or None; ``owner`` the user id of who opened it, whom
+    its descriptor is counted for, or None; ``live`` whether each read and write is one of the
+    source's, past every cache.
     """
 
-    __slots__ = ("fd", "flags", "live", "owner", "writer")
+    __slots__ = ("fd", "flags", "group", "live", "owner", "writer")
 
     def __init__(
         self,
@@ -181,6 +182,7 @@ class OpenFile:
         self.fd = fd
         self.flags = flags
         self.writer = writer
+        self.group: int | None = None
         self.owner = owner
 
     @property
@@ -275,6 +277,7 @@ class FidTable:
     Attributes:
         on_change: called, on any thread and with no lock held, each time that the table has
             grown by ``step`` fids, and when it has become far smaller.
+        set_id: the nodeids of which the kernel was told that they have set-id bits.
 
     Args:
         defer: ``defer(close, fd)`` has a descriptor closed where that may block.
@@ -295,6 +298,7 @@ class FidTable:
         self.step = _STEP
         self.on_change: Callable[[], None] = _nothing  # each `step` fids more, and far fewer
         self._told = 0  # of how many fids was told last
+        self.set_id: set[int] = set()
         self._defer = defer
         self._handles = itertools.count(FIRST_HANDLE)
         self._root: tuple[tuple[int, int], int] | None = None
@@ -636,6 +640,7 @@ class FidTable:
         """Take every fid out of the table (version, and the end of the session)."""
         with self.lock.writing:
             gone, self._fids = self._fids, {}
+            self.set_id.clear()
             self._opened = self._files = 0
             if self._paths is not None:
                 self._paths.clear()
@@ -781,6 +786,7 @@ class FidTable:
         self._count(fid.opened, -1)
         if fid.number < FIRST_HANDLE and self._paths is not None:
             node = fid.node
+            self.set_id.discard(fid.number)
             self._paths.back(node.device, node.inode, node.aside, fid.number)
 
     def _shrink(self) -> bool:

@@ -112,6 +112,8 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
         threads=1 + (0 if settings.model == "none" else settings.threads),
         attr_timeout=settings.attr_timeout,
     )
+    if settings.attr_timeout:
+        session.attributes_changed = device.attributes_changed
     session.fids.devices.hides = mountflags.HIDEABLE & ~_forbidden(settings)
     with contextlib.ExitStack() as trace:
         tracer = None

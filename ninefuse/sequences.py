@@ -4,6 +4,11 @@ One coroutine for each callback that takes more than one message (docs/operation
 the whole table). Each is itself an operation body: whatever threading model runs it
 runs all of its messages as one request. Nothing here knows of pyfuse3.
 
+What changes attributes besides those that it answers with ends by saying so
+(`Session.attributes_changed`). After most calls the kernel knows by itself which of its
+attributes are old, but believes them again if an answer from before comes late; and of
+some (docs/caching.md) it does not know.
+
 Locks touched: those of the messages. None is held from one message to the next.
 """
 
@@ -17,6 +22,7 @@ from collections.abc import Awaitable, Sequence
 from typing import TypeVar
 
 from ninefuse import ops
+from ninefuse.commands import blocking
 from ninefuse.credentials import Caller
 from ninefuse.fids import Fid, Node, error
 from ninefuse.mountflags import NOSUID
@@ -73,6 +79,7 @@ async def mkdir(
 ) -> tuple[Fid, Attributes]:
     """mkdir, walkgetattr."""
     await ops.mkdir(session, parent, name, mode, caller)
+    session.attributes_changed(parent)
     return await lookup(session, parent, name)
 
 
@@ -81,6 +88,7 @@ async def mknod(
 ) -> tuple[Fid, Attributes]:
     """mknod, walkgetattr."""
     await ops.mknod(session, parent, name, mode, rdev, caller)
+    session.attributes_changed(parent)
     return await lookup(session, parent, name)
 
 
@@ -89,6 +97,7 @@ async def symlink(
 ) -> tuple[Fid, Attributes]:
     """symlink, walkgetattr."""
     await ops.symlink(session, parent, name, target, caller)
+    session.attributes_changed(parent)
     return await lookup(session, parent, name)
 
 
@@ -102,6 +111,8 @@ async def link(
         if e.errno == errno.EXDEV and _is_worth_a_look(session, nodeid, parent):
             raise error(errno.ESTALE) from None
         raise
+    session.attributes_changed(parent)
+    session.attributes_changed(nodeid)
     _, fid = await ops.walk(session, nodeid, KERNEL)
     assert fid is not None
     return fid, await _attributes(session, fid)
@@ -128,6 +139,30 @@ def _is_worth_a_look(session: Session, nodeid: int, parent: int) -> bool:
         session.fids.put(file)
 
 
+async def unlink(
+    session: Session, parent: int, name: bytes, flags: int, caller: Caller | None = None
+) -> None:
+    """unlinkat."""
+    await ops.unlinkat(session, parent, name, flags, caller)
+    session.attributes_changed(parent)
+
+
+async def rename(
+    session: Session,
+    old: int,
+    oldname: bytes,
+    new: int,
+    newname: bytes,
+    flags: int,
+    caller: Caller | None = None,
+) -> None:
+    """renameat."""
+    await ops.renameat(session, old, oldname, new, newname, flags, caller)
+    session.attributes_changed(old)
+    if new != old:
+        session.attributes_changed(new)
+
+
 async def open_fid(session: Session, nodeid: int, flags: int, caller: Caller | None = None) -> int:
     """walk to a clone, lopen it; its number is the file handle."""
     handle = session.fids.new_number()
@@ -145,7 +180,18 @@ async def create(
     """
     handle = session.fids.new_number()
     await ops.walk(session, parent, handle)
-    return await _or_clunk(session, handle, _lcreate(session, handle, name, flags, mode, caller))
+    made = await _or_clunk(session, handle, _lcreate(session, handle, name, flags, mode, caller))
+    session.attributes_changed(parent)
+    return made
+
+
+async def write(session: Session, handle: int, offset: int, data: bytes) -> int:
+    """write, which takes set-id bits away; the kernel does not know from whom."""
+    try:
+        return await ops.write(session, handle, offset, data)
+    finally:
+        if session.fids.set_id:
+            await _note_lost_bits(session, handle)
 
 
 async def flush(session: Session, handle: int) -> None:
@@ -218,6 +264,7 @@ async def setxattr(
     await ops.walk(session, nodeid, clone)
     await _or_clunk(session, clone, _fill_attribute(session, clone, name, value, caller))
     await ops.clunk(session, clone)
+    session.attributes_changed(nodeid)
 
 
 async def removexattr(
@@ -229,6 +276,7 @@ async def removexattr(
     removing = ops.xattrcreate(session, clone, name, 0, remove=True, caller=caller)
     await _or_clunk(session, clone, removing)
     await ops.clunk(session, clone)
+    session.attributes_changed(nodeid)
 
 
 async def _lopen(session: Session, handle: int, flags: int, caller: Caller | None) -> int:
@@ -243,6 +291,16 @@ async def _lcreate(
     _, fid = await ops.walk(session, handle, KERNEL)
     assert fid is not None
     return handle, fid, await _attributes(session, fid)
+
+
+async def _note_lost_bits(session: Session, handle: int) -> None:
+    fid = session.fids.get(handle)
+    nodeid = fid.node.path
+    session.fids.put(fid)
+    if nodeid in session.fids.set_id:
+        session.fids.set_id.discard(nodeid)
+        # Not by the dispatcher: mapped pages are written back without anybody holding the file.
+        await blocking(nodeid, session.attributes_changed, nodeid)
 
 
 async def _read_attribute(

@@ -73,6 +73,9 @@ class Session:
         self.read_only = read_only
         self.sync_directories = sync_directories
         self.own_mount: OwnMount | None = None  # by which the requests come, if by one
+        # Tells the client that the attributes of a fid's file are others than it believes. For
+        # a fid that a request under way was made with: then it waits for nobody.
+        self.attributes_changed: Callable[[int], object] = _nobody_believes
         self.descriptors = Descriptors(
             self.fids,
             driver.in_background,
@@ -291,6 +294,10 @@ class Use:
     def fd(self) -> int:
         """The node's O_PATH descriptor."""
         return self._pin.node.fd
+
+
+def _nobody_believes(fid: int) -> None:
+    """A client that does not keep attributes need not be told that they have changed."""
 
 
 async def patiently(ask: Callable[[], Awaitable[T]]) -> T:

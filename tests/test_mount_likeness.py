@@ -7,6 +7,7 @@ same user, and compares what came of it in the source.
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import shutil
 import stat
@@ -189,6 +190,55 @@ def test_set_user_id_and_set_group_id_go_when_the_source_would_take_them(
             # Whether it is root that writes, a write does not tell: the safe side.
             mode &= ~0o6000
         assert ours == (name, code, mode)
+
+
+def write_to_marked(top: Path) -> list[tuple[str, int, int]]:
+    """Write to files with the bit that gives nobody anything, in all ways; what they have then."""
+    found = []
+    for file in sorted(top.iterdir()):
+        how = file.name.partition("-")[2]
+        flags = {"sync": os.O_SYNC, "append": os.O_APPEND, "cut": os.O_TRUNC}.get(how, 0)
+        code = 0
+        try:
+            fd = os.open(file, os.O_RDWR | flags)
+            if how == "truncate":
+                os.truncate(file, 1)
+            elif how == "ftruncate":
+                os.ftruncate(fd, 1)
+            elif how == "map":
+                with mmap.mmap(fd, 4) as memory:
+                    memory[0:1] = b"x"
+            elif how != "cut":
+                os.write(fd, b"changed")
+            os.close(fd)
+        except OSError as e:
+            code = e.errno or -1
+        found.append((file.name, code, stat.S_IMODE(file.stat().st_mode)))
+    return found
+
+
+@pytest.mark.parametrize("uid", [OWNER, STRANGER, 0])
+@pytest.mark.parametrize("groups", [(), (GROUP,)])
+def test_a_set_group_id_bit_without_execution_stays_where_the_source_leaves_it(
+    both: tuple[Path, Path], uid: int, groups: tuple[int, ...]
+) -> None:
+    """With root and members of the group; and nobody's write is refused for it."""
+    hows = ["write", "sync", "append", "truncate", "ftruncate", "cut"]
+    if uid == 0 or groups:
+        hows.append("map")
+    for top in (both[0], both[0].parent / "mounted"):
+        for mode in (0o2666, 0o6666):
+            for how in hows:
+                if mode == 0o6666 and (uid == 0 or how == "map"):
+                    continue  # which take that bit on the mount alone
+                path = top / f"{mode:o}-{how}"
+                path.write_bytes(b"data")
+                os.chown(path, OWNER, GROUP)
+                path.chmod(mode)
+    found = alike(both, write_to_marked, uid, groups)
+    assert isinstance(found, list)
+    assert {code for _, code, _ in found} == {0}
+    assert {bool(mode & stat.S_ISGID) for _, _, mode in found} == {uid == 0 or bool(groups)}
 
 
 def set_list(top: Path) -> list[int]:

@@ -56,6 +56,67 @@ def fids(client: Client) -> set[int]:
     return set(client.session.fids._fids)
 
 
+# Whose attributes change
+
+Changers = dict[str, Callable[[Session, int, int, int], Body[Any]]]
+CHANGERS: Changers = {
+    "mkdir": lambda s, d, e, f: sequences.mkdir(s, d, b"new", 0o755, ME),
+    "mknod": lambda s, d, e, f: sequences.mknod(s, d, b"new", 0o100644, 0, ME),
+    "symlink": lambda s, d, e, f: sequences.symlink(s, d, b"new", b"target", ME),
+    "create": lambda s, d, e, f: sequences.create(s, d, b"new", os.O_RDWR, 0o644, ME),
+    "unlink": lambda s, d, e, f: sequences.unlink(s, d, b"inner", 0, ME),
+    "rename": lambda s, d, e, f: sequences.rename(s, d, b"inner", e, b"new", 0, ME),
+    "rename in place": lambda s, d, e, f: sequences.rename(s, d, b"inner", d, b"new", 0, ME),
+    "link": lambda s, d, e, f: sequences.link(s, f, d, b"new", ME),
+    "setxattr": lambda s, d, e, f: sequences.setxattr(s, f, b"user.name", b"value", ME),
+    "removexattr": lambda s, d, e, f: sequences.removexattr(s, f, b"user.old", ME),
+}
+AGAIN = {  # what they fail with the second time
+    **dict.fromkeys(("mkdir", "mknod", "symlink", "link"), errno.EEXIST),
+    **dict.fromkeys(("unlink", "rename", "rename in place"), errno.ENOENT),
+    "create": errno.ESTALE,
+    "removexattr": errno.ENODATA,
+}
+CHANGED = {"rename": "de", "link": "df", "setxattr": "f", "removexattr": "f"}
+
+
+@pytest.mark.parametrize("changer", CHANGERS)
+def test_the_client_is_told_whose_attributes_change(tree: Client, changer: str) -> None:
+    """Those that the call is about; nobody's where it fails."""
+    need_attributes(tree.source)
+    os.setxattr(tree.source / "file", "user.old", b"value")
+    (tree.source / "e").mkdir()
+    names = ("d", "e", "file")
+    d, e, f = (tree.do(sequences.lookup, ROOT, name.encode())[0].number for name in names)
+    told: list[int] = []
+    tree.session.attributes_changed = told.append
+    change = CHANGERS[changer]
+    tree.do(change, d, e, f)
+    numbers = {"d": d, "e": e, "f": f}
+    assert told == [numbers[one] for one in CHANGED.get(changer, "d")]
+    if changer in AGAIN:
+        told.clear()
+        with fails(AGAIN[changer]):
+            tree.do(change, d, e, f)
+        assert not told
+
+
+def test_the_client_is_told_once_of_set_id_bits_that_may_be_gone(tree: Client) -> None:
+    fid, _ = tree.do(sequences.lookup, ROOT, b"file")
+    handle = tree.do(sequences.open_fid, fid.number, os.O_WRONLY)
+    told: list[int] = []
+    tree.session.attributes_changed = told.append
+    tree.do(sequences.write, handle, 0, b"x")
+    tree.session.fids.set_id.add(fid.number)
+    for _ in range(2):
+        assert tree.do(sequences.write, handle, 0, b"x") == 1
+        assert told == [fid.number]
+    tree.session.fids.set_id.add(fid.number)
+    tree.do(sequences.forget, [(fid.number, 1)])
+    assert not tree.session.fids.set_id
+    tree.do(ops.clunk, handle)
+
+
 # lookup and forget
 
 

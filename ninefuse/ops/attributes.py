@@ -160,16 +160,25 @@ def _chmod(fd: int, mode: int, caller: Caller | None) -> None:
             os.chmod(path, mode)
     except PermissionError:
         # Before a write by somebody who is not the owner, the kernel asks for this itself, and
-        # does not say so: the bits go that the write would cost the file anyway.
+        # does not say so: the bits go that the write would cost the file anyway. A set-group-id
+        # bit without group execution it leaves to the write.
         now = st.S_IMODE(stat_descriptor(fd).mode)
-        if caller is None or not now & _SET_ID or mode != now & ~_SET_ID:
+        taken = _SET_ID if now & st.S_IXGRP else st.S_ISUID
+        if caller is None or not now & _SET_ID or mode not in (now & ~_SET_ID, now & ~taken):
             raise
-        os.chmod(path, mode)
+        with acting_as(None, bits=True):
+            os.chmod(path, mode)
 
 
 def _chown(fd: int, uid: int, gid: int, caller: Caller | None) -> None:
-    with acting_as(caller, (CHANGE, fd, b""), bits=True):
-        os.chown(path_of(fd), uid, gid)
+    try:
+        with acting_as(caller, (CHANGE, fd, b""), bits=True):
+            os.chown(path_of(fd), uid, gid)
+    except PermissionError:
+        # As for the mode: with nothing to change the kernel asks before a write to a file whose
+        # set-group-id bit it leaves to the write.
+        if caller is None or (uid, gid) != (-1, -1) or not stat_descriptor(fd).mode & _SET_ID:
+            raise
 
 
 async def _truncate_in_turn(session: Session, use: Use, size: int, caller: Caller | None) -> None:

@@ -21,6 +21,7 @@ from ninefuse.credentials import (
     OWN,
     Caller,
     acting_as,
+    keeps_mark,
     needs_acting,
     spending_as,
 )
@@ -104,6 +105,8 @@ async def lopen(session: Session, fid: int, flags: int, caller: Caller | None = 
             attributes = await brief(on, stat_descriptor, use.fd)
             if isinstance(opened, OpenFile):
                 opened.live = _is_live(use.node, attributes, flags)
+                if caller is not None and opened.writable and _has_mark(attributes.mode):
+                    await blocking(on, _keep_mark, opened, caller, attributes.gid)
             session.fids.open(use.fid, opened)
         except BaseException:
             await blocking(on, session.fids.close_open, opened.fd, owner)
@@ -159,6 +162,8 @@ async def lcreate(
             try:
                 live = _is_live(node, attributes, os.O_RDWR)
                 opened = OpenFile(fd, kept, _writer(kept, caller), owner, live)
+                if caller is not None and opened.writable and _has_mark(attributes.mode):
+                    await blocking(on, _keep_mark, opened, caller, attributes.gid)
                 session.fids.open(use.fid, opened, node)
             finally:
                 session.fids.drop(node)
@@ -530,11 +535,22 @@ def _writer(flags: int, caller: Caller | None) -> Caller | None:
     return caller
 
 
+def _has_mark(mode: int) -> bool:
+    """Whether a set-group-id bit gives nobody anything (once: that locks are mandatory)."""
+    return mode & (stat.S_ISGID | stat.S_IXGRP) == stat.S_ISGID
+
+
+def _keep_mark(file: OpenFile, caller: Caller, gid: int) -> None:
+    """Have a file's set-group-id bit stay when it is written to, for whom the source leaves it."""
+    if os.geteuid() == 0 and keeps_mark(caller, gid):
+        file.writer, file.group = caller, gid
+
+
 async def _write(on: int, file: OpenFile, data: bytes, offset: int) -> int:
     if file.live:
-        return await blocking(on, _write_live, file.writer, file.fd, data, offset)
+        return await blocking(on, _write_live, file, data, offset)
     if file.writer is not None:
-        return await blocking(on, _write_as, file.writer, file.fd, data, offset)
+        return await blocking(on, _write_as, file, data, offset)
     # Two kinds: one waits for the disk.
     pwrite = _write_durably if file.flags & os.O_DSYNC else _write_fully
     return await blocking(on, pwrite, file.fd, data, offset)
@@ -549,14 +565,15 @@ def _may_be_written_back(file: OpenFile, offset: int) -> bool:
     return is_cached and not file.live and offset % mmap.PAGESIZE == 0
 
 
-def _write_as(writer: Caller, fd: int, data: bytes, offset: int) -> int:
-    return spending_as(writer, _write_fully, fd, data, offset)
+def _write_as(file: OpenFile, data: bytes, offset: int) -> int:
+    assert file.writer is not None
+    return spending_as(file.writer, file.group, _write_fully, file.fd, data, offset)
 
 
-def _write_live(writer: Caller | None, fd: int, data: bytes, offset: int) -> int:
-    if writer is None:
-        return _write_once(fd, data, offset)
-    return spending_as(writer, _write_once, fd, data, offset)
+def _write_live(file: OpenFile, data: bytes, offset: int) -> int:
+    if file.writer is None:
+        return _write_once(file.fd, data, offset)
+    return spending_as(file.writer, file.group, _write_once, file.fd, data, offset)
 
 
 def _write_durably(fd: int, data: bytes, offset: int) -> int:

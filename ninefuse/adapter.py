@@ -51,6 +51,11 @@ _MAX_ERRNO = 4095  # the kernel takes nothing above for an error
 STATISTICS = os.fsencode(ATTRIBUTE)
 
 
+# The kernel writes back what one user has changed by a handle that another has opened, and drops
+# what is refused; and a close, or a sync, that is refused would say that something was lost.
+_NOT_REFUSED = frozenset(("write", "flush", "fsync", "fsyncdir"))
+
+
 class Adapter(pyfuse3.Operations):
     """The callbacks of one mount.
 
@@ -339,9 +344,9 @@ class Adapter(pyfuse3.Operations):
         Args:
             callback: its name.
             body: of the operation.
-            user: whose request it is, a uid; None: it is not to be refused, nor held back.
+            user: whose request it is, a uid; None: nobody's, who has no share.
         """
-        if self._executor.has_too_many(user):
+        if callback not in _NOT_REFUSED and self._executor.has_too_many(user):
             body.close()
             self.errors[callback, errno.EAGAIN] += 1
             raise pyfuse3.FUSEError(errno.EAGAIN)

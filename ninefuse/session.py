@@ -319,7 +319,7 @@ async def patiently(ask: Callable[[], Awaitable[T]]) -> T:
         except BlockingIOError:
             now = time.monotonic()
             if until is None:
-                until = now + _lease_break_time() + _GRACE
+                until = now + _break_time + _GRACE
             elif now > until:
                 raise
         await later()
@@ -332,6 +332,9 @@ def _lease_break_time() -> int:
             return int(file.read())
     except (OSError, ValueError):
         return 45
+
+
+_break_time = _lease_break_time()  # once: whoever reads the directory can keep others out of it
 
 
 def _sync_directory(fd: int) -> None:

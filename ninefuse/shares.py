@@ -1,8 +1,10 @@
 """Who may have how many of some places: a bound for each inode and for each user.
 
 Calls can be stuck for as long as somebody likes. Whoever makes them get stuck is to be out of
-places long before all are taken: what exceeds a bound waits in a queue of that inode or user,
-and keeps nobody else waiting.
+places long before all are taken: what exceeds a bound waits in a queue of that inode or user.
+But whoever waits there keeps others waiting in the kernel, who want the lock of the directory
+or the page that his request is about. So a queue that does not move is let through, up to a
+further bound.
 
 Locks touched: none; whoever uses a `Shares` guards it.
 """
@@ -28,15 +30,24 @@ class Shares(Generic[T]):
     """The places taken, and what waits for one.
 
     Args:
-        for_inode: how many may be taken for one inode.
+        for_inode: how many may be taken for one inode, by each user if these are bounded.
         for_user: how many may be taken for one user; None: there are no bounds for users.
+        for_users: how many for all users but root together.
+        times: how many times as many may be taken where what waits does not move.
     """
 
-    def __init__(self, for_inode: int, for_user: int | None = None) -> None:
+    def __init__(
+        self, for_inode: int, for_user: int | None = None, for_users: int = 1 << 30, times: int = 1
+    ) -> None:
         self.for_inode = for_inode
         self.for_user = for_user
+        self.for_users = for_users
+        self._times = times
+        self._users = 0  # places taken for them
         self._taken: Counter[Hashable] = Counter()
         self._waiting: dict[Hashable, deque[_Waiting[T]]] = {}
+        self._moved: set[Hashable] = set()  # queues whose inode or user has given a place back …
+        self._looked_at: set[Hashable] = set()  # … since these were looked at
 
     def __len__(self) -> int:
         """How much waits."""
@@ -53,14 +64,11 @@ class Shares(Generic[T]):
         Returns:
             Whether it was taken.
         """
-        key = self._full(inode, user)
-        if key is not None:
-            self._waiting.setdefault(key, deque()).append(_Waiting(item, inode, user))
-            return False
-        if inode is not None:
-            self._taken["inode", inode] += 1
-        if user and self.for_user is not None:
-            self._taken["user", user] += 1
+        for key in self._keys(inode, user):
+            if self._is_full(key, 1):
+                self._waiting.setdefault(key, deque()).append(_Waiting(item, inode, user))
+                return False
+        self._take(inode, user)
         return True
 
     def leave(self, inode: int | None, user: int | None) -> list[T]:
@@ -70,16 +78,18 @@ class Shares(Generic[T]):
             What has one now: of the inode's queue, of the user's, or of both.
         """
         ready: list[T] = []
-        keys = (("inode", inode), ("user", user))
+        keys = self._keys(inode, user)
         for key in keys:
-            if key in self._taken:
-                self._taken[key] -= 1
-                if not self._taken[key]:
-                    del self._taken[key]
+            self._moved.add(key)
+            self._taken[key] -= 1
+            if not self._taken[key]:
+                del self._taken[key]
+        if user and self.for_user is not None:
+            self._users -= 1
         for key in keys:
             queue = self._waiting.get(key)
             # What came in by the inode's queue may have taken the user's place as well.
-            while queue and not self._is_full(*key):
+            while queue and not self._is_full(key, 1):
                 waiting = queue.popleft()
                 # Or it waits in its other queue from now on.
                 if self.enter(*waiting):
@@ -89,14 +99,47 @@ class Shares(Generic[T]):
                 del self._waiting[key]
         return ready
 
-    def _is_full(self, kind: str, number: int | None) -> bool:
-        most = self.for_inode if kind == "inode" else self.for_user
-        return most is not None and self._taken[kind, number] >= most
+    def overdue(self) -> list[T]:
+        """Let through what waits in queues that have not moved since this was called last.
 
-    def _full(self, inode: int | None, user: int | None) -> Hashable:
-        """Which queue there is to wait in, if any."""
-        if inode is not None and self._is_full("inode", inode):
-            return "inode", inode
-        if user and self._is_full("user", user):
-            return "user", user
-        return None
+        Returns:
+            What has a place now, beyond its share.
+        """
+        ready: list[T] = []
+        for key, queue in list(self._waiting.items()):
+            if key in self._moved or key not in self._looked_at:
+                continue
+            while queue:
+                waiting = queue[0]
+                keys = self._keys(waiting.inode, waiting.user)
+                if any(self._is_full(one, self._times) for one in keys):
+                    break
+                queue.popleft()
+                self._take(waiting.inode, waiting.user)
+                ready.append(waiting.item)
+            if not queue:
+                del self._waiting[key]
+        self._moved.clear()
+        self._looked_at = set(self._waiting)
+        return ready
+
+    def _keys(self, inode: int | None, user: int | None) -> list[Hashable]:
+        """Under which a place is counted."""
+        keys: list[Hashable] = []
+        if inode is not None:
+            keys.append(("inode", inode, (user or 0) if self.for_user is not None else 0))
+        if user and self.for_user is not None:
+            keys.append(user)
+        return keys
+
+    def _take(self, inode: int | None, user: int | None) -> None:
+        for key in self._keys(inode, user):
+            self._taken[key] += 1
+        if user and self.for_user is not None:
+            self._users += 1
+
+    def _is_full(self, key: Hashable, times: int) -> bool:
+        if isinstance(key, tuple):
+            return self._taken[key] >= times * self.for_inode
+        assert self.for_user is not None
+        return self._taken[key] >= times * self.for_user or self._users >= self.for_users

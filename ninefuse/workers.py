@@ -3,13 +3,15 @@
 A job is a callable. It is submitted *on* an inode (a qid path, or None) and *for* a user (a
 uid, or None). At most half of the workers are given to jobs on one inode, so that a file whose
 calls hang cannot take the pool; where several users are served, at most half are given to one
-of them, and a quarter to one inode. The rest waits in the inode's or the user's own queue. Jobs
-that are resumed (their lock was granted, or there is cleaning up to do) are served before new
-ones and never wait in a bounded queue.
+of them, and a quarter to one inode for him. The rest waits in the inode's or the user's own
+queue. Jobs that are resumed (their lock was granted, or there is cleaning up to do) are served
+before new ones and never wait in a bounded queue.
 
-Several users together may still take all workers. So when jobs are queued and none has begun
-for a tenth of a second, more workers are started, up to `MOST_TIMES` as many; they end when
-there is nothing left to do.
+What is stuck must keep nobody waiting for longer than a tenth of a second, though: a queue of an
+inode or a user that has not moved for so long is let through, up to `SHARE_TIMES` the share; and
+when jobs are queued and none has begun for so long, more workers are started, up to `MOST_TIMES`
+as many. They end when there is nothing left to do. Users other than root never take the last
+workers.
 
 Locks touched: the pool's own mutex, for dictionary work and starting threads only.
 """
@@ -30,7 +32,8 @@ log = logging.getLogger(__name__)
 
 Job = Callable[[], None]
 
-MOST_TIMES = 8  # as many workers as asked for, where all are stuck
+MOST_TIMES = 64  # as many workers as asked for, where all are stuck
+SHARE_TIMES = 4  # as many for an inode or a user, where those are stuck
 _STUCK = 0.1  # seconds without a job's beginning
 _SPARE_TIME = 10.0  # seconds that a further worker waits for something to do
 
@@ -56,10 +59,12 @@ class WorkerPool:
             raise ValueError(f"a pool needs a thread, not {threads}")
         self._mutex = threading.Lock()
         half = max(1, threads // 2)
+        self._most = MOST_TIMES * threads
         if by_user:
-            self._shares: Shares[Job] = Shares(max(1, half // 2), half)
+            quarter, users = max(1, half // 2), self._most - SHARE_TIMES * threads
+            self._shares: Shares[Job] = Shares(quarter, half, users, SHARE_TIMES)
         else:
-            self._shares = Shares(half)
+            self._shares = Shares(half, times=SHARE_TIMES)
         self.limit_per_inode = self._shares.for_inode
         # A worker is woken by a token and only then takes a job: it never has one in hand
         # while it runs another. A job is put into its deque before its token.
@@ -67,7 +72,6 @@ class WorkerPool:
         self._submitted: deque[Job] = deque()
         self._queue: SimpleQueue[bool] = SimpleQueue()  # True: look for a job; False: end
         self._begun = 0  # jobs; of interest is whether it has changed
-        self._most = MOST_TIMES * threads
         self._is_closed = False
         self._is_watched = False  # whether somebody looks if the jobs queued are begun
         self._look = threading.Event()
@@ -93,7 +97,10 @@ class WorkerPool:
             inode's or the user's queue and will be run later, its place given.
         """
         with self._mutex:
-            return self._shares.enter(job, on, user)
+            has_entered = self._shares.enter(job, on, user)
+        if not has_entered:
+            self._have_watched()
+        return has_entered
 
     def leave(self, on: int | None, user: int | None = None) -> None:
         """Give back a place; the next that waits for one gets it."""
@@ -128,6 +135,9 @@ class WorkerPool:
     def _put(self, jobs: deque[Job], job: Job) -> None:
         jobs.append(job)
         self._queue.put(True)
+        self._have_watched()
+
+    def _have_watched(self) -> None:
         if not self._is_watched:
             self._is_watched = True
             self._look.set()
@@ -176,16 +186,22 @@ class WorkerPool:
         return True
 
     def _watch(self) -> None:
-        """Start more workers when those there are are stuck."""
+        """Start more workers when those there are are stuck, and let through what waits for long."""
         while True:
             self._look.wait()
             self._look.clear()
             begun = -1
             while not self._is_closed:
+                with self._mutex:
+                    overdue = self._shares.overdue()
+                    waits = bool(len(self._shares))
+                for job in overdue:
+                    self._submitted.append(job)
+                    self._queue.put(True)
                 queued = len(self._submitted) + len(self._resumed)
-                if not queued:
+                if not queued and not waits:
                     break
-                if begun == self._begun:
+                if queued and begun == self._begun:
                     self._grow(queued)
                 begun = self._begun
                 self._look.wait(_STUCK)
@@ -193,9 +209,8 @@ class WorkerPool:
                 return
             self._is_watched = False
             # Put in since it was looked at, by one who believed it was being looked at.
-            if self._submitted or self._resumed:
-                self._is_watched = True
-                self._look.set()
+            if self._submitted or self._resumed or len(self._shares):
+                self._have_watched()
 
     def _grow(self, count: int) -> None:
         with self._mutex:

@@ -116,7 +116,7 @@ def test_a_body_tries_until_it_succeeds(model: str) -> None:
 def test_it_gives_up_where_nobody_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server below the source may answer EAGAIN for ever."""
     monkeypatch.setattr(session, "_GRACE", 0.2)
-    monkeypatch.setattr(session, "_lease_break_time", lambda: 0)
+    monkeypatch.setattr(session, "_break_time", 0)
 
     async def ask() -> None:
         raise BlockingIOError(errno.EAGAIN, "for ever")

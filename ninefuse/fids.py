@@ -92,7 +92,7 @@ class Node:
         self.aside = mount.directories if self.kind == stat.S_IFDIR else mount.files
         self.mark = mark  # see identity.py
         self.fd = -1  # O_PATH; -1: it has none now
-        self.asked: Mount | None = None  # that it had when a link failed for that (sequences.py)
+        self.asked: Mount | None = None  # its own when the kernel was told to look it up again
         # The (parent, name) it was last seen at, swapped as a whole; None for the root.
         self.place = place
         self.refs = 1  # fids on it, and operations that use it: now its maker

@@ -122,19 +122,19 @@ def _is_worth_a_look(session: Session, nodeid: int, parent: int) -> bool:
     """Whether a file that cannot be linked to may have been found at another place since.
 
     What the kernel has in memory it does not look up, and at another place of the directory the
-    file is the same. ESTALE has it look at the file's name again, once; what was found by that
-    is where the file was meant.
+    file is the same. ESTALE has it look at the file's name again, once; where it is found by that
+    is where it was meant.
     """
     file = session.fids.get(nodeid)
     try:
         directory = session.fids.get(parent)
-        node, mount = file.node, directory.node.mount
+        node, there = file.node, directory.node
         session.fids.put(directory)
         asked, node.asked = node.asked, None
-        if node.device.number != directory.node.device.number or asked is node.mount:
-            return False
+        if node.device.number != there.device.number or asked is node.mount:
+            return False  # it was looked up, and found at the same place
         node.asked = node.mount
-        return node.mount is not mount
+        return True
     finally:
         session.fids.put(file)
 

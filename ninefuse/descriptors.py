@@ -22,6 +22,7 @@ from collections.abc import Callable
 from ninefuse import syscalls
 from ninefuse.commands import Body, blocking
 from ninefuse.fids import FidTable, Node, error
+from ninefuse.identity import Device
 from ninefuse.syscalls import Attributes, stat_descriptor
 
 _OWN = 40  # descriptors of the daemon itself
@@ -152,7 +153,8 @@ class Descriptors:
         if left > 0 and count <= self._again_at:
             return  # nodes have many, but nothing is short, and little could be closed
         # Few at a time: what one has in hand, others do not find.
-        if self._let_go(fids.coldest(2 * _AT_ONCE, _LOOKED_AT, near.device), _AT_ONCE):
+        cold = fids.coldest(2 * _AT_ONCE, _LOOKED_AT, near.device)
+        if self._let_go(cold, _AT_ONCE, near.device):
             return
         self._again_at = count + most // 8
         # The calls under way may each have one too many.
@@ -185,7 +187,7 @@ class Descriptors:
     def _close_coldest(self, surplus: int) -> None:
         # The newest first: a directory is mostly older than what was found in it, and would
         # have to be opened again to see that its entries can be.
-        self._let_go(self._fids.coldest(surplus)[::-1], surplus)
+        self._let_go(self._fids.coldest(surplus)[::-1], surplus, self._fids.devices.own)
 
     def _let_go_of_any(self) -> bool:
         """Close some descriptors whatever it takes; False if all are in use.
@@ -198,20 +200,30 @@ class Descriptors:
                 nodes = self._fids.coldest(2 * _AT_ONCE)
                 if not nodes:
                     break
-                if self._let_go(nodes, _AT_ONCE, last_resort):
+                if self._let_go(nodes, _AT_ONCE, self._fids.devices.own, last_resort):
                     return True
         return False
 
-    def _let_go(self, nodes: list[Node], most: int, last_resort: bool = False) -> int:
+    def _let_go(
+        self, nodes: list[Node], most: int, near: Device | None, last_resort: bool = False
+    ) -> int:
         """Close the descriptors of some pinned nodes that nobody else uses, and unpin all.
 
         None of those that could not be opened again: they have lost their names, or their
-        parents have. As a last resort, of files that have another name.
+        parents have. As a last resort, of files that have another name. Where it can be done on
+        a local file system it waits for nobody: somebody may keep others out of a directory.
+
+        Args:
+            nodes: which.
+            most: how many to close.
+            near: the device that may be waited for; others that are not local are passed over.
+            last_resort: whether it is one.
 
         Returns:
             How many were closed, up to ``most``.
         """
-        fids, look, closed = self._fids, _Look(self._fids, self._stat_name, self.open_again), 0
+        fids, closed = self._fids, 0
+        look = _Look(self._fids, self._stat_name, self.open_again, near)
         try:
             for node in nodes:
                 fd = -1
@@ -227,7 +239,9 @@ class Descriptors:
             look.close()
         return closed
 
-    def open_again(self, node: Node, *, use: bool = True, looking: bool = False) -> int:
+    def open_again(
+        self, node: Node, *, use: bool = True, looking: bool = False, waiting: bool = True
+    ) -> int:
         """A new descriptor of a node, by the names that it remembers. Blocks.
 
         Climbs to the nearest ancestor that has a descriptor and comes down from it, one
@@ -237,10 +251,12 @@ class Descriptors:
             node: it.
             use: whether that counts as a use of what it comes by.
             looking: as for `reopen`.
+            waiting: whether it may wait for who keeps others out of a directory.
 
         Raises:
-            OSError: ESTALE, the names do not lead there any more.
+            OSError: ESTALE, the names do not lead there any more; EAGAIN, it would have to wait.
         """
+        open_step = self._open_step if waiting else syscalls.open_cached
         way: list[tuple[Node, bytes]] = []
         passed: set[Node] = set()
         top: Node = node
@@ -258,7 +274,7 @@ class Descriptors:
         fd = -1
         try:
             for step, name in reversed(way):
-                above, fd = fd, self._open_step(top.fd if fd < 0 else fd, name)
+                above, fd = fd, open_step(top.fd if fd < 0 else fd, name)
                 _close(above)
                 # Of a directory on the way no more is wanted than what is in it.
                 is_lenient = step is not node or (looking and node.kind == stat.S_IFDIR)
@@ -300,7 +316,9 @@ class _Look:
         fids: FidTable,
         stat_name: Callable[[int, bytes], Attributes],
         open_again: Callable[..., int],
+        near: Device | None,
     ) -> None:
+        self._near = near
         self._fids = fids
         self._stat_name = stat_name
         self._open_again = open_again
@@ -309,13 +327,15 @@ class _Look:
 
     def leads_back(self, node: Node) -> bool:
         """Whether a node's parent and name still lead to it."""
-        if node.place is None:
+        file_system = node.device.file_system
+        waiting = file_system is None or not file_system.is_local
+        if node.place is None or (waiting and node.device != self._near):
             return False
         parent, name = node.place
         has_descriptor = self._fids.pin(parent, use=False)
         try:
-            directory = parent.fd if has_descriptor else self._opened(parent)
-            found = self._stat_name(directory, name)
+            directory = parent.fd if has_descriptor else self._opened(parent, waiting)
+            found = self._stat_name(directory, name) if waiting else _stat_cached(directory, name)
             return node.shows(found) and node.aside == self._fids.devices.aside(found)
         except OSError:
             return False
@@ -328,12 +348,21 @@ class _Look:
             self._directory = None
             os.close(self._fd)
 
-    def _opened(self, directory: Node) -> int:
+    def _opened(self, directory: Node, waiting: bool) -> int:
         if directory is not self._directory:
             self.close()
-            self._fd = self._open_again(directory, use=False)
+            self._fd = self._open_again(directory, use=False, waiting=waiting)
             self._directory = directory
         return self._fd
+
+
+def _stat_cached(directory: int, name: bytes) -> Attributes:
+    """The attributes of a name, if the kernel has it in memory, as that of an open file."""
+    fd = syscalls.open_cached(directory, name)
+    try:
+        return stat_descriptor(fd)
+    finally:
+        os.close(fd)
 
 
 def _has_another_name(node: Node) -> bool:

@@ -120,6 +120,11 @@ class Devices:
         self.mounts.begin(self._source, a.mount_id)
         self._own = self.learn(fd, a)
 
+    @property
+    def own(self) -> Device | None:
+        """The source's; None before `begin`."""
+        return self._own
+
     def of(self, a: Attributes) -> Device:
         """The device of a file; of one that was not `learn`-ed nothing but the number."""
         number = (a.dev_major, a.dev_minor)

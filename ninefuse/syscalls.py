@@ -579,12 +579,29 @@ def check_execution(fd: int) -> None:
     Raises:
         OSError: EACCES, also where the file lies on what was mounted noexec.
     """
+    _check_access(fd, os.X_OK)
+
+
+def may_write(fd: int) -> bool:
+    """Whether this thread, with its effective rights, may write to a file.
+
+    Args:
+        fd: the file, O_PATH will do.
+    """
+    try:
+        _check_access(fd, os.W_OK)
+    except OSError:
+        return False
+    return True
+
+
+def _check_access(fd: int, mode: int) -> None:
     try:
         _syscall(
             ctypes.c_long(_SYS_FACCESSAT2),
             ctypes.c_long(fd),
             ctypes.c_char_p(b""),
-            ctypes.c_long(os.X_OK),
+            ctypes.c_long(mode),
             ctypes.c_long(_AT_EACCESS | _AT_EMPTY_PATH),
         )
     except OSError as e:

@@ -186,7 +186,7 @@ class WorkerPool:
         return True
 
     def _watch(self) -> None:
-        """Start more workers when those there are are stuck, and let through what waits for long."""
+        """Start more workers where all are stuck, and let through what waits for long."""
         while True:
             self._look.wait()
             self._look.clear()

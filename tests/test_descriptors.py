@@ -28,7 +28,7 @@ from ops_helpers import client as client
 from ops_helpers import leak_free as leak_free
 from ops_helpers import source as source
 
-from ninefuse import ops
+from ninefuse import descriptors, ops
 from ninefuse.credentials import Caller
 from ninefuse.descriptors import Descriptors
 from ninefuse.fids import Fid, Node, OpenDirectory, OpenFile
@@ -302,7 +302,7 @@ def test_a_name_that_cannot_be_looked_at_keeps_the_descriptor(
 
     with few_descriptors(source, 1000) as client:
         (fid,) = look_up_all(client)
-        monkeypatch.setattr(client.session.descriptors, "_stat_name", broken)
+        monkeypatch.setattr(descriptors, "_stat_cached", broken)
         reclaim(client, fid)
         assert fid.node.fd >= 0
 

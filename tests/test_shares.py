@@ -40,40 +40,81 @@ def test_users_have_no_bound_where_there_is_none() -> None:
 
 def test_what_waited_for_an_inode_may_have_to_wait_for_its_user() -> None:
     """And the other way round; it has both in the end."""
-    shares: Shares[str] = Shares(1, 1)
+    shares: Shares[str] = Shares(1, 2)
     assert shares.enter("a", 1, 1001)
-    assert shares.enter("b", 2, 1002)
-    assert not shares.enter("c", 1, 1002)  # for the inode
-    assert shares.leave(1, 1001) == []  # now for the user
-    assert shares.enter("d", 1, 1003)
-    assert shares.leave(2, 1002) == []  # for the inode again
-    assert shares.leave(1, 1003) == ["c"]
+    assert shares.enter("b", 2, 1001)
+    assert not shares.enter("c", 1, 1001)  # for the inode
+    assert not shares.enter("d", 3, 1001)  # for the user
+    assert shares.leave(1, 1001) == ["c"]
+    assert not shares.enter("e", 1, 1001)
+    assert shares.leave(2, 1001) == ["d"]
+    assert shares.leave(1, 1001) == ["e"]
+
+
+def test_one_user_takes_nothing_of_an_inode_from_another() -> None:
+    shares: Shares[str] = Shares(1, 4)
+    assert shares.enter("a", 1, 1001)
+    assert not shares.enter("b", 1, 1001)
+    for user in (1002, 0):
+        assert shares.enter("c", 1, user)
+        assert not shares.enter("d", 1, user)
+
+
+def test_what_does_not_move_is_let_through() -> None:
+    """So many times the share; what moves waits its turn."""
+    shares: Shares[int] = Shares(1, 2, times=3)
+    for number in range(10):
+        shares.enter(number, None, 1001)
+    moving = [shares.enter(number, None, 1002) for number in range(100, 104)]
+    assert moving == [True, True, False, False]
+    assert shares.overdue() == [], "it has only just begun to wait"
+    assert shares.leave(None, 1002) == [102]
+    assert shares.overdue() == [2, 3, 4, 5]
+    assert shares.overdue() == [103], "the other's has not moved since"
+    assert shares.overdue() == []
+    assert len(shares) == 4
+    # They are places like others.
+    given = [shares.leave(None, 1001) for _ in range(6)]
+    assert given == [[], [], [], [], [6], [7]]
+
+
+def test_users_leave_some_for_root() -> None:
+    shares: Shares[str] = Shares(9, 2, for_users=3, times=9)
+    assert all(shares.enter("a", None, user) for user in (1001, 1001, 1002))
+    assert not shares.enter("b", None, 1003)
+    assert shares.enter("c", None, 0)
+    assert shares.overdue() == shares.overdue() == []
+    assert shares.leave(None, 1002) == []
+    assert shares.overdue() == ["b"], "whoever's place it was"
 
 
 def test_at_random_no_bound_is_exceeded_and_nothing_is_lost() -> None:
     rng = random.Random(5)
-    shares: Shares[tuple[int, int | None, int | None]] = Shares(3, 5)
+    shares: Shares[tuple[int, int | None, int | None]] = Shares(3, 5, times=2)
     inside: list[tuple[int, int | None, int | None]] = []
     outside = 0
     for number in range(20_000):
-        if rng.random() < 0.5:
+        what = rng.random()
+        if what < 0.5:
             item = number, rng.choice((None, 1, 2, 3, 4)), rng.choice((None, 0, 7, 8, 9))
             if shares.enter(item, *item[1:]):
                 inside.append(item)
             else:
                 outside += 1
         elif inside:
+            ready = shares.overdue() if what > 0.95 else []
             item = inside.pop(rng.randrange(len(inside)))
-            ready = shares.leave(*item[1:])
+            ready += shares.leave(*item[1:])
             inside += ready
             outside -= len(ready)
         assert outside == len(shares)
-        inodes = Counter(item[1] for item in inside if item[1] is not None)
+        inodes = Counter((item[1], item[2] or 0) for item in inside if item[1] is not None)
         users = Counter(item[2] for item in inside if item[2])
-        assert max(inodes.values(), default=0) <= 3
-        assert max(users.values(), default=0) <= 5
+        assert max(inodes.values(), default=0) <= 6
+        assert max(users.values(), default=0) <= 10
     while inside:
         inside += shares.leave(*inside.pop()[1:])
     assert len(shares) == 0
     assert not shares._taken
     assert not shares._waiting
+    assert shares._users == 0

@@ -593,6 +593,7 @@ def test_where_all_are_stuck_more_are_started_and_end_again(
 ) -> None:
     """So that nobody waits for longer than that takes, up to a bound."""
     monkeypatch.setattr(workers, "_SPARE_TIME", 0.05)
+    monkeypatch.setattr(workers, "MOST_TIMES", 8)
     gate = threading.Event()
     with pool_of(2) as pool:
         for _ in range(2):
@@ -618,6 +619,30 @@ def test_where_all_are_stuck_more_are_started_and_end_again(
         late = threading.Event()
         pool.submit(late.set)
         passed(late)
+
+
+@pytest.mark.parametrize("by_user", [False, True])
+def test_a_queue_that_does_not_move_is_let_through(by_user: bool) -> None:
+    """Who waits behind his own calls that are stuck may have the kernel's lock of a directory."""
+    gate = threading.Event()
+    with pool_of(4, by_user=by_user) as pool:
+
+        def stuck() -> None:
+            passed(gate)
+            pool.leave(STUCK, 1001)
+
+        def other(over: threading.Event) -> None:
+            pool.leave(STUCK if not by_user else OTHER, 1001)
+            over.set()
+
+        for _ in range(2):
+            pool.submit(stuck, STUCK, 1001)
+        for _ in range(3):
+            over = threading.Event()
+            pool.submit(partial(other, over), STUCK if not by_user else OTHER, 1001)
+            passed(over)
+        assert not gate.is_set()
+        gate.set()
 
 
 def _pass_and_note(gate: threading.Event, done: list[int], number: int) -> None:

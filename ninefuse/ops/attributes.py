@@ -18,7 +18,7 @@ from ninefuse.ops.io import sync_path
 from ninefuse.ops.names import rename_within
 from ninefuse.order import END
 from ninefuse.session import PERMISSIONS, Session, Use, check_offset, path_of, patiently
-from ninefuse.syscalls import Attributes, SetTime, set_times, stat_descriptor
+from ninefuse.syscalls import Attributes, SetTime, may_write, set_times, stat_descriptor
 
 _A_SECOND = 1_000_000_000  # nanoseconds
 _SET_ID = st.S_ISUID | st.S_ISGID
@@ -166,6 +166,11 @@ def _chmod(fd: int, mode: int, caller: Caller | None) -> None:
         taken = _SET_ID if now & st.S_IXGRP else st.S_ISUID
         if caller is None or not now & _SET_ID or mode not in (now & ~_SET_ID, now & ~taken):
             raise
+        # Who may not write, nor could have the bits taken by that, asks by himself: the kernel
+        # believes him to be the owner still.
+        with acting_as(caller, (ENTER, fd, b"")):
+            if not may_write(fd):
+                raise
         with acting_as(None, bits=True):
             os.chmod(path, mode)
 

@@ -21,18 +21,23 @@ PAGE = mmap.PAGESIZE
 PAGES = 16
 _SECONDS = 2.0  # of each storm
 
-# The command, whose writes are late: a worker makes them late, or the engine is given them late.
+# The command, whose changes are late: a worker makes them late, or the engine is given them late.
 LATE = (
     sys.executable,
     "-c",
     """
 import sys, time, trio
 from ninefuse import cli, uring
-from ninefuse.ops import io
+from ninefuse.ops import attributes, io, names
 
-def late(*args, write=io._write_fully):
-    time.sleep(0.5)
-    return write(*args)
+def make_late(module, name):
+    function = getattr(module, name)
+
+    def late(*args):
+        time.sleep(0.5)
+        return function(*args)
+
+    setattr(module, name, late)
 
 def late_start(self, request, call, start=uring.Uring._write):
     async def begin():
@@ -40,8 +45,30 @@ def late_start(self, request, call, start=uring.Uring._write):
         start(self, request, call)
     trio.lowlevel.spawn_system_task(begin)
 
-io._write_fully = late
+make_late(io, "_write_fully")
+for name in "_ftruncate", "_truncate":
+    make_late(attributes, name)
+for name in "_rename", "_remove":
+    make_late(names, name)
 uring.Uring._write = late_start
+sys.exit(cli.main())
+""",
+)
+# The command, whose attributes are told late.
+LATE_ATTRIBUTES = (
+    sys.executable,
+    "-c",
+    """
+import sys, time
+from ninefuse import cli
+from ninefuse.ops import attributes
+
+def late(fd, look=attributes.stat_descriptor):
+    found = look(fd)
+    time.sleep(0.5)
+    return found
+
+attributes.stat_descriptor = late
 sys.exit(cli.main())
 """,
 )
@@ -140,3 +167,93 @@ def _disturb(path: Path, over: Any, how: str) -> None:
         else:
             os.close(os.open(path, os.O_RDONLY))
         time.sleep(0.0005)
+
+
+# Other pairs of requests
+
+
+def _truncate(path: Path) -> None:
+    os.truncate(path, PAGE // 2)
+
+
+def _append(path: Path) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND)
+    os.write(fd, b"x" * PAGE)
+    os.close(fd)
+
+
+def _store(path: Path) -> None:
+    fd = os.open(path, os.O_RDWR)
+    with mmap.mmap(fd, PAGE) as mapped:
+        mapped[:4] = b"here"
+        mapped.flush()
+    os.close(fd)
+
+
+def _looks(path: Path) -> tuple[int, int, int]:
+    a = os.stat(path)
+    return a.st_size, a.st_mtime_ns, a.st_ctime_ns
+
+
+@pytest.mark.parametrize("change", [_truncate, _append, _store])
+@pytest.mark.parametrize("server", SERVERS)
+def test_attributes_seen_during_a_change_do_not_stay(
+    new_mount: Callable[..., Mount], server: str, change: Callable[[Path], None]
+) -> None:
+    """A getattr overtakes a write, a truncation or the writing back of mapped pages."""
+    mount = new_mount("-o", "cache=loose", *options_of(server), command=LATE)
+    path = mount.path / "file"
+    (mount.source / "file").write_bytes(b"0" * PAGE)
+    os.link(mount.source / "file", mount.source / "other")
+    _looks(path)
+    with Child(change, path) as child:
+        time.sleep(0.2)
+        during = [os.stat(name, follow_symlinks=False) for name in (path, mount.path / "other")]
+        assert {a.st_ino for a in during} == {path.stat().st_ino}
+        child.result()
+    assert _looks(path) == _looks(mount.source / "file")
+    assert path.read_bytes() == (mount.source / "file").read_bytes()
+
+
+def test_attributes_from_before_a_write_do_not_stay(new_mount: Callable[..., Mount]) -> None:
+    """A getattr was answered before a write, and the kernel gets the answer after it."""
+    mount = new_mount("-o", "cache=loose", "--model", "first", command=LATE_ATTRIBUTES)
+    path = mount.path / "file"
+    (mount.source / "file").write_bytes(b"0" * PAGE)
+    fd = os.open(path, os.O_RDWR)
+    try:
+        os.pread(fd, 1, 0)
+        with Child(os.fstat, fd) as child:  # the access time has moved: the daemon is asked again
+            time.sleep(0.2)
+            os.pwrite(fd, b"x" * PAGE, PAGE)
+            assert not child.done(), "the kernel did not ask, or it was answered too soon"
+            child.result()
+    finally:
+        os.close(fd)
+    assert _looks(path) == _looks(mount.source / "file")
+
+
+@pytest.mark.parametrize("cache", ["none", "loose"])
+@pytest.mark.parametrize("server", SERVERS)
+def test_names_seen_during_a_change_do_not_stay(
+    new_mount: Callable[..., Mount], server: str, cache: str
+) -> None:
+    """A lookup or a listing overtakes a rename or an unlink; the kernel keeps them apart."""
+    mount = new_mount("-o", f"cache={cache}", *options_of(server), command=LATE)
+    for name in ("a", "b", "c"):
+        (mount.source / name).write_text(name)
+    paths = {name: mount.path / name for name in "abcd"}
+    for change, left in (
+        (lambda: os.rename(paths["a"], paths["b"]), "bc"),
+        (lambda: os.rename(paths["b"], paths["d"]), "cd"),
+        (lambda: os.unlink(paths["c"]), "d"),
+    ):
+        with Child(change) as child:
+            time.sleep(0.2)
+            for path in paths.values():
+                os.path.lexists(path)
+            os.listdir(mount.path)
+            child.result()
+        assert "".join(sorted(os.listdir(mount.path))) == left
+        assert "".join(name for name, path in paths.items() if path.exists()) == left
+    assert paths["d"].read_text() == "a"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import ninefuse
-from ninefuse import daemon, logs, manual, notify, options, preflight
+from ninefuse import daemon, logs, manual, notify, options, preflight, remount
 from ninefuse.exitcodes import ExitCode, Failure, report
 from ninefuse.options import Settings
 
@@ -82,8 +82,13 @@ def parse(argv: Sequence[str]) -> Settings:
 def mount(settings: Settings) -> int:
     """Check, mount, and serve: here in the foreground, otherwise as a daemon that is left behind.
 
+    Or have a mount that is there changed (mount(8), -o remount).
+
     Returns the exit code. Raises Failure.
     """
+    if settings.remount is not None:
+        remount.change(settings.source, settings.mountpoint, settings.remount)
+        return ExitCode.OK
     settings = preflight.check(settings)
     server = load()
 

@@ -247,8 +247,18 @@ async def _serve(
     adapter.statistics = counters.published
     point = stopper.point = _mount(adapter, settings)
     stopper.number = device.connection(settings.mountpoint) if point is None else point.number
-    if stopper.number is not None and not settings.one_file_system:
-        session.own_mount = OwnMount(mounts, stopper.number)
+    if stopper.number is not None:
+        if not settings.one_file_system:
+            session.own_mount = OwnMount(mounts, stopper.number)
+        # That a mount becomes read-only the kernel sees to by itself.
+        own = b"0:%d" % stopper.number
+        session.has_become_writable = lambda: mounts.is_writable(own)
+
+        def hide() -> None:
+            forbidden = mountflags.forbidden_in(mounts.flags_of(own))
+            session.fids.devices.hides = mountflags.HIDEABLE & ~forbidden
+
+        mounts.on_change = hide
     forgetter = _mind_the_table(session, settings)
     leaver = Leaver(session.fids, forgetter.ask_for)
 

@@ -50,6 +50,12 @@ def forbidden_by(options: Iterable[str]) -> int:
     return flags | (NOEXEC if "noexec" in given else 0)
 
 
+def forbidden_in(words: Iterable[bytes]) -> int:
+    """What a mount forbids whose flags are these in the mount table."""
+    given = set(words)
+    return sum(flag for flag, (forbidding, _) in _WORDS.items() if forbidding.encode() in given)
+
+
 def shown(a: Attributes, forbidden: int) -> Attributes:
     """A file's attributes without what is forbidden where it lies.
 

@@ -50,12 +50,16 @@ def _mount(words: Sequence[str]) -> int:
     if given.namespace is not None:
         _enter(given.namespace)
     if given.fake:
-        preflight.check(settings)
+        if settings.remount is None:
+            preflight.check(settings)
         return ExitCode.OK
     code = cli.mount(settings)
     if code == ExitCode.OK and given.verbose:
         source, mountpoint = map(shlex.quote, (settings.source, settings.mountpoint))
-        print(f"mount.ninefuse: {source} mounted on {mountpoint}, model {settings.model}")
+        if settings.remount is None:
+            print(f"mount.ninefuse: {source} mounted on {mountpoint}, model {settings.model}")
+        else:
+            print(f"mount.ninefuse: {mountpoint} remounted")
     return code
 
 

@@ -17,7 +17,7 @@ import re
 import select
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from ninefuse.syscalls import PollFd, device_behind, is_ready
@@ -66,6 +66,14 @@ def kind_at(path: str) -> str:
         if line.point == os.fsencode(path):
             kind = line.kind
     return os.fsdecode(kind)
+
+
+def of_file(fd: int) -> MountLine | None:
+    """The mount that an open file was reached by; None where the table does not show it."""
+    with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
+        found = re.search(rb"^mnt_id:\t(\d+)$", file.read(), re.M)
+    lines = (line for line in lines_of(_table()) if found and line.number == found[1])
+    return next(lines, None)
 
 
 def of_device(fd: int) -> tuple[str, frozenset[str]] | None:
@@ -159,8 +167,15 @@ class MountTable:
         return {int(line.number): line for line in lines_of(_all_of(self._table))}
 
 
+def _nothing() -> None:
+    pass
+
+
 class MountsBelow:
     """Knows what is mounted below a directory, by asking when that has changed.
+
+    Attributes:
+        on_change: called when the table was read anew, by whoever noticed; it may not wait.
 
     Args:
         directory: an absolute path. Where it cannot be followed in the table (it was moved,
@@ -176,6 +191,9 @@ class MountsBelow:
         self._address = ctypes.byref(self._pollfd)
         # Asking tells of a change once: whoever asks next waits for what was read then.
         self._lock = threading.Lock()
+        self._writable: frozenset[bytes] = frozenset()
+        self._flags: dict[bytes, frozenset[bytes]] = {}
+        self.on_change: Callable[[], None] = _nothing
         self._devices = self._look()
 
     def none(self) -> bool:
@@ -186,6 +204,15 @@ class MountsBelow:
         """Whether a file system of this device (major:minor) is. Costs as much."""
         return device in self._now()
 
+    def is_writable(self, device: bytes) -> bool:
+        """Whether a file system of this device is mounted, anywhere, not read-only itself."""
+        self._now()
+        return device in self._writable
+
+    def flags_of(self, device: bytes) -> frozenset[bytes]:
+        """The flags that all mounts of a device had when the table was read last."""
+        return self._flags.get(device, frozenset())
+
     def _now(self) -> frozenset[bytes]:
         with self._lock:
             if is_ready(self._address):
@@ -193,8 +220,15 @@ class MountsBelow:
             return self._devices
 
     def _look(self) -> frozenset[bytes]:
-        prefix, fields = self._prefix, fields_of(_all_of(self._table))
-        return frozenset(device for device, point in fields if point.startswith(prefix))
+        prefix = self._prefix
+        lines = list(lines_of(_all_of(self._table)))
+        self._writable = frozenset(a.device for a in lines if a.options.split(b",")[0] == b"rw")
+        self._flags = {}
+        for line in lines:
+            words = frozenset(line.flags.split(b","))
+            self._flags[line.device] = words & self._flags.get(line.device, words)
+        self.on_change()
+        return frozenset(line.device for line in lines if line.point.startswith(prefix))
 
 
 class OwnMount:

@@ -109,10 +109,11 @@ IGNORED = frozenset(
 )
 _IGNORED_PREFIXES = ("x-", "X-", "comment=", "user=")
 
-_NO_REMOUNT = (
-    "a mount cannot be given other options while it is served: unmount it and mount it anew "
-    "(mount -i -o remount,ro MNT makes it read-only, which the kernel does by itself)"
-)
+# Of the words that say when the kernel notes access times the last one wins. They matter to a
+# remount alone.
+_ACCESS_TIMES = ("atime", "noatime", "relatime", "norelatime", "strictatime", "nostrictatime")
+# What the kernel shows of a mount, which mount(8) hands back when that is to be changed.
+_SHOWN = ("user_id", "group_id", "rootmode", "fd", "max_read", "blksize")
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +132,8 @@ class Settings:
     attributes are served. acl: whether the kernel evaluates ACLs. one_file_system: whether what
     is mounted in the source is hidden. max_inodes: of how many files the kernel may know before
     it is asked to forget some; 0: any number. mount_options: the words for libfuse, each for an
-    -o of its own and already escaped.
+    -o of its own and already escaped. remount: the words by which a mount that is there is to be
+    changed; None: one is to be made.
     """
 
     source: str
@@ -160,6 +162,7 @@ class Settings:
     acl: bool = False
     one_file_system: bool = False
     mount_options: tuple[str, ...] = ()
+    remount: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,10 +170,13 @@ class MountOptions:
     """What the -o options said. None stands for "not given".
 
     flags: the kernel's flags in force, as words. The timeouts are in seconds. ignored: words that
-    mean nothing to us, which only a sloppy parse lets pass.
+    mean nothing to us, which only a sloppy parse lets pass. remount: whether a mount that is there
+    is to be changed. access_times: when that is to note them, a word of mount(8).
     """
 
     flags: tuple[str, ...] = ()
+    remount: bool = False
+    access_times: str | None = None
     ignored: tuple[str, ...] = ()
     allow_other: bool = False
     auto_unmount: bool = False
@@ -221,8 +227,7 @@ def parse_options(words: Iterable[str], *, sloppy: bool = False) -> MountOptions
 
     Arguments: words, one string `opt[,opt...]` for each -o; sloppy: unknown options are only
     noted (mount(8), -s).
-    Raises Failure(USAGE) that names the option when it is unknown or has a bad value, or asks
-    for a change of a mount that is there already.
+    Raises Failure(USAGE) that names the option when it is unknown or has a bad value.
     """
     flags: dict[str, str] = {}
     ignored: list[str] = []
@@ -231,8 +236,13 @@ def parse_options(words: Iterable[str], *, sloppy: bool = False) -> MountOptions
     timeouts: dict[str, float] = {}
     threads: int | None = None
     max_inodes = DEFAULT_MAX_INODES
-    for word in (word for text in words for word in split_words(text)):
+    access_times: str | None = None
+    given = [word for text in words for word in split_words(text)]
+    remount = "remount" in given
+    for word in given:
         name, _, value = word.partition("=")
+        if word in _ACCESS_TIMES:
+            access_times = word
         if word in _KERNEL_FLAGS:
             flags[_KERNEL_FLAGS[word][0]] = word
         elif word in _SWITCHES:
@@ -251,9 +261,8 @@ def parse_options(words: Iterable[str], *, sloppy: bool = False) -> MountOptions
             max_inodes = _whole(word, value)
         elif name in _TIMEOUTS:
             timeouts[name] = _seconds(word, value)
-        elif word == "remount":
-            # So mount(8) has it done that was told to change a mount (mount.fuse3(8) likewise).
-            raise Failure(ExitCode.USAGE, _NO_REMOUNT)
+        elif word == "remount" or (remount and name in _SHOWN):
+            pass
         elif sloppy:
             ignored.append(word)
         else:
@@ -265,6 +274,8 @@ def parse_options(words: Iterable[str], *, sloppy: bool = False) -> MountOptions
     seconds = _CACHE_SECONDS[cache]
     return MountOptions(
         flags=tuple(flags.values()),
+        remount=remount,
+        access_times=access_times,
         ignored=tuple(ignored),
         allow_other="allow_other" in switches,
         auto_unmount="auto_unmount" in switches,
@@ -394,7 +405,13 @@ def make_settings(
         one_file_system=options.one_file_system,
         max_inodes=options.max_inodes,
         mount_options=_words_for_libfuse(source, options),
+        remount=_words_to_change(options) if options.remount else None,
     )
+
+
+def _words_to_change(options: MountOptions) -> tuple[str, ...]:
+    words = [word for word in options.flags if word not in _ACCESS_TIMES]
+    return (*words, options.access_times) if options.access_times else tuple(words)
 
 
 def _words_for_libfuse(source: str, options: MountOptions) -> tuple[str, ...]:

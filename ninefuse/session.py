@@ -71,6 +71,8 @@ class Session:
         self.rename_lock = RenameLock()
         self.ranges = Ranges()
         self.read_only = read_only
+        # Whether the mount that the requests come by has been made writable since.
+        self.has_become_writable: Callable[[], bool] = bool
         self.sync_directories = sync_directories
         self.own_mount: OwnMount | None = None  # by which the requests come, if by one
         # Tells the client that the attributes of a fid's file are others than it believes. For
@@ -137,7 +139,7 @@ class Session:
 
     def writable(self) -> None:
         """Refuse with EROFS on a read-only session."""
-        if self.read_only:
+        if self.read_only and not self.has_become_writable():
             raise error(errno.EROFS)
 
     def stat_name(self, directory: int, name: bytes) -> Attributes:

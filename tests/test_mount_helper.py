@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 from apart import needs_namespace, script_apart
+from mounting import MODELS
 
-from ninefuse import cli, mounthelper
+from ninefuse import cli, mounthelper, mounts, syscalls
 from ninefuse.exitcodes import ExitCode, Failure
 from ninefuse.options import Settings
 
@@ -123,14 +125,39 @@ def test_the_service_that_runs_mount_8_speaks_for_itself(
     assert "NOTIFY_SOCKET" not in os.environ
 
 
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        (errno.EPERM, "cannot remount {}: Operation not permitted (changing a mount takes root)"),
+        (errno.EBUSY, "{} cannot be made read-only: files are open for writing there, which "),
+    ],
+)
+def test_a_remount_that_the_kernel_refuses(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    code: int,
+    text: str,
+) -> None:
+    line = mounts.MountLine(b"0:1", bytes(tmp_path), b"fuse.x", b"rw", b"1", b"rw,nosuid,noexec")
+    monkeypatch.setattr(mounts, "of_file", lambda fd: line)
+    asked: list[int] = []
+
+    def refused(source: str, target: str, kind: str, flags: int, data: str) -> None:
+        asked.append(flags)
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(syscalls, "mount", refused)
+    words = ["/no/such", str(tmp_path), "-o", "remount,ro,user_id=0,model=first,suid,nodiratime"]
+    assert mounthelper.main(words) == 32
+    assert text.format(tmp_path) in capsys.readouterr().err
+    # Read-only, nosuid, noexec (who knows of such a source?), nodiratime, relatime.
+    assert asked == [0x20 | 0x1 | 0x2 | 0x8 | 0x800 | 0x200000]
+
+
 # ---- with the real mount(8) ----------------------------------------------------------------------
 
 FLAGS = "relatime,user_id=0,group_id=0,default_permissions"
-NO_REMOUNT = (
-    "ninefuse: a mount cannot be given other options while it is served: unmount it and mount it"
-    " anew (mount -i -o remount,ro MNT makes it read-only, which the kernel does by itself) (see"
-    " ninefuse --help)"
-)
 
 
 @needs_namespace
@@ -141,7 +168,6 @@ def test_mount_runs_ninefuse_by_the_name_in_its_type() -> None:
         tell mount -t fuse.ninefuse /mnt/source /mnt/mount -o noexec,model=first
         shown /mnt/mount
         cat /mnt/mount/file
-        tell mount -o remount,ro /mnt/mount
         tell mount -i -o remount,ro /mnt/mount
         touch /mnt/mount/new 2>&1 || true
         tell umount /mnt/mount
@@ -158,8 +184,6 @@ def test_mount_runs_ninefuse_by_the_name_in_its_type() -> None:
         "= 0",
         f"/mnt/source fuse.ninefuse rw,noexec,{FLAGS}",
         "hello",
-        NO_REMOUNT,
-        f"= {ExitCode.USAGE:d}",
         "= 0",
         "touch: cannot touch '/mnt/mount/new': Read-only file system",
         "= 0",
@@ -208,6 +232,172 @@ def test_mount_runs_the_helper_for_the_type_ninefuse() -> None:
         "= 0",
         "= 1",  # it is in the other namespace only
         "hello",
+    ]
+
+
+REFUSED = "Read-only file system"
+CHANGES = """
+shown /mnt/mount
+for word in ro rw noatime relatime,noexec exec,nodiratime ro,diratime; do
+    tell mount -o remount,$word /mnt/mount
+    shown /mnt/mount
+    touch /mnt/mount/file 2>&1 || true
+done
+"""
+
+
+@needs_namespace
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("kind", ["fuse.ninefuse", "ninefuse"])
+def test_a_mount_is_changed_while_it_is_served(kind: str, model: str) -> None:
+    """Whatever mount(8) calls us by, which hands back what the mount table shows."""
+    made = f"mount -t {kind} -o nosuid,nodev,model={model} /mnt/source /mnt/mount\n"
+    done = script_apart(made + CHANGES)
+    rest = FLAGS.removeprefix("relatime,")
+    refused = f"touch: cannot touch '/mnt/mount/file': {REFUSED}"
+
+    def shown(flags: str) -> str:
+        return f"/mnt/source fuse.ninefuse {flags},{rest}"
+
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == [
+        shown("rw,nosuid,nodev,relatime"),
+        "= 0",
+        shown("ro,nosuid,nodev,relatime"),
+        refused,
+        "= 0",
+        shown("rw,nosuid,nodev,relatime"),
+        "= 0",
+        shown("rw,nosuid,nodev,noatime"),
+        "= 0",
+        shown("rw,nosuid,nodev,noexec,relatime"),
+        "= 0",
+        shown("rw,nosuid,nodev,nodiratime,relatime"),
+        "= 0",
+        shown("ro,nosuid,nodev,relatime"),
+        refused,
+    ]
+
+
+@needs_namespace
+@pytest.mark.parametrize("model", MODELS)
+def test_a_mount_that_was_made_read_only_becomes_writable(model: str) -> None:
+    """The daemon's own switch follows the table, there and back, by whatever way it changed."""
+    done = script_apart(
+        f"""
+        tell mount -t ninefuse -o ro,model={model} /mnt/source /mnt/mount
+        touch /mnt/mount/new 2>&1 || true
+        tell mount -o remount,rw /mnt/mount
+        echo hello > /mnt/mount/new
+        mkdir /mnt/mount/directory
+        mv /mnt/mount/new /mnt/mount/directory
+        setfattr -n user.k -v v /mnt/mount/directory/new 2> /dev/null || true
+        cat /mnt/source/directory/new
+        tell mount -i -o remount,ro /mnt/mount
+        rm /mnt/mount/directory/new 2>&1 || true
+        tell mount -i -o remount,rw /mnt/mount
+        rm /mnt/mount/directory/new
+        ls /mnt/source/directory
+        """
+    )
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == [
+        "= 0",
+        f"touch: cannot touch '/mnt/mount/new': {REFUSED}",
+        "= 0",
+        "hello",
+        "= 0",
+        f"rm: cannot remove '/mnt/mount/directory/new': {REFUSED}",
+        "= 0",
+    ]
+
+
+@needs_namespace
+def test_what_a_remount_by_fstab_says_and_what_it_does_not_change() -> None:
+    done = script_apart(
+        """
+        echo "/mnt/source /mnt/mount ninefuse model=first,nofail,allow_other,exec 0 0" > /mnt/fstab
+        touch /etc/fstab
+        mount --bind /mnt/fstab /etc/fstab
+        tell mount /mnt/mount
+        tell mount -v -o remount,ro /mnt/mount
+        shown /mnt/mount
+        tell mount -o remount /mnt/mount
+        shown /mnt/mount
+        tell mount -o remount,suid,dev,strictatime /mnt/mount
+        shown /mnt/mount
+        tell mount -o remount,sync /mnt/mount
+        sleep 60 > /mnt/mount/busy &
+        tell mount -o remount,ro /mnt/mount
+        kill $!
+        tell mount -f -o remount,ro /mnt/mount
+        shown /mnt/mount
+        tell mount -t ninefuse -o remount,noatime /mnt/source /mnt/mount
+        shown /mnt/mount
+        mkdir /mnt/third
+        tell ninefuse -o remount,ro /mnt/source /mnt/third
+        tell ninefuse -o remount,ro /mnt/source /mnt/mount/busy
+        """
+    )
+    assert done.stderr == ""
+    rest = "user_id=0,group_id=0,default_permissions,allow_other"
+    for_the_daemon = (
+        "ninefuse: -o remount,sync: that is for the daemon to do, which is told when it is"
+        " started: unmount, and mount anew (see ninefuse --help)"
+    )
+    nothing = "ninefuse: -o remount: nothing of ours is mounted on {}: mount it first (see"
+    lines = done.stdout.splitlines()
+    assert lines == [
+        "= 0",
+        "mount.ninefuse: /mnt/mount remounted",
+        "= 0",
+        f"/mnt/source fuse.ninefuse ro,nosuid,nodev,relatime,{rest}",
+        "= 0",
+        f"/mnt/source fuse.ninefuse rw,nosuid,nodev,relatime,{rest}",
+        "= 0",
+        f"/mnt/source fuse.ninefuse rw,nosuid,nodev,{rest}",
+        for_the_daemon,
+        "= 1",
+        "ninefuse: /mnt/mount cannot be made read-only: files are open for writing there, which"
+        " fuser -vm /mnt/mount shows: end the programs",
+        "= 32",
+        "= 0",
+        f"/mnt/source fuse.ninefuse rw,nosuid,nodev,{rest}",
+        "= 0",
+        f"/mnt/source fuse.ninefuse rw,nosuid,nodev,noatime,{rest}",
+        nothing.format("/mnt/third") + " ninefuse --help)",
+        f"= {ExitCode.USAGE:d}",
+        nothing.format("/mnt/mount/busy") + " ninefuse --help)",
+        f"= {ExitCode.USAGE:d}",
+    ]
+
+
+@needs_namespace
+@pytest.mark.parametrize("kind", ["fuse.ninefuse", "ninefuse"])
+def test_what_file_systems_in_the_source_forbid_is_hidden_once_the_mount_allows_it(
+    kind: str,
+) -> None:
+    """mount(8) takes nosuid away without asking us where it knows no type, or has -i."""
+    done = script_apart(
+        f"""
+        mkdir /mnt/source/below
+        mount -t tmpfs -o nosuid,nodev none /mnt/source/below
+        cp /bin/true /mnt/source/below/program
+        chmod 4755 /mnt/source/below/program
+        mknod /mnt/source/below/null c 1 3
+        tell mount -t {kind} -o nosuid,nodev,cache=none /mnt/source /mnt/mount
+        stat -c %a,%t:%T /mnt/mount/below/program /mnt/mount/below/null
+        tell mount -i -o remount,suid,dev /mnt/mount
+        stat -c %a,%t:%T /mnt/mount/below/program /mnt/mount/below/null
+        tell mount -i -o remount,nosuid,nodev /mnt/mount
+        stat -c %a,%t:%T /mnt/mount/below/program /mnt/mount/below/null
+        """
+    )
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == [
+        *("= 0", "4755,0:0", "644,1:3"),
+        *("= 0", "755,0:0", "644,0:1"),
+        *("= 0", "4755,0:0", "644,1:3"),
     ]
 
 

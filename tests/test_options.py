@@ -318,3 +318,17 @@ def test_io_uring_is_refused_where_it_would_not_be_used(words: str) -> None:
     assert caught.value.code == ExitCode.USAGE
     assert settings("engine=threads," + words).engine == "threads"
     assert settings("engine=uring").engine == "uring"
+
+
+def test_what_mount_8_hands_back_of_a_mount_that_is_to_be_changed() -> None:
+    """What the table shows, words of fstab, and at last what was asked for."""
+    text = (
+        "rw,nosuid,noexec,relatime,remount,noatime,ro,user_id=0,group_id=0,allow_other,model=first"
+    )
+    settings = make_settings("/s", "/m", parse_options([text]))
+    assert settings.remount == ("ro", "nosuid", "noexec", "noatime")
+    assert make_settings("/s", "/m", parse_options(["relatime,ro"])).remount is None
+    with pytest.raises(Failure, match="unknown option -o user_id=0"):
+        parse_options(["user_id=0"])
+    with pytest.raises(Failure, match="unknown option -o what"):
+        parse_options(["remount,what"])

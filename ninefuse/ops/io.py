@@ -5,6 +5,7 @@ Locks touched: none: a file whose data is slow holds up nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import mmap
@@ -84,12 +85,13 @@ async def lopen(session: Session, fid: int, flags: int, caller: Caller | None = 
         opened: OpenFile | OpenDirectory
         try:
             if kind == stat.S_IFDIR:
-                opened = OpenDirectory(await brief(on, _open_directory, use.fd, caller), owner)
+                quiet = session.noatime or session.nodiratime
+                fd = await brief(on, _open_directory, use.fd, caller, quiet)
+                opened = OpenDirectory(fd, owner)
             else:
                 kept = flags & (_KEPT_FLAGS | _EXECUTE)
-                fd = await patiently(
-                    lambda: blocking_unless(on, _open_file_now, _open_file, use.fd, kept, caller)
-                )
+                how = use.fd, kept, caller, session.noatime
+                fd = await patiently(lambda: blocking_unless(on, _open_file_now, _open_file, *how))
                 opened = OpenFile(fd, kept, _writer(kept, caller), owner)
         except BaseException:
             session.fids.unclaim(owner)
@@ -370,25 +372,40 @@ def _open_file_of(fid: Fid) -> OpenFile:
     raise error(errno.EISDIR if isinstance(fid.opened, OpenDirectory) else errno.EINVAL)
 
 
-def _open_directory(fd: int, caller: Caller | None) -> int:
+def _open_directory(fd: int, caller: Caller | None, quiet: bool) -> int:
     # Not "." in it, for which one would need the right to search it as well.
     with acting_as(caller, (ENTER, fd, b"")):
-        return os.open(path_of(fd), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        opened = os.open(path_of(fd), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    if quiet:
+        _leave_access_time(opened)
+    return opened
 
 
-def _open_file_now(fd: int, flags: int, caller: Caller | None) -> int:
+def _open_file_now(fd: int, flags: int, caller: Caller | None, quiet: bool) -> int:
     """`_open_file`, unless it may take its time."""
     if flags & os.O_TRUNC:
         raise error(errno.EAGAIN)
-    return _open_file(fd, flags, caller)
+    return _open_file(fd, flags, caller, quiet)
 
 
-def _open_file(fd: int, flags: int, caller: Caller | None) -> int:
+def _open_file(fd: int, flags: int, caller: Caller | None, quiet: bool) -> int:
     """Open a file; EAGAIN if somebody's lease on it keeps openers waiting (fcntl(2))."""
     opened = _open_at_once(fd, flags, caller)
     if not flags & os.O_NONBLOCK:
         os.set_blocking(opened, True)
+    if quiet:
+        _leave_access_time(opened)
     return opened
+
+
+def _leave_access_time(fd: int) -> None:
+    """Have reads by a descriptor leave the access time alone, if the file is the daemon's.
+
+    Or if the daemon is root. It is not asked of open(2), which is made with the caller's rights:
+    the caller may own nothing of it.
+    """
+    with contextlib.suppress(PermissionError):
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_NOATIME)
 
 
 def _open_at_once(fd: int, flags: int, caller: Caller | None) -> int:
@@ -425,6 +442,8 @@ def _create_file(
 
 def _path_descriptor(session: Session, fd: int) -> tuple[int, Attributes, Mark]:
     """An O_PATH descriptor of the very file that is open, whatever its name says by now."""
+    if session.noatime:
+        _leave_access_time(fd)
     path_fd = os.open(path_of(fd), os.O_PATH | os.O_CLOEXEC)
     try:
         attributes = stat_descriptor(path_fd)

@@ -151,12 +151,12 @@ class Node:
 class OpenFile:
     """The state of a fid after lopen or lcreate of a file.
 
-    ``writer`` is who opened it, where a write must be made with other ids than the daemon's;
-    ``group`` a further group to write in, or None; ``owner`` the user id of who opened it, whom
-    its descriptor is counted for, or None.
+    ``opener`` is who opened it, if that is known; ``writer`` the same, where a write must be
+    made with other ids than the daemon's; ``group`` a further group to write in, or None;
+    ``owner`` the user id of who opened it, whom its descriptor is counted for, or None.
     """
 
-    __slots__ = ("fd", "flags", "group", "owner", "writer")
+    __slots__ = ("fd", "flags", "group", "opener", "owner", "writer")
 
     def __init__(
         self, fd: int, flags: int, writer: Caller | None = None, owner: int | None = None
@@ -165,6 +165,7 @@ class OpenFile:
         self.flags = flags
         self.writer = writer
         self.group: int | None = None
+        self.opener: Caller | None = None
         self.owner = owner
 
     @property

@@ -98,10 +98,10 @@ async def lopen(session: Session, fid: int, flags: int, caller: Caller | None = 
             raise
         try:
             attributes = await brief(on, stat_descriptor, use.fd)
-            if kind == stat.S_IFREG and caller is not None and _has_mark(attributes.mode):
-                assert isinstance(opened, OpenFile)
-                if opened.writable:
-                    await blocking(on, _keep_mark, opened, caller, attributes.gid)
+            if isinstance(opened, OpenFile) and opened.writable:
+                opened.opener = caller
+                if _has_mark(attributes.mode):
+                    await blocking(on, _keep_mark, opened)
             session.fids.open(use.fid, opened)
         except BaseException:
             await blocking(on, session.fids.close_open, opened.fd, owner)
@@ -156,8 +156,9 @@ async def lcreate(
             node = session.fids.new_node(attributes, path_fd, (use.node, name), mark)
             try:
                 opened = OpenFile(fd, kept, _writer(kept, caller), owner)
-                if caller is not None and opened.writable and _has_mark(attributes.mode):
-                    await blocking(on, _keep_mark, opened, caller, attributes.gid)
+                opened.opener = caller
+                if opened.writable and _has_mark(attributes.mode):
+                    await blocking(on, _keep_mark, opened)
                 session.fids.open(use.fid, opened, node)
             finally:
                 session.fids.drop(node)
@@ -229,6 +230,8 @@ async def write(session: Session, fid: int, offset: int, data: bytes) -> int:
         if not file.writable:
             raise error(errno.EBADF)
         check_offset(offset)
+        if session.fids.set_id and use.node.path in session.fids.set_id and file.group is None:
+            await blocking(use.node.path, _keep_mark, file)  # it may have come after the open
         written = await _write(use.node.path, file, data, offset)
         while written < len(data) and _may_be_written_back(file, offset):
             # Of such a write the kernel heeds the error alone: a short count would be a loss
@@ -488,10 +491,12 @@ def _has_mark(mode: int) -> bool:
     return mode & (stat.S_ISGID | stat.S_IXGRP) == stat.S_ISGID
 
 
-def _keep_mark(file: OpenFile, caller: Caller, gid: int) -> None:
+def _keep_mark(file: OpenFile) -> None:
     """Have a file's set-group-id bit stay when it is written to, for whom the source leaves it."""
-    if os.geteuid() == 0 and keeps_mark(caller, gid):
-        file.writer, file.group = caller, gid
+    if file.opener is not None and os.geteuid() == 0:
+        a = os.fstat(file.fd)
+        if _has_mark(a.st_mode) and keeps_mark(file.opener, a.st_gid):
+            file.writer, file.group = file.opener, a.st_gid
 
 
 async def _write(on: int, file: OpenFile, data: bytes, offset: int) -> int:

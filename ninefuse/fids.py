@@ -162,13 +162,13 @@ class Node:
 class OpenFile:
     """The state of a fid after lopen or lcreate of a file.
 
-    ``writer`` is who opened it, where a write must be made with other ids than the daemon's;
-    ``group`` a further group to write in, or None; ``owner`` the user id of who opened it, whom
-    its descriptor is counted for, or None; ``live`` whether each read and write is one of the
-    source's, past every cache.
+    ``opener`` is who opened it, if that is known; ``writer`` the same, where a write must be
+    made with other ids than the daemon's; ``group`` a further group to write in, or None;
+    ``owner`` the user id of who opened it, whom its descriptor is counted for, or None; ``live``
+    whether each read and write is one of the source's, past every cache.
     """
 
-    __slots__ = ("fd", "flags", "group", "live", "owner", "writer")
+    __slots__ = ("fd", "flags", "group", "live", "opener", "owner", "writer")
 
     def __init__(
         self,
@@ -183,6 +183,7 @@ class OpenFile:
         self.flags = flags
         self.writer = writer
         self.group: int | None = None
+        self.opener: Caller | None = None
         self.owner = owner
 
     @property

@@ -114,6 +114,7 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
     )
     if settings.attr_timeout:
         session.attributes_changed = device.attributes_changed
+    session.noatime, session.nodiratime = settings.noatime, settings.nodiratime
     session.fids.devices.hides = mountflags.HIDEABLE & ~_forbidden(settings)
     with contextlib.ExitStack() as trace:
         tracer = None

@@ -26,7 +26,8 @@ DEFAULT_LOG_LEVEL = "info"
 # member says whether libfuse has to hear of it. It mounts nodev and nosuid for root too unless
 # told otherwise (mo->flags in its lib/mount.c), hence dev and suid are passed on, while rw,
 # exec, async and atime are what it does anyway. nodiratime is not passed on: libfuse 3.14
-# does not know the word, and the kernel never updates access times on a FUSE mount by itself.
+# does not know the word, and the kernel never updates access times on a FUSE mount by itself:
+# the source's are moved by our own reads, or not (Session.noatime).
 _KERNEL_FLAGS = {
     "ro": ("write", True),
     "rw": ("write", False),
@@ -149,6 +150,8 @@ class Settings:
     max_inodes: int = DEFAULT_MAX_INODES
     read_only: bool = False
     dirsync: bool = False
+    noatime: bool = False
+    nodiratime: bool = False
     sync: bool = False
     xattr: bool = True
     allow_other: bool = False
@@ -389,6 +392,8 @@ def make_settings(
         trace_file=None if trace_file is None else os.path.abspath(trace_file),
         read_only="ro" in options.flags,
         dirsync="dirsync" in options.flags,
+        noatime="noatime" in options.flags,
+        nodiratime="nodiratime" in options.flags,
         sync="sync" in options.flags,
         xattr=options.xattr,
         allow_other=options.allow_other,

@@ -74,6 +74,8 @@ class Session:
         # Whether the mount that the requests come by has been made writable since.
         self.has_become_writable: Callable[[], bool] = bool
         self.sync_directories = sync_directories
+        # Whether reads leave the access times alone, of all and of directories.
+        self.noatime = self.nodiratime = False
         self.own_mount: OwnMount | None = None  # by which the requests come, if by one
         # Tells the client that the attributes of a fid's file are others than it believes. For
         # a fid that a request under way was made with: then it waits for nobody.

@@ -236,6 +236,21 @@ def test_a_shared_mapping_is_written_back_to_the_source(place: Place) -> None:
     assert (place.source / "file").stat().st_size == 5 * PAGE
 
 
+def test_a_time_that_is_set_after_msync_stays(place: Place) -> None:
+    """Without msync it does not, nor does a store move it at once: README, limitations."""
+    path = place.path / "file"
+    path.write_bytes(b"data")
+    with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
+        os.utime(path, (5, 5))
+        memory[0:1] = b"D"
+        memory.flush()
+        assert path.stat().st_mtime > 5
+        assert (place.source / "file").read_bytes() == b"Data"
+        os.utime(path, (5, 5))
+    for seen in (path, place.source / "file"):
+        assert seen.stat().st_mtime == 5
+
+
 def test_a_mapping_outlives_its_descriptor(place: Place) -> None:
     path = place.path / "file"
     path.write_bytes(b"." * PAGE)

@@ -134,10 +134,6 @@ class Client:
     * A page of a shared mapping is written back by the daemon, with a write like any other, which
       takes set-user-id and set-group-id bits away; a write to a mapping of a plain file does
       not. `map` leaves alone what has such a bit.
-    * A set-group-id bit of a file that its group may not execute stays, on a plain file system,
-      when a member of the group truncates the file or gives it an owner. The daemon, which does
-      that for the caller, is no member, so the bit goes. `_new_mode` sees to it that there are
-      no such files: it takes an umask to have them here.
     * How big a file may be, the client's kernel does not know: it takes set-user-id and
       set-group-id bits away before the source answers EFBIG, which checks first. `truncate` and
       `pwrite` leave that out for files with such bits; and `lseek` is not taken so far, which
@@ -185,9 +181,6 @@ class Client:
     def _target(self, target: Target) -> bytes | int:
         return self._path(target) if isinstance(target, Place) else self._live(target).fd
 
-    def _new_mode(self, mode: int) -> int:
-        return mode & ~stat.S_ISGID if self._mask & stat.S_IXGRP else mode
-
     def shown(self, s: os.stat_result) -> tuple[object, ...]:
         kind = stat.S_IFMT(s.st_mode)
         same = tuple(n for n, o in enumerate(self._opened) if o.identity == (s.st_dev, s.st_ino))
@@ -205,7 +198,6 @@ class Client:
 
     def open(self, place: Place, flags: int, mode: int) -> object:
         # A FIFO is not waited for.
-        mode = self._new_mode(mode)
         fd = os.open(place.path, flags | os.O_NONBLOCK, mode, dir_fd=self._start(place))
         s = os.fstat(fd)
         kind = stat.S_IFMT(s.st_mode)
@@ -334,7 +326,7 @@ class Client:
         os.rmdir(place.path, dir_fd=self._start(place))
 
     def mknod(self, place: Place, mode: int) -> None:
-        os.mknod(place.path, self._new_mode(mode), dir_fd=self._start(place))
+        os.mknod(place.path, mode, dir_fd=self._start(place))
 
     def symlink(self, target: bytes, place: Place) -> None:
         os.symlink(target, place.path, dir_fd=self._start(place))

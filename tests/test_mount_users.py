@@ -240,3 +240,28 @@ def test_a_mount_that_must_not_be_served_is_not() -> None:
         " requests would come back into the daemon and freeze it: give a mount point outside",
         f"= {ExitCode.MOUNTPOINT_INSIDE_SOURCE:d}",
     ]
+
+
+@needs_namespace
+def test_a_program_that_the_user_may_not_read_does_not_start() -> None:
+    """Of a daemon of root it does (tests/test_mount_rights.py); README, limitations."""
+    done = script_apart(
+        opened_to_users()
+        + BEFORE
+        + """
+        cp /bin/true /mnt/source/program
+        chmod 711 /mnt/source/program
+        as_user ninefuse --log $log /mnt/source /mnt/mount
+        tell as_user /mnt/source/program
+        tell as_user /mnt/mount/program 2>/dev/null
+        chmod 755 /mnt/source/program
+        tell as_user /mnt/mount/program
+        as_user fusermount3 -u /mnt/mount
+        grep -E 'ERROR|WARNING|Traceback' $log || true
+        """
+    )
+    assert [line for line in done.stdout.splitlines() if line.startswith("=")] == [
+        "= 0",
+        "= 126",
+        "= 0",
+    ], done

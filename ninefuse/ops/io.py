@@ -5,6 +5,7 @@ Locks touched: none: a file whose data is slow holds up nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import mmap
@@ -93,7 +94,9 @@ async def lopen(session: Session, fid: int, flags: int, caller: Caller | None = 
         opened: OpenFile | OpenDirectory
         try:
             if kind == stat.S_IFDIR:
-                opened = OpenDirectory(await brief(on, _open_directory, use.fd, caller), owner)
+                quiet = session.noatime or session.nodiratime
+                fd = await brief(on, _open_directory, use.fd, caller, quiet)
+                opened = OpenDirectory(fd, owner)
             else:
                 kept = flags & (_KEPT_FLAGS | _EXECUTE)
                 fd = await _opened(session, on, use.fd, kept, caller)
@@ -105,8 +108,10 @@ async def lopen(session: Session, fid: int, flags: int, caller: Caller | None = 
             attributes = await brief(on, stat_descriptor, use.fd)
             if isinstance(opened, OpenFile):
                 opened.live = _is_live(use.node, attributes, flags)
-                if caller is not None and opened.writable and _has_mark(attributes.mode):
-                    await blocking(on, _keep_mark, opened, caller, attributes.gid)
+                if opened.writable:
+                    opened.opener = caller
+                    if _has_mark(attributes.mode):
+                        await blocking(on, _keep_mark, opened)
             session.fids.open(use.fid, opened)
         except BaseException:
             await blocking(on, session.fids.close_open, opened.fd, owner)
@@ -162,8 +167,9 @@ async def lcreate(
             try:
                 live = _is_live(node, attributes, os.O_RDWR)
                 opened = OpenFile(fd, kept, _writer(kept, caller), owner, live)
-                if caller is not None and opened.writable and _has_mark(attributes.mode):
-                    await blocking(on, _keep_mark, opened, caller, attributes.gid)
+                opened.opener = caller
+                if opened.writable and _has_mark(attributes.mode):
+                    await blocking(on, _keep_mark, opened)
                 session.fids.open(use.fid, opened, node)
             finally:
                 session.fids.drop(node)
@@ -243,6 +249,8 @@ async def write(session: Session, fid: int, offset: int, data: bytes) -> int:
         # What is appended begins where the file ends: nobody but the source knows where that is.
         end = END if file.flags & os.O_APPEND else offset + len(data)
         async with session.ranges.changing(on, offset, end):
+            if session.fids.set_id and on in session.fids.set_id and file.group is None:
+                await blocking(on, _keep_mark, file)  # it may have come after the open
             written = await _write(on, file, data, offset)
             while written < len(data) and _may_be_written_back(file, offset):
                 # Of such a write the kernel heeds the error alone: a short count would be a loss
@@ -395,37 +403,54 @@ def _open_file_of(fid: Fid) -> OpenFile:
     raise error(errno.EISDIR if isinstance(fid.opened, OpenDirectory) else errno.EINVAL)
 
 
-def _open_directory(fd: int, caller: Caller | None) -> int:
+def _open_directory(fd: int, caller: Caller | None, quiet: bool) -> int:
     # Not "." in it, for which one would need the right to search it as well.
     with acting_as(caller, (ENTER, fd, b"")):
-        return os.open(path_of(fd), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        opened = os.open(path_of(fd), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    if quiet:
+        _leave_access_time(opened)
+    return opened
 
 
 async def _opened(session: Session, on: int, fd: int, flags: int, caller: Caller | None) -> int:
+    how = fd, flags, caller, session.noatime
+
     async def ask() -> int:
         if not flags & os.O_TRUNC:
-            return await blocking_unless(on, _open_file_now, _open_file, fd, flags, caller)
+            return await blocking_unless(on, _open_file_now, _open_file, *how)
         # In its turn for as long as it is tried, but not while somebody has a lease on the file.
         async with session.ranges.changing(on, 0, END):
-            return await blocking(on, _open_file, fd, flags, caller)
+            return await blocking(on, _open_file, *how)
 
     # Who opens it without waiting is told of a lease, as on the source.
     return await (ask() if flags & os.O_NONBLOCK else patiently(ask))
 
 
-def _open_file_now(fd: int, flags: int, caller: Caller | None) -> int:
+def _open_file_now(fd: int, flags: int, caller: Caller | None, quiet: bool) -> int:
     """`_open_file`, unless it may take its time."""
     if flags & os.O_TRUNC:
         raise error(errno.EAGAIN)
-    return _open_file(fd, flags, caller)
+    return _open_file(fd, flags, caller, quiet)
 
 
-def _open_file(fd: int, flags: int, caller: Caller | None) -> int:
+def _open_file(fd: int, flags: int, caller: Caller | None, quiet: bool) -> int:
     """Open a file; EAGAIN if somebody's lease on it keeps openers waiting (fcntl(2))."""
     opened = _open_at_once(fd, flags, caller)
     if not flags & os.O_NONBLOCK:
         os.set_blocking(opened, True)
+    if quiet:
+        _leave_access_time(opened)
     return opened
+
+
+def _leave_access_time(fd: int) -> None:
+    """Have reads by a descriptor leave the access time alone, if the file is the daemon's.
+
+    Or if the daemon is root. It is not asked of open(2), which is made with the caller's rights:
+    the caller may own nothing of it.
+    """
+    with contextlib.suppress(PermissionError):
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_NOATIME)
 
 
 def _open_at_once(fd: int, flags: int, caller: Caller | None) -> int:
@@ -462,6 +487,8 @@ def _create_file(
 
 def _path_descriptor(session: Session, fd: int) -> tuple[int, Attributes, Mark]:
     """An O_PATH descriptor of the very file that is open, whatever its name says by now."""
+    if session.noatime:
+        _leave_access_time(fd)
     path_fd = os.open(path_of(fd), os.O_PATH | os.O_CLOEXEC)
     try:
         attributes = stat_descriptor(path_fd)
@@ -540,10 +567,12 @@ def _has_mark(mode: int) -> bool:
     return mode & (stat.S_ISGID | stat.S_IXGRP) == stat.S_ISGID
 
 
-def _keep_mark(file: OpenFile, caller: Caller, gid: int) -> None:
+def _keep_mark(file: OpenFile) -> None:
     """Have a file's set-group-id bit stay when it is written to, for whom the source leaves it."""
-    if os.geteuid() == 0 and keeps_mark(caller, gid):
-        file.writer, file.group = caller, gid
+    if file.opener is not None and os.geteuid() == 0:
+        a = os.fstat(file.fd)
+        if _has_mark(a.st_mode) and keeps_mark(file.opener, a.st_gid):
+            file.writer, file.group = file.opener, a.st_gid
 
 
 async def _write(on: int, file: OpenFile, data: bytes, offset: int) -> int:

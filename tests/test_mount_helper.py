@@ -139,7 +139,8 @@ def test_a_remount_that_the_kernel_refuses(
     code: int,
     text: str,
 ) -> None:
-    line = mounts.MountLine(b"0:1", bytes(tmp_path), b"fuse.x", b"rw", b"1", b"rw,nosuid,noexec")
+    flags = b"rw,nosuid,noexec"
+    line = mounts.MountLine(b"0:1", bytes(tmp_path), b"fuse.x", b"rw", b"1", flags=flags)
     monkeypatch.setattr(mounts, "of_file", lambda fd: line)
     asked: list[int] = []
 

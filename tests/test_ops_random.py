@@ -136,6 +136,8 @@ MESSAGES = [
     *2 * [step(ops.link, fids, fids, names)],
     *2 * [step(ops.rename, fids, fids, names)],
     *2 * [step(ops.renameat, fids, names, fids, names, st.sampled_from([0, 0, 1, 2, 3, 4]))],
+    # One that succeeds as a rule: by chance hardly any does.
+    step(ops.renameat, st.just(ROOT), st.just(b"b"), st.just(ROOT), names, st.just(0)),
     *2 * [step(ops.unlinkat, fids, names, st.sampled_from([0, 0, 0x200, 1]))],
     *2 * [step(ops.xattrwalk, fids, handles, attributes)],
     *2 * [step(ops.xattrcreate, fids, attributes, st.sampled_from([0, 3, 70000, -1]),

@@ -140,6 +140,7 @@ MESSAGES = [
     step(ops.renameat, st.just(ROOT), st.just(b"b"), st.just(ROOT), names, st.just(0)),
     *2 * [step(ops.unlinkat, fids, names, st.sampled_from([0, 0, 0x200, 1]))],
     *2 * [step(ops.xattrwalk, fids, handles, attributes)],
+    step(ops.xattrwalk, fids, handles, st.just(b"")),
     *2 * [step(ops.xattrcreate, fids, attributes, st.sampled_from([0, 3, 70000, -1]),
                st.integers(0, 4))],
     mostly(

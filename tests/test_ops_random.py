@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import inspect
+import itertools
 import os
 import stat
 from collections import Counter
@@ -16,7 +17,7 @@ import pytest
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
 from mounting import SOAK
-from ops_helpers import ROOT, UNKNOWN_NODEID, Client, client_of, no_leaks
+from ops_helpers import ROOT, UNKNOWN_NODEID, Client, client_of, fails, no_leaks
 
 from ninefuse import ops, sequences
 from ninefuse.credentials import Caller
@@ -260,6 +261,37 @@ def test_any_messages_on_a_read_only_session(
         }
         assert all(after[path].st_mtime_ns == found.st_mtime_ns for path, found in before.items())
         assert all(after[path].st_ctime_ns == found.st_ctime_ns for path, found in before.items())
+
+
+def test_what_is_left_to_luck_happens_once(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """With arguments that are right: at random hardly any are."""
+    with run(tmp_path_factory) as made:
+        handle = itertools.count(FIRST_HANDLE + 1000)
+        steps: list[Step] = [
+            (ops.walk, (ROOT, next(handle))),
+            (ops.lcreate, (FIRST_HANDLE + 1000, b"new", os.O_RDWR, 0o644)),
+            (ops.xattrwalk, (ROOT, next(handle), b"")),
+            (ops.mknod, (ROOT, b"fifo", stat.S_IFIFO | 0o644)),
+            (ops.symlink, (ROOT, b"link", b"a")),
+            (ops.renameat, (ROOT, b"new", ROOT, b"newer")),
+            (ops.walkgetattr, (ROOT, next(handle), b"newer")),
+            (ops.rename, (FIRST_HANDLE + 1002, ROOT, b"newest")),
+            (ops.link, (ROOT, FIRST_HANDLE + 1002, b"other")),
+            (ops.unlinkat, (ROOT, b"other")),
+            (ops.walk, (ROOT, next(handle))),
+            (ops.lopen, (FIRST_HANDLE + 1003, os.O_RDONLY)),
+            (ops.readdir, (FIRST_HANDLE + 1003, 0, 5000)),
+        ]
+        for operation, arguments in steps:
+            made.client.do(operation, *arguments)
+            made.tried[operation.__name__] += 1
+        with fails(errno.EMSGSIZE):
+            made.client.do(ops.version, 0, "9P2000.L")
+        made.tried["version"] += 1
+        made.refused["version"] += 1
+        made.client.do(ops.attach, ROOT, str(made.client.source))
 
 
 def test_every_operation_is_among_them() -> None:

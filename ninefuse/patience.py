@@ -61,9 +61,12 @@ class Patience:
             turns = self._turns.setdefault(user, _Turns())
             turns.waiting.append(resume)
             if not self._is_ticking:
-                self._is_ticking = True
                 thread = threading.Thread(target=self._tick, name="patience", daemon=True)
-                thread.start()
+                try:
+                    thread.start()
+                except RuntimeError:  # none to be had: the next that waits tries again
+                    return
+                self._is_ticking = True
                 self._thread = thread
 
     def ended(self, user: int | None) -> None:

@@ -68,6 +68,21 @@ def test_a_user_with_many_keeps_no_other_waiting() -> None:
     assert first == {1001: patience._AT_ONCE, 1002: 2}
 
 
+def test_without_a_thread_the_next_that_waits_tries_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting, first, second = Patience(), threading.Event(), threading.Event()
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        waiting.wait(first.set, None)
+    assert not first.wait(2 * patience._TICK)
+    waiting.wait(second.set, None)
+    passed(first)
+    passed(second)
+
+
 def test_at_the_end_all_goes_on_at_once() -> None:
     waiting, left = Patience(), list[int]()
     before = threading.active_count()

@@ -40,7 +40,11 @@ COMMAND_LINE = (
         ", if it is the second: [io_uring](docs/models.md#io_uring) where there is one (`auto`; "
         "not with `inline=off`), or workers only",
     ),
-    Option("--threads N", f"workers ({DEFAULT_THREADS})", f"; from 1 to {MAX_THREADS}"),
+    Option(
+        "--threads N",
+        f"workers ({DEFAULT_THREADS})",
+        f", to begin with: more are started where all are stuck; from 1 to {MAX_THREADS}",
+    ),
     Option(
         "--log FILE",
         "log to FILE; a daemon otherwise logs to syslog",

@@ -108,7 +108,7 @@ class Counters:
             f"errors: {', '.join(errors) or 'none'}",
             f"requests: {stayed} ended on the dispatcher, {count - stayed} handed over, "
             f"{crossings} crossings; {requests['running']} under way, "
-            f"{requests['queued']} queued, {requests['held_back']} held back for their inode",
+            f"{requests['queued']} queued, {requests['held_back']} held back for a share",
             *(_lock_line(name, lock) for name, lock in now["locks"].items()),
             f"fids: {fids['known']}, {fids['open']} of them open; "
             f"descriptors: {descriptors['open']}, {descriptors['nodes']} of them for nodes",

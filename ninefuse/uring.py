@@ -107,7 +107,7 @@ class Uring:
         """Queue the call of a request; it comes back from `done`, or from `overdue`.
 
         Returns:
-            False if a worker is to make it: all places are taken by calls that are stuck.
+            False if a worker is to make it: this user's places are taken by calls that are stuck.
         """
         number = request.user or 0
         user = self._users.get(number)

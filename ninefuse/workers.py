@@ -34,6 +34,7 @@ Job = Callable[[], None]
 
 MOST_TIMES = 64  # as many workers as asked for, where all are stuck
 SHARE_TIMES = 4  # as many for an inode or a user, where those are stuck
+_RESERVE = 4  # times as many as asked for, that are for root alone
 _STUCK = 0.1  # seconds without a job's beginning
 _SPARE_TIME = 10.0  # seconds that a further worker waits for something to do
 
@@ -61,7 +62,7 @@ class WorkerPool:
         half = max(1, threads // 2)
         self._most = MOST_TIMES * threads
         if by_user:
-            quarter, users = max(1, half // 2), self._most - SHARE_TIMES * threads
+            quarter, users = max(1, half // 2), self._most - _RESERVE * threads
             self._shares: Shares[Job] = Shares(quarter, half, users, SHARE_TIMES)
         else:
             self._shares = Shares(half, times=SHARE_TIMES)

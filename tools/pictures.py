@@ -181,8 +181,8 @@ def fid() -> str:
 # Who holds and awaits what: row, [(from, to, kind, words)].
 _ROWS = (
     (
-        "mkdir a/x",
-        ((20, 240, "state", "rename lock, read"), (70, 190, "call", "mkdirat")),
+        "lookup a/x",
+        ((20, 240, "state", "rename lock, read"),),
     ),
     (
         "rename a/y b/y",

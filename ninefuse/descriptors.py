@@ -226,11 +226,11 @@ class Descriptors:
         look = _Look(self._fids, self._stat_name, self.open_again, near)
         try:
             for node in nodes:
-                fd = -1
+                fd, uses = -1, node.uses
                 if closed < most and (
                     look.leads_back(node) or (last_resort and _has_another_name(node))
                 ):
-                    fd = fids.take_descriptor(node)
+                    fd = fids.take_descriptor(node, uses)
                 fids.unpin(node)
                 if fd >= 0:
                     fids.close_node(fd)

@@ -72,6 +72,7 @@ class Node:
         "place",
         "recent",
         "refs",
+        "uses",
     )
 
     def __init__(
@@ -98,6 +99,7 @@ class Node:
         self.refs = 1  # fids on it, and operations that use it: now its maker
         self.pins = 0  # operations that use its descriptor
         self.recent = False  # used since the reclaimer last came by
+        self.uses = 0  # so often, modulo 256: tells whether it was used in between
         # Monotonic seconds until which it is known to have no security.capability; while
         # that is asked, minus the time of asking.
         self.bare = 0.0
@@ -462,7 +464,9 @@ class FidTable:
         with self._counts:
             node.refs += 1
             node.pins += 1
-            node.recent = node.recent or use
+            if use:
+                node.recent = True
+                node.uses = (node.uses + 1) & 0xFF
             return node.fd >= 0
 
     def unpin(self, node: Node) -> None:
@@ -694,15 +698,19 @@ class FidTable:
                     node.refs += 1
                     cold.append(node)
 
-    def take_descriptor(self, node: Node) -> int:
+    def take_descriptor(self, node: Node, uses: int) -> int:
         """Take the descriptor of a node that only the caller uses and has pinned.
+
+        Args:
+            node: it.
+            uses: its uses when it was looked at.
 
         Returns:
             The descriptor, which is the caller's now, or -1 if the node is in use, or was
-            since it was chosen: its name may have been taken away, and lead to it no more.
+            since it was looked at: its name may have been taken away, and lead to it no more.
         """
         with self._counts:
-            if node.pins > 1 or node.refs > 2 or node.recent:
+            if node.pins > 1 or node.refs > 2 or node.uses != uses:
                 return -1
             return self._take(node)
 

@@ -88,12 +88,12 @@ class Leaver:
         fids, nameless = self._fids, []
         try:
             for node in nodes:
-                fd = -1
+                fd, uses = -1, node.uses
                 try:
                     if not has_names(node.fd):
                         nameless.append(node.path)
                     else:
-                        fd = fids.take_descriptor(node)
+                        fd = fids.take_descriptor(node, uses)
                 finally:
                     fids.unpin(node)
                 if fd >= 0:

@@ -187,7 +187,7 @@ class Client:
         for node in self.session.fids.coldest(sys.maxsize):
             if node is not fid.node:
                 node.recent = True
-            elif (fd := self.session.fids.take_descriptor(node)) >= 0:
+            elif (fd := self.session.fids.take_descriptor(node, node.uses)) >= 0:
                 self.session.fids.close_node(fd)
             self.session.fids.unpin(node)
         assert fid.node.fd == -1

@@ -291,6 +291,27 @@ def test_what_its_name_does_not_lead_back_to_keeps_its_descriptor(source: Path, 
         assert client.do(ops.getattr, file.number).size == 4
 
 
+def test_a_name_taken_away_just_after_the_look_keeps_the_descriptor(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if another reclaimer came by meanwhile, for whom that use was long ago."""
+    make_files(source, 1)
+    with few_descriptors(source, 1000) as client:
+        (fid,) = look_up_all(client)
+        leads_back = descriptors._Look.leads_back
+
+        def meanwhile(look: descriptors._Look, node: Node) -> bool:
+            found = leads_back(look, node)
+            client.do(ops.unlinkat, ROOT, b"0000")
+            node.recent = False
+            return found
+
+        monkeypatch.setattr(descriptors._Look, "leads_back", meanwhile)
+        reclaim(client, fid)
+        assert fid.node.fd >= 0
+        assert client.do(ops.getattr, fid.number).nlink == 0
+
+
 def test_a_name_that_cannot_be_looked_at_keeps_the_descriptor(
     source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,7 +47,7 @@ test:
 soak:
 	@tools/setup
 	@env NINEFUSE_ENGINE=threads .venv/bin/python -m pytest -k second tests/test_mount_*.py $(ARGS)
-	@exec env NINEFUSE_SOAK=1 .venv/bin/python -m pytest -s -o faulthandler_timeout=0 $(LONG) $(ARGS)
+	@exec env NINEFUSE_SOAK=1 .venv/bin/python -m pytest -s -o faulthandler_timeout=0 -o timeout=0 $(LONG) $(ARGS)
 
 conformance:
 	@tools/setup

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,9 +21,18 @@ from mounting import (
     fresh_place,
 )
 
+_END_LIMIT = 120.0  # seconds from the last test to the end of the process
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "limit(seconds): how long the watchdog gives a test")
+
+
+def pytest_sessionfinish(exitstatus: int) -> None:
+    """See that the process ends, though a thread of a test that failed may never do."""
+    last = threading.Timer(_END_LIMIT, os._exit, (exitstatus or 1,))
+    last.daemon = True
+    last.start()
 
 
 @pytest.fixture(scope="session")

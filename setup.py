@@ -1,4 +1,4 @@
-"""The extension ninefuse._ring, where this machine can build it; all else is in setup.cfg.
+"""The extension ninefuse.driving._ring, where this machine can build it; all else is in setup.cfg.
 
 It is optional: without liburing's headers, pkg-config, a compiler or Cython, ninefuse is
 built without it and does its input and output on threads.
@@ -36,8 +36,8 @@ def extensions() -> list[Extension]:
     if compiler is None or linker is None:
         return []
     ring = Extension(
-        "ninefuse._ring",
-        ["ninefuse/_ring.pyx"],
+        "ninefuse.driving._ring",
+        ["ninefuse/driving/_ring.pyx"],
         extra_compile_args=compiler,
         extra_link_args=linker,
     )

@@ -2,7 +2,7 @@
 
 import sys
 
-from ninefuse.cli import main
+from ninefuse.command.cli import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

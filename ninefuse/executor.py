@@ -1,7 +1,7 @@
 """The threading models: three drivers of the same operation bodies.
 
 A body (ninefuse/ops/) is a coroutine that yields a command wherever it may block
-(commands.py). A driver decides on which thread each call is made:
+(calls.py). A driver decides on which thread each call is made:
 
 * `NoThreading`: the dispatcher makes every call itself, one request at a time.
 * `FirstModel`: each call goes to a worker, its result comes back to the dispatcher,
@@ -39,20 +39,17 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import trio
 
-from ninefuse.commands import Acquire, Behind, Body, Call, Ended, Later, Release
-from ninefuse.counters import Answered
+from ninefuse.calls import Acquire, Behind, Body, Call, Ended, Later, Release
+from ninefuse.driving.counters import Answered
+from ninefuse.driving.patience import Patience
+from ninefuse.driving.uring import STUCK, Uring
+from ninefuse.driving.workers import PoolStatistics, WorkerPool
 from ninefuse.locks import table_lock_held
-from ninefuse.patience import Patience
-from ninefuse.qids import is_on_own_device
-from ninefuse.uring import STUCK, Uring
-from ninefuse.workers import PoolStatistics, WorkerPool
+from ninefuse.tree.qids import is_on_own_device
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-MODELS = ("none", "first", "second")
-
 
 _BATCH = 6  # deferred calls that may wait for more of them, …
 _BATCH_TIME = 0.01  # … for so many seconds
@@ -783,8 +780,8 @@ def create(model: str, threads: int, *, by_user: bool = False) -> Executor:
     """The driver of a threading model.
 
     Args:
-        model: one of `MODELS`, or the module and the name of an `Executor` of the user's own,
-            as ``package.module:Class``. It is called with the number of threads.
+        model: ``none``, ``first`` or ``second``; or the module and the name of an `Executor` of
+            the user's own, as ``package.module:Class``. It is called with the number of threads.
         threads: workers of the pool, 1 or more; the none model has no pool.
         by_user: whether each user is to have his share of the workers (not of a plugged in
             model's).

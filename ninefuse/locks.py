@@ -29,7 +29,7 @@ from collections import deque
 from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
-from ninefuse.commands import READ, WRITE, Acquire, Release
+from ninefuse.calls import READ, WRITE, Acquire, Release
 
 _table_holders: list[int] = []  # idents of the threads inside a TableLock's section
 

@@ -29,7 +29,8 @@ needs_namespace = pytest.mark.skipif(
 AS_NOBODY = (
     sys.executable,
     "-c",
-    "import encodings.unicode_escape, os, sys; from ninefuse import cli, mount; os.setgroups([]);"
+    "import encodings.unicode_escape, os, sys; from ninefuse import serve;"
+    " from ninefuse.command import cli; os.setgroups([]);"
     f" os.setresgid({NOBODY}, {NOBODY}, {NOBODY}); os.setresuid({NOBODY}, {NOBODY}, {NOBODY});"
     " sys.exit(cli.main())",
 )
@@ -72,7 +73,7 @@ _INSTALL = """
 mkdir /mnt/sbin /mnt/old-sbin /mnt/bin
 mount --bind /sbin/ /mnt/old-sbin
 ln -s /mnt/old-sbin/* /mnt/sbin/
-for command in ninefuse=cli mount.ninefuse=mounthelper; do
+for command in ninefuse=command.cli mount.ninefuse=command.mounthelper; do
     file=/mnt/bin/${command%=*}
     echo "#!/bin/sh" > $file
     echo "PYTHONPATH=$REPO exec $PYTHON -m ninefuse.${command#*=} \\"\\$@\\"" >> $file

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from mounting import (
-    MODELS,
     NINEFUSE,
     TEST_LIMIT,
     Mount,
@@ -21,11 +21,16 @@ from mounting import (
     fresh_place,
 )
 
+from ninefuse.settings import MODELS
+
 _END_LIMIT = 120.0  # seconds from the last test to the end of the process
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "limit(seconds): how long the watchdog gives a test")
+    # A shell starts what runs in its background with these ignored, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_sessionfinish(exitstatus: int) -> None:

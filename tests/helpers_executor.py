@@ -19,7 +19,7 @@ import pytest
 import trio
 import trio.testing
 
-from ninefuse.commands import Body
+from ninefuse.calls import Body
 from ninefuse.executor import Executor, create
 
 T = TypeVar("T")

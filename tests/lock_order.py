@@ -33,8 +33,11 @@ from typing import Any
 from unittest import mock
 
 import ninefuse
-from ninefuse import executor, locks, report, session, syscalls
+from ninefuse import executor, locks
+from ninefuse.linux import syscalls
 from ninefuse.locks import RenameLock
+from ninefuse.tree import session
+from ninefuse.watching import report
 
 log = logging.getLogger("ninefuse.locks")
 
@@ -44,20 +47,20 @@ RANK_NAMES = ("rename lock", "listing", "fid table", "counts", "innermost")
 
 # The mutexes, by the module and the class that make them.
 RANKS = {
-    ("ninefuse.listing", "Listing"): LISTING,
-    ("ninefuse.mounts", "MountsBelow"): LISTING,  # held while the mount table is read
-    ("ninefuse.places", "Mounts"): LISTING,  # likewise
-    ("ninefuse.forgetting", "Forgetter"): INNERMOST,
-    ("ninefuse.leaving", "Leaver"): INNERMOST,
-    ("ninefuse.fids", "FidTable"): COUNTS,
+    ("ninefuse.tree.listing", "Listing"): LISTING,
+    ("ninefuse.linux.mountinfo", "MountsBelow"): LISTING,  # held while the mount table is read
+    ("ninefuse.tree.places", "Mounts"): LISTING,  # likewise
+    ("ninefuse.fuse.forgetting", "Forgetter"): INNERMOST,
+    ("ninefuse.tree.leaving", "Leaver"): INNERMOST,
+    ("ninefuse.tree.fids", "FidTable"): COUNTS,
     ("ninefuse.locks", "RWLock"): INNERMOST,  # the state of a read-write lock
     ("ninefuse.executor", "Executor"): INNERMOST,  # the registry of requests
-    ("ninefuse.workers", "WorkerPool"): INNERMOST,
-    ("ninefuse.patience", "Patience"): INNERMOST,
-    ("ninefuse.order", "Ranges"): INNERMOST,
-    ("ninefuse.qids", "QidPaths"): INNERMOST,
-    ("ninefuse.trace_file", "TraceFile"): INNERMOST,
-    ("ninefuse.logs", "RepeatFilter"): INNERMOST,
+    ("ninefuse.driving.workers", "WorkerPool"): INNERMOST,
+    ("ninefuse.driving.patience", "Patience"): INNERMOST,
+    ("ninefuse.tree.order", "Ranges"): INNERMOST,
+    ("ninefuse.tree.qids", "QidPaths"): INNERMOST,
+    ("ninefuse.watching.trace_file", "TraceFile"): INNERMOST,
+    ("ninefuse.process.logs", "RepeatFilter"): INNERMOST,
 }
 # Taken by the thread that waits and given back by the one that wakes it: no mutex.
 HAND_SHAKES = {("ninefuse.locks", "_BlockingSection")}
@@ -393,7 +396,7 @@ class _Os:
 
 def modules() -> list[types.ModuleType]:
     """All modules of the daemon."""
-    elsewhere = ("ninefuse.bench", "ninefuse.__main__", "ninefuse._ring")
+    elsewhere = ("ninefuse.bench", "ninefuse.__main__", "ninefuse.driving._ring")
     return [
         importlib.import_module(module.name)
         for module in pkgutil.walk_packages(ninefuse.__path__, "ninefuse.")
@@ -463,7 +466,8 @@ def _put_in_place(watch: Watch, patches: contextlib.ExitStack) -> None:
 
 def run_daemon(most_descriptors: int = 16384) -> int:
     """The command, watched: violations are errors in its log, SIGUSR2 shows the locks too."""
-    from ninefuse import cli, mount
+    from ninefuse import serve
+    from ninefuse.command import cli
 
     watch = Watch()
     stacks = report.stacks
@@ -475,7 +479,7 @@ def run_daemon(most_descriptors: int = 16384) -> int:
 
         put(report, "stacks", lambda driver: [*watch.describe(), *stacks(driver)])
         few = functools.partial(session.Session, most_descriptors=most_descriptors)
-        put(mount, "Session", few)
+        put(serve, "Session", few)
         code = cli.main()
     waits = ", ".join(f"{name} {1e3 * s:.1f} ms" for name, s in sorted(watch.longest.items()))
     taken = ", ".join(f"{n} {name}" for name, n in zip(RANK_NAMES, watch.taken, strict=True))

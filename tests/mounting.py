@@ -31,7 +31,6 @@ from typing import Any, Generic, TypeVar
 T = TypeVar("T")
 
 REPO = Path(__file__).resolve().parent.parent
-MODELS = ("none", "first", "second")
 PATIENCE = 20.0  # seconds; only a test that fails waits so long
 SOAK = os.environ.get("NINEFUSE_SOAK") == "1"  # make soak: what takes longer
 TEST_LIMIT = 60.0  # seconds of one test, after which the watchdog ends its mounts
@@ -41,8 +40,8 @@ NINEFUSE = (sys.executable, "-m", "ninefuse")
 HASTY_NINEFUSE = (
     sys.executable,
     "-c",
-    "import sys; from ninefuse import cli, mount;"
-    " mount._BUSY_GRACE, mount._END_GRACE = 1.0, 0.5; sys.exit(cli.main())",
+    "import sys; from ninefuse import serve; from ninefuse.command import cli;"
+    " serve._BUSY_GRACE, serve._END_GRACE = 1.0, 0.5; sys.exit(cli.main())",
 )
 ENVIRONMENT = {
     **os.environ,
@@ -272,7 +271,7 @@ def control_file_system() -> int | None:
     with contextlib.suppress(OSError):
         if os.listdir(path):
             return os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    from ninefuse.syscalls import detached_mount
+    from ninefuse.linux.syscalls import detached_mount
 
     try:
         return detached_mount(b"fusectl")

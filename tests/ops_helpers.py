@@ -26,13 +26,13 @@ from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 import pytest
 
 from ninefuse import ops
-from ninefuse.commands import Acquire, Behind, Body, Call, Release
+from ninefuse.calls import Acquire, Behind, Body, Call, Release
 from ninefuse.executor import NoThreading
-from ninefuse.fids import Fid, Node, OpenDirectory, OpenFile
+from ninefuse.linux.syscalls import Attributes, DirectoryEntry, next_entry, read_records
 from ninefuse.ops.walk import KERNEL
-from ninefuse.qids import ROOT_NODEID
-from ninefuse.session import Session
-from ninefuse.syscalls import Attributes, DirectoryEntry, next_entry, read_records
+from ninefuse.tree.fids import Fid, Node, OpenDirectory, OpenFile
+from ninefuse.tree.qids import ROOT_NODEID
+from ninefuse.tree.session import Session
 
 P = ParamSpec("P")
 T = TypeVar("T")

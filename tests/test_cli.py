@@ -10,18 +10,19 @@ from pathlib import Path
 import pytest
 
 import ninefuse
-from ninefuse import cli, daemon, logs, preflight
+from ninefuse.command import cli, preflight
 from ninefuse.exitcodes import ExitCode, Failure
-from ninefuse.options import Settings
+from ninefuse.process import daemon, logs
+from ninefuse.settings import Settings
 
 Serve = Callable[[Settings, Callable[[], None]], int]
 
 
 class FakeMount(types.ModuleType):
-    """Stands for ninefuse.mount: calls ready, and remembers the settings."""
+    """Stands for ninefuse.serve: calls ready, and remembers the settings."""
 
     def __init__(self) -> None:
-        super().__init__("ninefuse.mount")
+        super().__init__("ninefuse.serve")
         self.served: list[Settings] = []
         self.outcome: int | BaseException = 0
 
@@ -37,7 +38,7 @@ class FakeMount(types.ModuleType):
 def mount(monkeypatch: pytest.MonkeyPatch) -> FakeMount:
     """Replace the mount, the checks and the set-up of logging."""
     fake = FakeMount()
-    monkeypatch.setitem(sys.modules, "ninefuse.mount", fake)
+    monkeypatch.setitem(sys.modules, "ninefuse.serve", fake)
     monkeypatch.setattr(ninefuse, "mount", fake, raising=False)
     monkeypatch.setattr(preflight, "check", lambda settings: settings)
     monkeypatch.setattr(logs, "configure", lambda settings, daemon: None)
@@ -285,7 +286,7 @@ def test_a_missing_library_is_named(
     mount: FakeMount, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delattr(ninefuse, "mount")
-    monkeypatch.setitem(sys.modules, "ninefuse.mount", None)
+    monkeypatch.setitem(sys.modules, "ninefuse.serve", None)
     assert cli.main(["/s", "/m"]) == 1
     err = capsys.readouterr().err
     assert "ninefuse" in err

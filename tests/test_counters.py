@@ -9,8 +9,8 @@ from helpers_executor import drive
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ninefuse.commands import blocking
-from ninefuse.counters import Latencies
+from ninefuse.calls import blocking
+from ninefuse.driving.counters import Latencies
 from ninefuse.executor import Executor
 from ninefuse.locks import RenameLock
 

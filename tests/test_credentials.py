@@ -1,4 +1,4 @@
-"""Whose rights a system call is made with (ninefuse/credentials.py)."""
+"""Whose rights a system call is made with (ninefuse/linux/credentials.py)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from ops_helpers import client as client
 from ops_helpers import leak_free as leak_free
 from ops_helpers import source as source
 
-from ninefuse import credentials, ops
-from ninefuse.credentials import Caller, acting_as, settle
+from ninefuse import ops
 from ninefuse.exitcodes import ExitCode
+from ninefuse.linux import credentials
+from ninefuse.linux.credentials import Caller, acting_as, settle
 from ninefuse.ops import Changes
 
 pytestmark = pytest.mark.usefixtures("leak_free")

@@ -20,7 +20,7 @@ LIMIT = 30.0
 SCRIPT = """
 import logging, os, signal, sys, time
 from pathlib import Path
-from ninefuse.daemon import run_detached
+from ninefuse.process.daemon import run_detached
 from ninefuse.exitcodes import ExitCode, Failure
 
 here = Path({here!r})
@@ -399,7 +399,7 @@ sys.stderr.flush()
 write("end", "no error")
 return 0
 """,
-        before="from ninefuse.daemon import open_standard_streams; open_standard_streams()",
+        before="from ninefuse.process.daemon import open_standard_streams; open_standard_streams()",
         wrapper=closing,
     )
     assert code == 0

@@ -28,13 +28,14 @@ from ops_helpers import client as client
 from ops_helpers import leak_free as leak_free
 from ops_helpers import source as source
 
-from ninefuse import descriptors, ops
-from ninefuse.credentials import Caller
-from ninefuse.descriptors import Descriptors
-from ninefuse.fids import Fid, Node, OpenDirectory, OpenFile
+from ninefuse import ops
+from ninefuse.linux.credentials import Caller
+from ninefuse.linux.syscalls import Attributes
 from ninefuse.ops.directory import fitted, readdirplus
-from ninefuse.qids import is_on_own_device
-from ninefuse.syscalls import Attributes
+from ninefuse.tree import descriptors
+from ninefuse.tree.descriptors import Descriptors
+from ninefuse.tree.fids import Fid, Node, OpenDirectory, OpenFile
+from ninefuse.tree.qids import is_on_own_device
 
 pytestmark = pytest.mark.usefixtures("leak_free")
 

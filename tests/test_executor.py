@@ -29,9 +29,10 @@ from helpers_executor import (
 )
 
 from ninefuse import executor as executor_module
-from ninefuse.commands import READ, WRITE, Acquire, Body, blocking, ended
-from ninefuse.executor import MODELS, Executor, NoThreading, create
+from ninefuse.calls import READ, WRITE, Acquire, Body, blocking, ended
+from ninefuse.executor import Executor, NoThreading, create
 from ninefuse.locks import RenameLock, TableLock
+from ninefuse.settings import MODELS
 
 POOLED = ["first", "second"]
 STUCK = 7  # an inode whose calls hang

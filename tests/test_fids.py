@@ -26,10 +26,11 @@ from ops_helpers import leak_free as leak_free
 from ops_helpers import source as source
 
 from ninefuse import ops
-from ninefuse.fids import FIRST_HANDLE, Fid, FidTable, Node, OpenDirectory, OpenFile
-from ninefuse.identity import Device, Devices, _By
-from ninefuse.places import hashed
-from ninefuse.qids import (
+from ninefuse.linux.syscalls import Attributes
+from ninefuse.tree.fids import FIRST_HANDLE, Fid, FidTable, Node, OpenDirectory, OpenFile
+from ninefuse.tree.identity import Device, Devices, _By
+from ninefuse.tree.places import hashed
+from ninefuse.tree.qids import (
     QTDIR,
     QTFILE,
     QTSYMLINK,
@@ -38,7 +39,6 @@ from ninefuse.qids import (
     is_on_own_device,
     qid_of,
 )
-from ninefuse.syscalls import Attributes
 
 pytestmark = pytest.mark.usefixtures("leak_free")
 

@@ -17,9 +17,11 @@ from ops_helpers import client as client
 from ops_helpers import leak_free as leak_free
 from ops_helpers import source as source
 
-from ninefuse import forgetting, memory, ops
-from ninefuse.fids import FidTable
-from ninefuse.forgetting import Forgetter
+from ninefuse import ops
+from ninefuse.fuse import forgetting
+from ninefuse.fuse.forgetting import Forgetter
+from ninefuse.process import memory
+from ninefuse.tree.fids import FidTable
 
 THE_ROOT = made_up(2, kind=stat.S_IFDIR)
 

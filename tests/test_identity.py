@@ -15,12 +15,13 @@ from mounting import run
 from ops_helpers import ROOT, Client, client_of, fails, made_up, needs_root
 from ops_helpers import leak_free as leak_free
 
-from ninefuse import ops, sequences
-from ninefuse.fids import Fid
-from ninefuse.identity import Devices
+from ninefuse import ops
+from ninefuse.fuse import callbacks
+from ninefuse.linux.syscalls import Attributes, FileSystem, stat_descriptor, stat_name
 from ninefuse.ops.directory import fitted, readdirplus
-from ninefuse.places import hashed
-from ninefuse.syscalls import Attributes, FileSystem, stat_descriptor, stat_name
+from ninefuse.tree.fids import Fid
+from ninefuse.tree.identity import Devices
+from ninefuse.tree.places import hashed
 
 pytestmark = [pytest.mark.usefixtures("leak_free"), needs_root]
 
@@ -214,7 +215,7 @@ def test_what_is_changed_through_the_mount_stays_known(without_marks: Client) ->
     file = client.know("file", start=directory.number)
     for number in (file.number, directory.number):
         for changes in (ops.Changes(mode=0o600), ops.Changes(gid=77), ops.Changes(uid=78)):
-            client.run(sequences.setattr(client.session, number, None, changes))
+            client.run(callbacks.setattr(client.session, number, None, changes))
             client.lose_descriptor(client.fid(number))
             assert client.do(ops.getattr, number).uid == (78 if changes.uid else 0)
             client.lose_descriptor(client.fid(number))

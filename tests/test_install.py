@@ -141,7 +141,12 @@ def test_an_installed_wheel_works_from_anywhere(tmp_path: Path, mountpoint: Path
     for path in PAGES:
         assert (venv / path).read_bytes() == (REPO / path).read_bytes(), path
     assert (site / f"ninefuse-{ninefuse.__version__}.dist-info/licenses/LICENSE").exists()
-    where = call(python, "-c", "import ninefuse.cli; print(ninefuse.cli.__file__)", cwd=tmp_path)
+    where = call(
+        python,
+        "-c",
+        "from ninefuse.command import cli; print(cli.__file__)",
+        cwd=tmp_path,
+    )
     assert where.startswith(str(site))
     assert "usage: ninefuse-bench" in call(venv / "bin/ninefuse-bench", "--help", cwd=Path("/"))
     serves(venv / "bin", tmp_path, mountpoint)

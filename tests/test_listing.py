@@ -1,4 +1,4 @@
-"""The entries of an open directory, by cookie (ninefuse/listing.py)."""
+"""The entries of an open directory, by cookie (ninefuse/tree/listing.py)."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from mounting import SOAK
 from ops_helpers import fails, in_threads, read_entries
 from ops_helpers import leak_free as leak_free
 
-from ninefuse import listing as listing_module
-from ninefuse.fids import OpenDirectory
-from ninefuse.listing import Listing
-from ninefuse.syscalls import DirectoryEntry, FileSystem, file_system_of, read_records
+from ninefuse.linux.syscalls import DirectoryEntry, FileSystem, file_system_of, read_records
+from ninefuse.tree import listing as listing_module
+from ninefuse.tree.fids import OpenDirectory
+from ninefuse.tree.listing import Listing
 
 pytestmark = pytest.mark.usefixtures("leak_free")
 

@@ -28,11 +28,14 @@ from mounting import REPO
 from ops_helpers import ROOT, Client, client_of
 from ops_helpers import source as source
 
-from ninefuse import executor, fids, listing, locks, ops, qids, session, syscalls, workers
-from ninefuse.commands import blocking
+from ninefuse import executor, locks, ops
+from ninefuse.calls import blocking
+from ninefuse.driving import workers
 from ninefuse.executor import Executor, NoThreading
+from ninefuse.linux import syscalls
 from ninefuse.locks import RenameLock
 from ninefuse.ops.directory import fitted, readdirplus
+from ninefuse.tree import fids, listing, qids, session
 
 
 def test_operations_keep_the_order(source: Path) -> None:
@@ -178,7 +181,7 @@ class Broken:
         (Broken.two_innermost, "mutex of QidPaths is taken inside mutex of Executor"),
         (Broken.system_call_inside_table, "stat is called inside fid table"),
         (Broken.our_own_system_call_inside_counts, "stat_name is called inside counts"),
-        (Broken.unknown_lock, "a lock of ninefuse.workers.<module> has no place in it"),
+        (Broken.unknown_lock, "a lock of ninefuse.driving.workers.<module> has no place in it"),
         (Broken.condition, "a Condition has no place in it"),
         (Broken.call_inside_the_rename_lock, "direct asks for a call inside the rename lock"),
         (Broken.rename_lock_inside_counts, "rename lock is taken inside counts"),

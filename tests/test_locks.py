@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from ninefuse import locks
-from ninefuse.commands import READ, WRITE, Acquire, Release
+from ninefuse.calls import READ, WRITE, Acquire, Release
 from ninefuse.locks import RenameLock, RWLock, TableLock, table_lock_held
 
 MODES = [READ, WRITE]

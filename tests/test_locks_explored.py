@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pytest
 from mounting import SOAK
 
-from ninefuse.commands import READ, WRITE
+from ninefuse.calls import READ, WRITE
 from ninefuse.locks import RWLock
 
 MODES = (READ, WRITE)

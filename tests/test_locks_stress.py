@@ -32,16 +32,17 @@ from mounting import SOAK
 from ops_helpers import ROOT, daemon_umask, no_leaks
 from ops_helpers import Client as DirectClient
 
-from ninefuse import executor, ops, sequences
-from ninefuse.commands import Body, blocking
-from ninefuse.credentials import Caller
+from ninefuse import executor, ops
+from ninefuse.calls import Body, blocking
+from ninefuse.driving.uring import Refused, Uring
 from ninefuse.executor import Executor, SecondModel
-from ninefuse.fids import Node
+from ninefuse.fuse import callbacks
+from ninefuse.linux.credentials import Caller
+from ninefuse.linux.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
 from ninefuse.locks import RenameLock
 from ninefuse.ops.directory import fitted, readdirplus
-from ninefuse.session import Session
-from ninefuse.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
-from ninefuse.uring import Refused, Uring
+from ninefuse.tree.fids import Node
+from ninefuse.tree.session import Session
 
 T = TypeVar("T")
 
@@ -66,7 +67,7 @@ CASES = [("none", 1), *itertools.product(SERVERS[1:], (1, 2, 16))]
 
 
 def create(server: str, threads: int) -> Executor:
-    """The driver, as mount.py puts it together."""
+    """The driver, as serve.py puts it together."""
     model, _, engine = server.partition("-")
     driver = executor.create(model, threads)
     if engine:
@@ -169,7 +170,7 @@ class World:
         for number in range(DIRECTORIES):
             above, name = number - 1 if number % 3 else -1, b"d%d" % number
             parent = ROOT if above < 0 else self.directories[above]
-            body = sequences.mkdir(self.session, parent, name, 0o700, ME)
+            body = callbacks.mkdir(self.session, parent, name, 0o700, ME)
             fid, _ = await self.run("mkdir", body)
             self.directories.append(fid.number)
             self.places.append((above, name))
@@ -296,7 +297,7 @@ class Client:
 
     async def look_up(self, place: tuple[int, bytes]) -> tuple[int, Any]:
         """A nodeid, whose lookup is counted, and attributes."""
-        body = sequences.lookup(self.session, self.world.number_of(place[0]), place[1])
+        body = callbacks.lookup(self.session, self.world.number_of(place[0]), place[1])
         fid, attributes = await self.run("lookup", body)
         self.lookups[fid.number] += 1
         return fid.number, attributes
@@ -305,7 +306,7 @@ class Client:
         """A new file, and what is in it."""
         token = b"%d of %d" % (next(self.tokens), self.number)
         parent = self.world.number_of(place[0])
-        body = sequences.create(self.session, parent, place[1], flags, 0o600, ME)
+        body = callbacks.create(self.session, parent, place[1], flags, 0o600, ME)
         handle, fid, _ = await self.run("create", body)
         self.lookups[fid.number] += 1
         body_of_write = ops.write(self.session, handle, 0, token)
@@ -339,7 +340,7 @@ class Client:
         token = self.own[place]
         nodeid, attributes = await self.look_up(place)
         assert attributes.size == len(token)
-        handle = await self.run("open", sequences.open_fid(self.session, nodeid, os.O_RDONLY))
+        handle = await self.run("open", callbacks.open_fid(self.session, nodeid, os.O_RDONLY))
         assert await self.run("read", ops.read(self.session, handle, 0, 100)) == token
         again = await self.run("getattr", ops.getattr(self.session, nodeid))
         assert (again.ino, again.size) == (attributes.ino, len(token))
@@ -371,7 +372,7 @@ class Client:
         if old and new:
             nodeid, _ = await self.look_up(old)
             parent = self.world.number_of(new[0])
-            body = sequences.link(self.session, nodeid, parent, new[1])
+            body = callbacks.link(self.session, nodeid, parent, new[1])
             fid, _ = await self.run("link", body)
             assert fid.number == nodeid
             self.lookups[nodeid] += 1
@@ -382,7 +383,7 @@ class Client:
         name = b"m%02d" % self.number
         one, other = self.any_directory(), self.any_directory()
         parent = self.world.number_of(one)
-        fid, _ = await self.run("mkdir", sequences.mkdir(self.session, parent, name, 0o700, ME))
+        fid, _ = await self.run("mkdir", callbacks.mkdir(self.session, parent, name, 0o700, ME))
         self.lookups[fid.number] += 1
         await self.rename((one, name), (other, name))
         parent = self.world.number_of(other)
@@ -395,7 +396,7 @@ class Client:
         """A directory has, of one's own names, those that one knows of."""
         directory = self.any_directory()
         parent = self.world.number_of(directory)
-        handle = await self.run("opendir", sequences.open_fid(self.session, parent, os.O_RDONLY))
+        handle = await self.run("opendir", callbacks.open_fid(self.session, parent, os.O_RDONLY))
         found, offset = [], 0
         while entries := await self.run("readdir", readdirplus(self.session, handle, offset)):
             fit = self.rng.randrange(1, len(entries) + 1)
@@ -422,7 +423,7 @@ class Client:
             if number == self.mine and time.monotonic() < self.world.until:
                 return
             count = self.lookups.pop(number)
-            await self.run("forget", sequences.forget(self.session, [(number, count)]))
+            await self.run("forget", callbacks.forget(self.session, [(number, count)]))
 
     # A file that stays for the whole time, is moved by one client, and used by all others
 

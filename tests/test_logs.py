@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from ninefuse import logs
 from ninefuse.exitcodes import ExitCode, Failure
-from ninefuse.options import Settings
-from ninefuse.trace_file import TraceFile
+from ninefuse.process import logs
+from ninefuse.settings import Settings
+from ninefuse.watching.trace_file import TraceFile
 
 SETTINGS = Settings(source="/src", mountpoint="/mnt")
 LOGGERS = ("", "pyfuse3", "trio")
@@ -342,8 +342,8 @@ def test_a_log_that_takes_nothing_does_not_keep_a_process_from_ending(tmp_path: 
     """Neither in the foreground nor where nothing is cleaned up."""
     program = (
         "import logging, os, sys\n"
-        "from ninefuse import logs\n"
-        "from ninefuse.options import Settings\n"
+        "from ninefuse.process import logs\n"
+        "from ninefuse.settings import Settings\n"
         "logs.configure(Settings('/src', '/mnt', log_file=sys.argv[1]), daemon=True)\n"
         "for n in range(1500):\n"
         "    logging.getLogger(f'ninefuse.{n}').warning('%s', 'x' * 100)\n"
@@ -367,8 +367,8 @@ def test_a_log_that_takes_nothing_does_not_keep_a_process_from_ending(tmp_path: 
 def test_short_commands_lose_nothing_and_a_forked_child_writes_its_own(tmp_path: Path) -> None:
     program = (
         "import logging, os, sys\n"
-        "from ninefuse import logs\n"
-        "from ninefuse.options import Settings\n"
+        "from ninefuse.process import logs\n"
+        "from ninefuse.settings import Settings\n"
         "def settings(name): return Settings('/src', '/mnt', log_file=sys.argv[1] + name)\n"
         "logs.configure(settings('parent'), daemon=True)\n"
         "logging.getLogger('ninefuse').warning('before')\n"

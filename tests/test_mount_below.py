@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from mounting import MODELS, Child, Mount, mount_ids, run
+from mounting import Child, Mount, mount_ids, run
 
-from ninefuse.mounts import MountsBelow, fields_of
+from ninefuse.linux.mountinfo import MountsBelow, fields_of
+from ninefuse.settings import MODELS
 
 
 def test_mounts_below_a_directory_are_noticed_as_they_come_and_go(

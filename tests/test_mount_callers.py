@@ -48,7 +48,7 @@ from mounting import (
 )
 from stuck import Attacker, Memory, memory_that_never_comes
 
-from ninefuse.uring import Refused, Uring
+from ninefuse.driving.uring import Refused, Uring
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts for others"),
@@ -657,7 +657,7 @@ def test_nobody_else_waits_for_an_attacker(
 FEW_REQUESTS = (
     sys.executable,
     "-c",
-    "import sys; from ninefuse import cli, executor;"
+    "import sys; from ninefuse import executor; from ninefuse.command import cli;"
     " executor.MOST_REQUESTS = 5; sys.exit(cli.main())",
 )
 

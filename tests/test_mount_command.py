@@ -20,7 +20,6 @@ from apart import AS_NOBODY, AS_ROOT, needs_namespace, run_apart
 from mounting import (
     ENVIRONMENT,
     HASTY_NINEFUSE,
-    MODELS,
     NINEFUSE,
     PATIENCE,
     REPO,
@@ -41,6 +40,7 @@ from mounting import (
 )
 
 from ninefuse.exitcodes import ExitCode
+from ninefuse.settings import MODELS
 
 PAGE = mmap.PAGESIZE
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 from mounting import PATIENCE, SOAK, Child, Mount, is_mounted, mount_ids, run, wait_until
 
-from ninefuse.uring import Refused, Uring
+from ninefuse.driving.uring import Refused, Uring
 
 TURNS = 3 if SOAK else 1  # of five copies each, for each way of each server
 
@@ -52,7 +52,7 @@ SERVERS = {
 LYING = (
     sys.executable,
     "-c",
-    "import os, sys; from ninefuse import adapter, cli;"
+    "import os, sys; from ninefuse.fuse import adapter; from ninefuse.command import cli;"
     " os.fsync = os.fdatasync = lambda fd: None;"
     " adapter.Adapter._kept = lambda self, flags: flags & ~adapter._SYNC;"
     " sys.exit(cli.main())",
@@ -61,7 +61,7 @@ LYING = (
 LATE = (
     sys.executable,
     "-c",
-    "import os, sys, threading; from ninefuse import cli; sync = os.fsync;"
+    "import os, sys, threading; from ninefuse.command import cli; sync = os.fsync;"
     " os.fsync = lambda fd: threading.Timer(0.3, sync, (os.dup(fd),)).start();"
     " sys.exit(cli.main())",
 )

@@ -31,7 +31,7 @@ from faultfs import ENDS
 from mounting import NINEFUSE, SOAK, Mount, Watchdog, errno_of, wait_until
 from test_mount_durable import SERVERS
 
-from ninefuse.uring import Refused, Uring
+from ninefuse.driving.uring import Refused, Uring
 
 CODES = (errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EROFS, errno.ENOSPC, errno.ENOSYS)
 PAGE = mmap.PAGESIZE

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 from file_systems import mounted
-from mounting import MODELS, Mount, become, errno_of, in_child, run
+from mounting import Mount, become, errno_of, in_child, run
 from ops_helpers import made_up
 
-from ninefuse import mountflags
-from ninefuse.identity import Devices
-from ninefuse.mountflags import NODEV, NOEXEC, NOSUID
-from ninefuse.syscalls import stat_descriptor
+from ninefuse.linux import mountflags
+from ninefuse.linux.mountflags import NODEV, NOEXEC, NOSUID
+from ninefuse.linux.syscalls import stat_descriptor
+from ninefuse.settings import MODELS
+from ninefuse.tree.identity import Devices
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root makes set-id programs")
 

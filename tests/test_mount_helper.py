@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 from apart import needs_namespace, script_apart
-from mounting import MODELS
 
-from ninefuse import cli, mounthelper, mounts, syscalls
+from ninefuse.command import cli, mounthelper
 from ninefuse.exitcodes import ExitCode, Failure
-from ninefuse.options import Settings
+from ninefuse.linux import mountinfo, syscalls
+from ninefuse.settings import MODELS, Settings
 
 # ---- the helper's own command line ---------------------------------------------------------------
 
@@ -140,8 +140,8 @@ def test_a_remount_that_the_kernel_refuses(
     text: str,
 ) -> None:
     flags = b"rw,nosuid,noexec"
-    line = mounts.MountLine(b"0:1", bytes(tmp_path), b"fuse.x", b"rw", b"1", flags=flags)
-    monkeypatch.setattr(mounts, "of_file", lambda fd: line)
+    line = mountinfo.MountLine(b"0:1", bytes(tmp_path), b"fuse.x", b"rw", b"1", flags=flags)
+    monkeypatch.setattr(mountinfo, "of_file", lambda fd: line)
     asked: list[int] = []
 
     def refused(source: str, target: str, kind: str, flags: int, data: str) -> None:
@@ -453,7 +453,7 @@ def test_mount_does_what_fstab_says_and_does_it_once() -> None:
 AUTOMOUNT = """
 cat > /mnt/automount <<'END'
 import fcntl, os, struct, subprocess
-from ninefuse import syscalls
+from ninefuse.linux import syscalls
 READY, FAILED = 0x9360, 0x9361
 reports, reporter = os.pipe()
 options = f"fd={reporter},pgrp={os.getpgrp()},minproto=5,maxproto=5,direct"

@@ -24,24 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mounting import (
-    MODELS,
-    NINEFUSE,
-    REPO,
-    SOAK,
-    Child,
-    Mount,
-    Place,
-    errno_of,
-    in_child,
-    run,
-    wait_until,
-)
+from mounting import NINEFUSE, REPO, SOAK, Child, Mount, Place, errno_of, in_child, run, wait_until
 from ops_helpers import ROOT, Client, client_of
 
-from ninefuse import ops, sequences
+from ninefuse import ops
+from ninefuse.fuse import callbacks
+from ninefuse.linux.syscalls import RENAME_EXCHANGE, rename
 from ninefuse.ops import Changes, LockRange
-from ninefuse.syscalls import RENAME_EXCHANGE, rename
+from ninefuse.settings import MODELS
 
 SECONDS = 20.0 if SOAK else 0.4  # of a race
 # Where the models share what is tested, or the second is worst at it.
@@ -351,7 +341,7 @@ def _use_in_every_way(client: Client, name: bytes) -> Counter[str]:
     for number in (fid, nodeid):
         for flags in (os.O_RDONLY, os.O_WRONLY, os.O_RDWR, os.O_RDWR | os.O_TRUNC, os.O_NONBLOCK):
             attempt(ops.lopen, number, flags)
-            attempt(sequences.open_fid, number, flags)
+            attempt(callbacks.open_fid, number, flags)
         for changes in (
             Changes(mode=0o640),
             Changes(uid=os.geteuid(), gid=os.getegid()),
@@ -365,9 +355,9 @@ def _use_in_every_way(client: Client, name: bytes) -> Counter[str]:
             (ops.wstat, Changes(mode=0o600), name), (ops.read, 0, 10), (ops.write, 0, b"x"),
             (ops.fsync,), (ops.readdir, 0, 1000), (ops.lock, 0, LockRange(1, 0, 0)),
             (ops.getlock, LockRange(1, 0, 0)), (ops.xattrwalk, client.new()),
-            (ops.xattrwalk, client.new(), b"user.x"), (sequences.listxattr,),
-            (sequences.getxattr, b"trusted.x"), (sequences.setxattr, b"trusted.x", b"1"),
-            (sequences.removexattr, b"trusted.x"), (ops.lcreate, b"x", os.O_RDWR, 0o600),
+            (ops.xattrwalk, client.new(), b"user.x"), (callbacks.listxattr,),
+            (callbacks.getxattr, b"trusted.x"), (callbacks.setxattr, b"trusted.x", b"1"),
+            (callbacks.removexattr, b"trusted.x"), (ops.lcreate, b"x", os.O_RDWR, 0o600),
             (ops.walk, client.new(), [b"x"]), (ops.rename, ROOT, b"moved"),
             (ops.rename, ROOT, name),
         ):  # fmt: skip

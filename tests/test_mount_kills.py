@@ -27,7 +27,7 @@ import pytest
 from mounting import NINEFUSE, SOAK, Child, Mount, Watchdog, run, wait_until
 from test_mount_durable import SERVERS
 
-from ninefuse.uring import Refused, Uring
+from ninefuse.driving.uring import Refused, Uring
 
 KILLS = 25 if SOAK else 1  # for each server and place
 PLACES = ("small", "disk") if SOAK else ("small",)
@@ -404,7 +404,7 @@ def test_a_daemon_killed_under_load_has_done_what_it_answered(
 # A daemon that answers before it has written.
 HASTY = """
 import sys, threading
-from ninefuse import cli
+from ninefuse.command import cli
 from ninefuse.ops import io
 
 def later(fd, data, offset):
@@ -417,7 +417,7 @@ sys.exit(cli.main())
 # One that makes a directory, and then finds that something else that it needs is missing.
 HALF = """
 import errno, sys
-from ninefuse import cli
+from ninefuse.command import cli
 from ninefuse.ops import names
 make = names._mkdir
 

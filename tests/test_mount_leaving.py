@@ -16,11 +16,12 @@ from pathlib import Path
 
 import pytest
 from file_systems import image, mounted
-from mounting import MODELS, Child, Mount, errno_of, run, wait_until
+from mounting import Child, Mount, errno_of, run, wait_until
 from ops_helpers import client_of
 
-from ninefuse import leaving
-from ninefuse.syscalls import stat_descriptor
+from ninefuse.linux.syscalls import stat_descriptor
+from ninefuse.settings import MODELS
+from ninefuse.tree import leaving
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts in the source")
 

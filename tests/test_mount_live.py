@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 from file_systems import mounted
-from mounting import MODELS, Child, Mount, errno_of, wait_until
+from mounting import Child, Mount, errno_of, wait_until
+
+from ninefuse.settings import MODELS
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts in the source")
 

@@ -20,7 +20,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from mounting import MODELS, SOAK, Child, Mount, wait_until
+from mounting import SOAK, Child, Mount, wait_until
+
+from ninefuse.settings import MODELS
 
 STALL = 0.3  # seconds
 IDLE_MEMORY = 60 * 1024  # KiB
@@ -152,7 +154,7 @@ def test_a_fresh_daemon_is_small(new_mount: Callable[..., Mount]) -> None:
 LIMITED = (
     sys.executable,
     "-c",
-    "import resource, sys; from ninefuse import cli;"
+    "import resource, sys; from ninefuse.command import cli;"
     f" resource.setrlimit(resource.RLIMIT_NOFILE, ({FEW_DESCRIPTORS}, {FEW_DESCRIPTORS}));"
     " sys.exit(cli.main())",
 )
@@ -326,7 +328,8 @@ PAUSING = (
     "-c",
     """
 import sys, time
-from ninefuse import cli, device
+from ninefuse.command import cli
+from ninefuse.fuse import device
 wait = device._Lowlevel._wait_for_request
 
 async def wait_and_pause(self, fd):

@@ -24,7 +24,7 @@ from typing import NamedTuple, NoReturn
 import pytest
 from mounting import PATIENCE, SOAK, Child, Mount, errno_of, unmount, wait_until
 
-from ninefuse.syscalls import RENAME_EXCHANGE, rename
+from ninefuse.linux.syscalls import RENAME_EXCHANGE, rename
 
 PROCESSES, THREADS = 10, 5
 DIRECTORIES = 8

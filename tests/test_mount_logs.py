@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from mounting import (
     ENVIRONMENT,
-    MODELS,
     NINEFUSE,
     PATIENCE,
     Log,
@@ -27,7 +26,8 @@ from mounting import (
 )
 from test_logs import put_fifo, put_hard_link, put_symlink
 
-from ninefuse.logs import REPEAT_LIMIT
+from ninefuse.process.logs import REPEAT_LIMIT
+from ninefuse.settings import MODELS
 
 # The command, with a fault in it: statfs ends in an exception that no operation should raise.
 FAULTY_NINEFUSE = (
@@ -35,11 +35,13 @@ FAULTY_NINEFUSE = (
     "-c",
     """
 import sys
-from ninefuse import cli, logs, sequences
+from ninefuse.command import cli
+from ninefuse.fuse import callbacks
+from ninefuse.process import logs
 def statfs(session):
     raise ZeroDivisionError
     yield
-sequences.statfs = statfs
+callbacks.statfs = statfs
 sys.exit(cli.main())
 """,
 )

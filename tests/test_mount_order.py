@@ -27,7 +27,8 @@ LATE = (
     "-c",
     """
 import sys, time, trio
-from ninefuse import cli, uring
+from ninefuse.command import cli
+from ninefuse.driving import uring
 from ninefuse.ops import attributes, io, names
 
 def make_late(module, name):
@@ -60,7 +61,7 @@ LATE_ATTRIBUTES = (
     "-c",
     """
 import sys, time
-from ninefuse import cli
+from ninefuse.command import cli
 from ninefuse.ops import attributes
 
 def late(fd, look=attributes.stat_descriptor):

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from mounting import MODELS, Mount, Place, errno_of, run
+from mounting import Mount, Place, errno_of, run
 
-from ninefuse.syscalls import RENAME_WHITEOUT, rename
+from ninefuse.linux.syscalls import RENAME_WHITEOUT, rename
+from ninefuse.settings import MODELS
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts an overlay")
 

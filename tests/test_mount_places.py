@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 from file_systems import file_system, image, mounted
-from mounting import MODELS, Child, Mount, errno_of, in_child, run, wait_until
+from mounting import Child, Mount, errno_of, in_child, run, wait_until
 
-from ninefuse.qids import is_on_own_device
+from ninefuse.settings import MODELS
+from ninefuse.tree.qids import is_on_own_device
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts in the source")
 

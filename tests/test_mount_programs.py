@@ -16,8 +16,10 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from mounting import ENVIRONMENT, MODELS, SOAK, Child, Place, in_child
+from mounting import ENVIRONMENT, SOAK, Child, Place, in_child
 from test_mount_attributes import plant, tree
+
+from ninefuse.settings import MODELS
 
 SCALE = 8 if SOAK else 1
 NOTHING: Mapping[str, str] = {}

@@ -32,8 +32,8 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from mounting import PATIENCE, SOAK, Child, Mount, become
 
-from ninefuse import credentials, syscalls
-from ninefuse.uring import Refused, Uring
+from ninefuse.driving.uring import Refused, Uring
+from ninefuse.linux import credentials, syscalls
 
 # What a failure tells, to have it again.
 SEED = int(os.environ.get("NINEFUSE_SEED", random.SystemRandom().getrandbits(32) if SOAK else 0))

@@ -18,7 +18,7 @@ import pytest
 from mounting import Child, Mount, Watchdog, errno_of, fresh_place
 from test_mount_stale_rights import ACCESS, DEFAULT, acl, tree
 
-from ninefuse import credentials
+from ninefuse.linux import credentials
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts for others")
 
@@ -35,7 +35,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def exchange(one: str, other: str) -> None:
-    from ninefuse import syscalls
+    from ninefuse.linux import syscalls
 
     here = os.open(".", os.O_PATH)
     try:

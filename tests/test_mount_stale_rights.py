@@ -91,7 +91,7 @@ def jobs_of_another(top: Path) -> None:
 
 
 def exchange(one: str, other: str) -> None:
-    from ninefuse import syscalls
+    from ninefuse.linux import syscalls
 
     here = os.open(".", os.O_PATH)
     try:

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mounting import MODELS, Mount, errno_of, wait_until
+from mounting import Mount, errno_of, wait_until
+
+from ninefuse.settings import MODELS
 
 NAME = "user.ninefuse.stats"
 

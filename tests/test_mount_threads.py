@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 from mounting import Mount
 
-from ninefuse.uring import Refused, Uring
+from ninefuse.driving.uring import Refused, Uring
 
 
 def affinities(mount: Mount) -> list[set[int]]:

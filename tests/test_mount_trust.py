@@ -33,7 +33,7 @@ from mounting import (
 from test_mount_sync import done, flags_of_descriptors
 
 from ninefuse.exitcodes import ExitCode
-from ninefuse.syscalls import RENAME_EXCHANGE, rename
+from ninefuse.linux.syscalls import RENAME_EXCHANGE, rename
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts for others")
 

@@ -146,7 +146,7 @@ def test_what_may_not_be_is_said_to_users_and_in_containers() -> None:
 OPENER = """
 cat > /mnt/opener <<'END'
 import os, sys
-from ninefuse import syscalls
+from ninefuse.linux import syscalls
 options, mountpoint, *command = sys.argv[1:]
 device = os.open("/dev/fuse", os.O_RDWR)
 os.set_inheritable(device, True)

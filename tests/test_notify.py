@@ -27,8 +27,8 @@ from mounting import (
     wait_until,
 )
 
-from ninefuse import notify
 from ninefuse.exitcodes import ExitCode
+from ninefuse.process import notify
 
 
 class Manager:

@@ -27,8 +27,8 @@ from ops_helpers import leak_free as leak_free
 from ops_helpers import source as source
 
 from ninefuse import ops
+from ninefuse.linux.syscalls import SetTime
 from ninefuse.ops import Changes
-from ninefuse.syscalls import SetTime
 
 pytestmark = pytest.mark.usefixtures("leak_free")
 

@@ -22,9 +22,9 @@ from ops_helpers import leak_free as leak_free
 from ops_helpers import source as source
 
 from ninefuse import ops
-from ninefuse.fids import OpenDirectory
+from ninefuse.linux.syscalls import DirectoryEntry
 from ninefuse.ops.directory import EntryPlus, fitted, readdirplus
-from ninefuse.syscalls import DirectoryEntry
+from ninefuse.tree.fids import OpenDirectory
 
 pytestmark = pytest.mark.usefixtures("leak_free")
 

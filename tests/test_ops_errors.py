@@ -15,15 +15,17 @@ from ops_helpers import ROOT, Client, client_of, need_attributes
 from ops_helpers import leak_free as leak_free
 from ops_helpers import source as source
 
-from ninefuse import ops, sequences, syscalls
-from ninefuse.commands import Body
-from ninefuse.credentials import Caller
-from ninefuse.fids import Fid
+from ninefuse import ops
+from ninefuse.calls import Body
+from ninefuse.fuse import callbacks
+from ninefuse.linux import syscalls
+from ninefuse.linux.credentials import Caller
+from ninefuse.linux.syscalls import RENAME_EXCHANGE
 from ninefuse.ops import Changes, LockRange
 from ninefuse.ops.directory import readdirplus
 from ninefuse.ops.io import report_close
-from ninefuse.session import Session
-from ninefuse.syscalls import RENAME_EXCHANGE
+from ninefuse.tree.fids import Fid
+from ninefuse.tree.session import Session
 
 pytestmark = pytest.mark.usefixtures("leak_free")
 
@@ -147,20 +149,20 @@ OPERATIONS: dict[str, Callable[[Session, Scene], Body[Any]]] = {
     "unlinkat of a directory": lambda s, c: ops.unlinkat(s, ROOT, b"empty", 0x200),
     "xattrwalk": lambda s, c: ops.xattrwalk(s, c.lost.number, NEW),
     "xattrwalk of a name": lambda s, c: ops.xattrwalk(s, c.file, NEW, b"user.x"),
-    "callback lookup": lambda s, c: sequences.lookup(s, ROOT, b"empty"),
-    "callback mkdir": lambda s, c: sequences.mkdir(s, ROOT, b"new", 0o700, ME),
-    "callback mknod": lambda s, c: sequences.mknod(s, ROOT, b"new", 0o100600, 0, ME),
-    "callback symlink": lambda s, c: sequences.symlink(s, ROOT, b"new", b"target", ME),
-    "callback link": lambda s, c: sequences.link(s, c.below.number, ROOT, b"new"),
-    "callback open": lambda s, c: sequences.open_fid(s, c.below.number, os.O_RDONLY),
-    "callback create": lambda s, c: sequences.create(s, ROOT, b"new", os.O_RDWR, 0o600, ME),
-    "callback setattr": lambda s, c: sequences.setattr(
+    "callback lookup": lambda s, c: callbacks.lookup(s, ROOT, b"empty"),
+    "callback mkdir": lambda s, c: callbacks.mkdir(s, ROOT, b"new", 0o700, ME),
+    "callback mknod": lambda s, c: callbacks.mknod(s, ROOT, b"new", 0o100600, 0, ME),
+    "callback symlink": lambda s, c: callbacks.symlink(s, ROOT, b"new", b"target", ME),
+    "callback link": lambda s, c: callbacks.link(s, c.below.number, ROOT, b"new"),
+    "callback open": lambda s, c: callbacks.open_fid(s, c.below.number, os.O_RDONLY),
+    "callback create": lambda s, c: callbacks.create(s, ROOT, b"new", os.O_RDWR, 0o600, ME),
+    "callback setattr": lambda s, c: callbacks.setattr(
         s, c.known.number, c.writing, Changes(mtime=1)
     ),
-    "callback getxattr": lambda s, c: sequences.getxattr(s, c.file, b"user.x"),
-    "callback listxattr": lambda s, c: sequences.listxattr(s, c.file),
-    "callback setxattr": lambda s, c: sequences.setxattr(s, c.file, b"user.y", b"y"),
-    "callback removexattr": lambda s, c: sequences.removexattr(s, c.file, b"user.x"),
+    "callback getxattr": lambda s, c: callbacks.getxattr(s, c.file, b"user.x"),
+    "callback listxattr": lambda s, c: callbacks.listxattr(s, c.file),
+    "callback setxattr": lambda s, c: callbacks.setxattr(s, c.file, b"user.y", b"y"),
+    "callback removexattr": lambda s, c: callbacks.removexattr(s, c.file, b"user.x"),
     "reclaiming": lambda s, c: s.descriptors._reclaim(),
 }
 ENDS_FIDS = {"clunk", "clunk of an attribute", "clunk that removes", "remove"}

@@ -29,7 +29,7 @@ from ops_helpers import source as source
 from ninefuse import ops
 from ninefuse.ops import LockRange, LockStatus
 from ninefuse.ops.io import report_close
-from ninefuse.qids import QTDIR, QTFILE
+from ninefuse.tree.qids import QTDIR, QTFILE
 
 pytestmark = pytest.mark.usefixtures("leak_free")
 
@@ -853,7 +853,7 @@ def test_a_lock_has_a_range_of_63_bits(client: Client, file: Path) -> None:
 
 
 def test_new_files_depend_on_the_umask_of_the_daemon_only(source: Path) -> None:
-    """It is 0 while it serves: the kernel has applied the caller's (mount.py)."""
+    """It is 0 while it serves: the kernel has applied the caller's (serve.py)."""
     with client_of(source) as client:
         client.do(ops.lcreate, client.walk(), b"f", os.O_RDWR, 0o666)
         client.do(ops.mkdir, ROOT, b"d", 0o777)

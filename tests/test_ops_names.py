@@ -25,13 +25,13 @@ from ops_helpers import leak_free as leak_free
 from ops_helpers import source as source
 
 from ninefuse import ops
-from ninefuse.fids import Fid
+from ninefuse.linux.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT, rename
 from ninefuse.ops import Changes
 from ninefuse.ops.directory import readdirplus
 from ninefuse.ops.names import AT_REMOVEDIR
 from ninefuse.ops.walk import KERNEL
-from ninefuse.qids import QTDIR, QTFILE, QTSYMLINK, Qid
-from ninefuse.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT, rename
+from ninefuse.tree.fids import Fid
+from ninefuse.tree.qids import QTDIR, QTFILE, QTSYMLINK, Qid
 
 pytestmark = pytest.mark.usefixtures("leak_free")
 

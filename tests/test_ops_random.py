@@ -19,14 +19,15 @@ from hypothesis import strategies as st
 from mounting import SOAK
 from ops_helpers import ROOT, UNKNOWN_NODEID, Client, client_of, fails, no_leaks
 
-from ninefuse import ops, sequences
-from ninefuse.credentials import Caller
-from ninefuse.fids import FIRST_HANDLE
+from ninefuse import ops
+from ninefuse.fuse import callbacks
+from ninefuse.linux.credentials import Caller
+from ninefuse.linux.syscalls import SetTime
 from ninefuse.ops import Changes, LockRange
 from ninefuse.ops.directory import fitted, readdirplus
 from ninefuse.ops.io import report_close
 from ninefuse.ops.walk import KERNEL
-from ninefuse.syscalls import SetTime
+from ninefuse.tree.fids import FIRST_HANDLE
 
 ME = Caller(os.geteuid(), os.getegid())
 
@@ -153,21 +154,21 @@ MESSAGES = [
          mostly(st.just(SOURCE), st.sampled_from(["/nowhere", "/dev/null", "", -1, 1 << 20]))),
 ]  # fmt: skip
 CALLBACKS = [
-    *2 * [step(sequences.lookup, fids, names)],
-    step(sequences.mkdir, fids, names, modes, st.just(ME)),
-    step(sequences.mknod, fids, names, modes, st.just(0), st.just(ME)),
-    step(sequences.symlink, fids, names, st.just(b"a"), st.just(ME)),
-    step(sequences.link, fids, fids, names),
-    step(sequences.unlink, fids, names, st.sampled_from([0, 0, 0x200, 1])),
-    step(sequences.rename, fids, names, fids, names, st.sampled_from([0, 0, 1, 2, 3, 4])),
-    *2 * [step(sequences.create, fids, names, open_flags, modes, st.just(ME))],
-    *2 * [step(sequences.open_fid, fids, open_flags)],
-    step(sequences.setattr, fids, st.one_of(st.none(), fids), changes),
-    step(sequences.getxattr, fids, attributes),
-    step(sequences.setxattr, fids, attributes, data),
-    step(sequences.listxattr, fids),
-    step(sequences.removexattr, fids, attributes),
-    step(sequences.forget, st.lists(st.tuples(fids, st.integers(0, 3)), max_size=3)),
+    *2 * [step(callbacks.lookup, fids, names)],
+    step(callbacks.mkdir, fids, names, modes, st.just(ME)),
+    step(callbacks.mknod, fids, names, modes, st.just(0), st.just(ME)),
+    step(callbacks.symlink, fids, names, st.just(b"a"), st.just(ME)),
+    step(callbacks.link, fids, fids, names),
+    step(callbacks.unlink, fids, names, st.sampled_from([0, 0, 0x200, 1])),
+    step(callbacks.rename, fids, names, fids, names, st.sampled_from([0, 0, 1, 2, 3, 4])),
+    *2 * [step(callbacks.create, fids, names, open_flags, modes, st.just(ME))],
+    *2 * [step(callbacks.open_fid, fids, open_flags)],
+    step(callbacks.setattr, fids, st.one_of(st.none(), fids), changes),
+    step(callbacks.getxattr, fids, attributes),
+    step(callbacks.setxattr, fids, attributes, data),
+    step(callbacks.listxattr, fids),
+    step(callbacks.removexattr, fids, attributes),
+    step(callbacks.forget, st.lists(st.tuples(fids, st.integers(0, 3)), max_size=3)),
 ]
 
 
@@ -299,13 +300,13 @@ def test_every_operation_is_among_them() -> None:
     operations = {
         name for name in ops.__all__ if inspect.iscoroutinefunction(getattr(ops, name))
     } - {"stat"}  # getattr's other name
-    callbacks = {
+    sequences = {
         name
-        for name, function in vars(sequences).items()
-        if inspect.iscoroutinefunction(function) and function.__module__ == sequences.__name__
+        for name, function in vars(callbacks).items()
+        if inspect.iscoroutinefunction(function) and function.__module__ == callbacks.__name__
         if not name.startswith("_")
     }
-    assert operations | callbacks <= drawn
+    assert operations | sequences <= drawn
     tried, refused = Run.tried, Run.refused
     if tried.total() < 5000:
         return  # not all of the tests above were run

@@ -30,14 +30,14 @@ from ops_helpers import leak_free as leak_free
 from ops_helpers import source as source
 
 from ninefuse import ops
-from ninefuse.commands import blocking
+from ninefuse.calls import blocking
 from ninefuse.executor import create
-from ninefuse.fids import FIRST_HANDLE
-from ninefuse.mounts import OwnMount
+from ninefuse.linux.mountinfo import OwnMount
 from ninefuse.ops.directory import readdirplus
 from ninefuse.ops.walk import KERNEL, MAXWELEM
-from ninefuse.qids import QTDIR, QTFILE, QTSYMLINK
-from ninefuse.session import Session
+from ninefuse.tree.fids import FIRST_HANDLE
+from ninefuse.tree.qids import QTDIR, QTFILE, QTSYMLINK
+from ninefuse.tree.session import Session
 
 pytestmark = pytest.mark.usefixtures("leak_free")
 

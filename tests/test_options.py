@@ -5,16 +5,15 @@ import os
 
 import pytest
 
-from ninefuse.exitcodes import ExitCode, Failure
-from ninefuse.options import (
-    DEFAULT_THREADS,
+from ninefuse.command.options import (
     MAX_THREADS,
     MountOptions,
-    Settings,
     make_settings,
     parse_options,
     split_words,
 )
+from ninefuse.exitcodes import ExitCode, Failure
+from ninefuse.settings import DEFAULT_THREADS, Settings
 
 
 def settings(*words: str, source: str = "/src") -> Settings:

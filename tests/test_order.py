@@ -19,12 +19,12 @@ from ops_helpers import leak_free as leak_free
 from ops_helpers import source as source
 
 from ninefuse import ops
-from ninefuse.commands import Behind, Body, Call, blocking
+from ninefuse.calls import Behind, Body, Call, blocking
+from ninefuse.driving.uring import Refused, Uring
 from ninefuse.executor import Executor, Request, SecondModel
 from ninefuse.ops import io
-from ninefuse.order import END, Ranges
-from ninefuse.session import Session
-from ninefuse.uring import Refused, Uring
+from ninefuse.tree.order import END, Ranges
+from ninefuse.tree.session import Session
 
 FILE = 7
 

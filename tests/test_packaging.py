@@ -23,8 +23,8 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 import ninefuse
-from ninefuse import cli
-from ninefuse.options import parse_options
+from ninefuse.command import cli
+from ninefuse.command.options import parse_options
 
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST = "3.10"
@@ -276,7 +276,7 @@ def test_wheel_holds_the_whole_package_and_nothing_else(wheel: zipfile.ZipFile) 
     }
     assert {name for name in names if not name.endswith(".so")} == tree
     extensions = sorted(names - tree)
-    assert [name.split(".")[0] for name in extensions] == ["ninefuse/_ring"] * HAS_LIBURING
+    assert [name.split(".")[0] for name in extensions] == ["ninefuse/driving/_ring"] * HAS_LIBURING
 
 
 @pytest.mark.parametrize("missing", ["liburing", "compiler"])
@@ -290,7 +290,10 @@ def test_ninefuse_is_built_without_its_extension(tmp_path: Path, missing: str) -
     with zipfile.ZipFile(built) as opened:
         assert not [name for name in opened.namelist() if name.endswith(".so")]
         opened.extractall(tmp_path / "installed")
-    code = "import ninefuse.cli, importlib.util; print(importlib.util.find_spec('ninefuse._ring'))"
+    code = (
+        "import ninefuse.command.cli, importlib.util;"
+        " print(importlib.util.find_spec('ninefuse.driving._ring'))"
+    )
     done = run(sys.executable, "-c", code, cwd=tmp_path / "installed")
     assert (done.stdout, done.stderr) == ("None\n", "")
 
@@ -300,8 +303,8 @@ def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
     entry_points = configparser.ConfigParser()
     entry_points.read_string(wheel.read(f"{info}/entry_points.txt").decode())
     scripts = dict(entry_points["console_scripts"])
-    assert scripts["ninefuse"] == "ninefuse.cli:main"
-    assert scripts["mount.ninefuse"] == "ninefuse.mounthelper:main"
+    assert scripts["ninefuse"] == "ninefuse.command.cli:main"
+    assert scripts["mount.ninefuse"] == "ninefuse.command.mounthelper:main"
     assert scripts["ninefuse-bench"] == "ninefuse.bench.command:main"
     for target in scripts.values():
         module, _, function = target.partition(":")
@@ -345,7 +348,13 @@ for name in bindfs fio; do
 done
 """
 
-STAMPED = ("requirements.txt", "setup.cfg", "setup.py", "pyproject.toml", "ninefuse/_ring.pyx")
+STAMPED = (
+    "requirements.txt",
+    "setup.cfg",
+    "setup.py",
+    "pyproject.toml",
+    "ninefuse/driving/_ring.pyx",
+)
 
 BASICS = "sh cat cksum cp cut dirname env flock grep id ln mkdir mktemp mv rm sed sleep"
 TEST_TOOLS = (

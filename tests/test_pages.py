@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from ninefuse import manual, options
-from ninefuse.cli import make_parser
+from ninefuse.command import manual, options
+from ninefuse.command.cli import make_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 20.0

@@ -20,12 +20,15 @@ from helpers_executor import PATIENCE, begin, drive, passed, until
 from mounting import Child, Mount, errno_of, wait_until
 from ops_helpers import ROOT, fails
 
-from ninefuse import ops, patience, sequences, session
-from ninefuse.commands import later
-from ninefuse.credentials import Caller
+from ninefuse import ops
+from ninefuse.calls import later
+from ninefuse.driving import patience
+from ninefuse.driving.patience import Patience
 from ninefuse.executor import Executor
-from ninefuse.patience import Patience
-from ninefuse.session import Session, patiently
+from ninefuse.fuse import callbacks
+from ninefuse.linux.credentials import Caller
+from ninefuse.tree import session
+from ninefuse.tree.session import Session, patiently
 
 ME = Caller(os.geteuid(), os.getegid())
 
@@ -209,13 +212,13 @@ def test_a_lease_keeps_no_worker(
             executor.is_local = True  # type: ignore[attr-defined]
         session = Session(executor)
         await executor.run("attach", ops.attach(session, ROOT, str(tmp_path)))
-        fid, _ = await executor.run("lookup", sequences.lookup(session, ROOT, b"file"))
+        fid, _ = await executor.run("lookup", callbacks.lookup(session, ROOT, b"file"))
         if what == "truncate":
             changes = ops.Changes(size=0)
-            body = sequences.setattr(session, fid.number, None, changes)
+            body = callbacks.setattr(session, fid.number, None, changes)
         else:
             flags = os.O_RDWR | (os.O_TRUNC if "empty" in what else 0)
-            body = sequences.open_fid(session, fid.number, flags, ME)  # type: ignore[assignment]
+            body = callbacks.open_fid(session, fid.number, flags, ME)  # type: ignore[assignment]
         async with trio.open_nursery() as nursery:
             opening = await begin(nursery, executor, "open", body)
             for _ in range(20):

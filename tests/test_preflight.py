@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from ninefuse import preflight
+from ninefuse.command import preflight
 from ninefuse.exitcodes import ExitCode, Failure
-from ninefuse.options import Settings
+from ninefuse.settings import Settings
 
 NOBODY = 65534
 

@@ -28,11 +28,11 @@ from ops_helpers import leak_free as leak_free
 from ops_helpers import source as source
 
 from ninefuse import ops
-from ninefuse.descriptors import Descriptors, _Look
-from ninefuse.fids import Node, error
 from ninefuse.locks import table_lock_held
 from ninefuse.ops.walk import KERNEL
-from ninefuse.session import Session
+from ninefuse.tree.descriptors import Descriptors, _Look
+from ninefuse.tree.fids import Node, error
+from ninefuse.tree.session import Session
 
 pytestmark = pytest.mark.usefixtures("leak_free")
 

@@ -1,4 +1,7 @@
-"""Requests by io_uring (ninefuse/_ring.pyx); skipped where it is not built or not allowed."""
+"""Requests by io_uring (ninefuse/driving/_ring.pyx).
+
+Skipped where it is not built or not allowed.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +29,10 @@ from ops_helpers import descriptors
 from ops_helpers import leak_free as leak_free
 
 if TYPE_CHECKING:
-    from ninefuse._ring import Ring, probe
+    from ninefuse.driving._ring import Ring, probe
 else:
     try:
-        built = importlib.import_module("ninefuse._ring")
+        built = importlib.import_module("ninefuse.driving._ring")
     except ImportError as refused:
         pytest.skip(f"the extension is not built: {refused}", allow_module_level=True)
     Ring, probe = built.Ring, built.probe
@@ -631,7 +634,7 @@ def test_no_descriptor_is_left_when_none_can_be_made() -> None:
 # Has the kernel answer one system call with an error from now on (seccomp(2)), and tells.
 REFUSING = """
 import ctypes, os, struct, sys, time
-from ninefuse._ring import Ring, probe
+from ninefuse.driving._ring import Ring, probe
 number, code = int(sys.argv[1]), int(sys.argv[2])
 early = Ring()
 program = b"".join(

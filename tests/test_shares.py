@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 
-from ninefuse.shares import Shares
+from ninefuse.driving.shares import Shares
 
 
 def test_an_inode_has_so_many_places() -> None:

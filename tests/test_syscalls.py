@@ -1,4 +1,4 @@
-"""System calls that Python's os module lacks (ninefuse/syscalls.py)."""
+"""System calls that Python's os module lacks (ninefuse/linux/syscalls.py)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import pytest
 from ops_helpers import fails, need_devices, needs_root, read_entries
 from ops_helpers import leak_free as leak_free
 
-from ninefuse import syscalls
-from ninefuse.syscalls import (
+from ninefuse.linux import syscalls
+from ninefuse.linux.syscalls import (
     RENAME_EXCHANGE,
     RENAME_NOREPLACE,
     SetTime,

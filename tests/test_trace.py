@@ -18,16 +18,18 @@ import pytest
 import trio
 from conftest import start
 from helpers_executor import begin, drive, passed
-from mounting import MODELS, Mount, Watchdog, wait_until
+from mounting import Mount, Watchdog, wait_until
 from trace_format import Event, check, number_of, read, requests
 
-from ninefuse import executor, ops, trace_file
-from ninefuse.commands import blocking
+from ninefuse import executor, ops
+from ninefuse.calls import blocking
 from ninefuse.exitcodes import ExitCode, Failure
 from ninefuse.locks import RenameLock, TableLock
-from ninefuse.session import Session
-from ninefuse.trace_file import Lane, Piece, TraceFile, Way
-from ninefuse.tracing import Tracer
+from ninefuse.settings import MODELS
+from ninefuse.tree.session import Session
+from ninefuse.watching import trace_file
+from ninefuse.watching.trace_file import Lane, Piece, TraceFile, Way
+from ninefuse.watching.tracing import Tracer
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -18,14 +18,15 @@ import trio.testing
 from helpers_executor import drive
 from mounting import Mount
 
-from ninefuse import ops, sequences
-from ninefuse.commands import Call, blocking
-from ninefuse.credentials import Caller
+from ninefuse import ops
+from ninefuse.calls import Call, blocking
+from ninefuse.driving.uring import PLACES, Refused, Uring
 from ninefuse.executor import Executor, Request, SecondModel
-from ninefuse.fids import OpenFile
+from ninefuse.fuse import callbacks
+from ninefuse.linux.credentials import Caller
 from ninefuse.ops import io
-from ninefuse.session import Session
-from ninefuse.uring import PLACES, Refused, Uring
+from ninefuse.tree.fids import OpenFile
+from ninefuse.tree.session import Session
 
 ME = Caller(os.geteuid(), os.getegid())
 
@@ -64,7 +65,7 @@ def through(
 
 
 async def create(driver: SecondModel, session: Session, name: bytes, flags: int = 0) -> int:
-    body = sequences.create(session, 1, name, os.O_RDWR | flags, 0o600, ME)
+    body = callbacks.create(session, 1, name, os.O_RDWR | flags, 0o600, ME)
     handle, _, _ = await driver.run("create", body)
     return handle
 
@@ -293,7 +294,7 @@ def test_after_a_short_write_only_the_rest_is_written(
 
 
 def test_without_the_module_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ninefuse._ring", None)
+    monkeypatch.setitem(sys.modules, "ninefuse.driving._ring", None)
     with pytest.raises(Refused, match="built without"):
         Uring()
 
@@ -301,8 +302,8 @@ def test_without_the_module_there_is_none(monkeypatch: pytest.MonkeyPatch) -> No
 WITHOUT = (
     sys.executable,
     "-c",
-    "import sys; sys.modules['ninefuse._ring'] = None\n"
-    "from ninefuse import cli; sys.exit(cli.main())",
+    "import sys; sys.modules['ninefuse.driving._ring'] = None\n"
+    "from ninefuse.command import cli; sys.exit(cli.main())",
 )
 
 

@@ -1,4 +1,4 @@
-"""The worker pool and its bound for each inode (ninefuse/workers.py)."""
+"""The worker pool and its bound for each inode (ninefuse/driving/workers.py)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 from helpers_executor import PATIENCE, bounded, eager_switches, passed
 
-from ninefuse import workers
-from ninefuse.workers import WorkerPool
+from ninefuse.driving import workers
+from ninefuse.driving.workers import WorkerPool
 
 STUCK = 7  # an inode whose calls hang
 OTHER = 8

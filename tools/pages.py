@@ -23,8 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import ninefuse  # noqa: E402
-from ninefuse import cli, manual, options  # noqa: E402
 from ninefuse.bench import command as bench  # noqa: E402
+from ninefuse.command import cli, manual, options  # noqa: E402
+from ninefuse.settings import MODELS  # noqa: E402
 from ninefuse.stats import command as stats  # noqa: E402
 
 PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
@@ -153,7 +154,7 @@ def completion(name: str, shell: str) -> str:
         if action.metavar in kind:
             action.complete = kind[action.metavar]  # type: ignore[attr-defined]
         elif "--model" in action.option_strings:
-            action.choices = options.MODELS
+            action.choices = MODELS
     made = shtab.complete(parser, shell, preamble=_PREAMBLE[shell] if name == "ninefuse" else "")
     if name == "ninefuse" and shell == "bash":
         made += _BASH_WHOLE_WORDS

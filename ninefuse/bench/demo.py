@@ -30,7 +30,7 @@ from ninefuse.bench.common import (
 )
 from ninefuse.bench.mounted import Mounted, ninefuse_command, unmounter
 from ninefuse.exitcodes import one_line
-from ninefuse.options import MODELS
+from ninefuse.settings import MODELS
 
 CLIENTS = (1, 2, 5, 10)
 SOURCE = "source"

@@ -8,11 +8,11 @@ from __future__ import annotations
 import errno
 import os
 
-from ninefuse.commands import blocking, ended
-from ninefuse.fids import error
-from ninefuse.qids import Qid
-from ninefuse.session import Session
-from ninefuse.syscalls import stat_descriptor
+from ninefuse.calls import blocking, ended
+from ninefuse.linux.syscalls import stat_descriptor
+from ninefuse.tree.fids import error
+from ninefuse.tree.qids import Qid
+from ninefuse.tree.session import Session
 
 MIN_MSIZE = 4096  # bytes
 MAX_MSIZE = 1 << 20

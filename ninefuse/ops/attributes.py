@@ -11,14 +11,14 @@ import stat as st
 import time
 from typing import NamedTuple
 
-from ninefuse.commands import blocking, brief
-from ninefuse.credentials import CHANGE, ENTER, OWN, Caller, acting_as
-from ninefuse.fids import OpenFile, error
+from ninefuse.calls import blocking, brief
+from ninefuse.linux.credentials import CHANGE, ENTER, OWN, Caller, acting_as
+from ninefuse.linux.syscalls import Attributes, SetTime, may_write, set_times, stat_descriptor
 from ninefuse.ops.io import sync_path
 from ninefuse.ops.names import rename_within
-from ninefuse.order import END
-from ninefuse.session import PERMISSIONS, Session, Use, check_offset, path_of, patiently
-from ninefuse.syscalls import Attributes, SetTime, may_write, set_times, stat_descriptor
+from ninefuse.tree.fids import OpenFile, error
+from ninefuse.tree.order import END
+from ninefuse.tree.session import PERMISSIONS, Session, Use, check_offset, path_of, patiently
 
 _A_SECOND = 1_000_000_000  # nanoseconds
 _SET_ID = st.S_ISUID | st.S_ISGID

@@ -12,11 +12,11 @@ import stat
 import sys
 from typing import NamedTuple
 
-from ninefuse.commands import blocking, brief
-from ninefuse.fids import Fid, OpenDirectory, error
-from ninefuse.identity import Mark
-from ninefuse.session import MOST_TRIES, Session
-from ninefuse.syscalls import Attributes, DirectoryEntry, stat_descriptor
+from ninefuse.calls import blocking, brief
+from ninefuse.linux.syscalls import Attributes, DirectoryEntry, stat_descriptor
+from ninefuse.tree.fids import Fid, OpenDirectory, error
+from ninefuse.tree.identity import Mark
+from ninefuse.tree.session import MOST_TRIES, Session
 
 _MOST_ENTRIES = 1024  # in a reply with attributes
 _AT_ONCE = 64  # of which so many are noted while the rename lock is held

@@ -15,8 +15,8 @@ import struct
 from enum import IntEnum
 from typing import NamedTuple
 
-from ninefuse.commands import blocking, blocking_unless, brief
-from ninefuse.credentials import (
+from ninefuse.calls import blocking, blocking_unless, brief
+from ninefuse.linux.credentials import (
     ENTER,
     MAKE,
     OWN,
@@ -26,7 +26,8 @@ from ninefuse.credentials import (
     needs_acting,
     spending_as,
 )
-from ninefuse.fids import (
+from ninefuse.linux.syscalls import Attributes, check_execution, stat_descriptor
+from ninefuse.tree.fids import (
     AttributeRead,
     AttributeWrite,
     Fid,
@@ -35,10 +36,10 @@ from ninefuse.fids import (
     OpenFile,
     error,
 )
-from ninefuse.identity import Mark
-from ninefuse.order import END
-from ninefuse.qids import Qid
-from ninefuse.session import (
+from ninefuse.tree.identity import Mark
+from ninefuse.tree.order import END
+from ninefuse.tree.qids import Qid
+from ninefuse.tree.session import (
     PERMISSIONS,
     Session,
     check_directory,
@@ -47,7 +48,6 @@ from ninefuse.session import (
     path_of,
     patiently,
 )
-from ninefuse.syscalls import Attributes, check_execution, stat_descriptor
 
 # What a server keeps of a client's flags. Creating has been decided already; O_NOFOLLOW
 # would refuse the way through /proc; O_DIRECT asks for an alignment that buffers here

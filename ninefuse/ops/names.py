@@ -11,11 +11,19 @@ import os
 import stat
 from collections.abc import Callable
 
-from ninefuse.commands import blocking
-from ninefuse.credentials import ENTER, MAKE, OWN, PASS, TAKE, Caller, acting_as
-from ninefuse.fids import Node, error
-from ninefuse.qids import Qid
-from ninefuse.session import (
+from ninefuse.calls import blocking
+from ninefuse.linux.credentials import ENTER, MAKE, OWN, PASS, TAKE, Caller, acting_as
+from ninefuse.linux.syscalls import (
+    RENAME_EXCHANGE,
+    RENAME_NOREPLACE,
+    RENAME_WHITEOUT,
+    Attributes,
+    stat_name,
+)
+from ninefuse.linux.syscalls import rename as rename_names
+from ninefuse.tree.fids import Node, error
+from ninefuse.tree.qids import Qid
+from ninefuse.tree.session import (
     PERMISSIONS,
     Session,
     check_component,
@@ -23,14 +31,6 @@ from ninefuse.session import (
     check_new_name,
     path_of,
 )
-from ninefuse.syscalls import (
-    RENAME_EXCHANGE,
-    RENAME_NOREPLACE,
-    RENAME_WHITEOUT,
-    Attributes,
-    stat_name,
-)
-from ninefuse.syscalls import rename as rename_names
 
 AT_REMOVEDIR = 0x200  # unlinkat's only flag
 

@@ -9,13 +9,13 @@ import errno
 import os
 import stat
 
-from ninefuse.commands import blocking, blocking_unless
-from ninefuse.credentials import LABEL, Caller, acting_as
-from ninefuse.fids import AttributeWrite, Fid, Node, error
-from ninefuse.identity import Mark
-from ninefuse.qids import Qid, qid_of
-from ninefuse.session import MOST_TRIES, Session, Use, check_component, check_directory
-from ninefuse.syscalls import Attributes, open_cached, open_step, stat_descriptor
+from ninefuse.calls import blocking, blocking_unless
+from ninefuse.linux.credentials import LABEL, Caller, acting_as
+from ninefuse.linux.syscalls import Attributes, open_cached, open_step, stat_descriptor
+from ninefuse.tree.fids import AttributeWrite, Fid, Node, error
+from ninefuse.tree.identity import Mark
+from ninefuse.tree.qids import Qid, qid_of
+from ninefuse.tree.session import MOST_TRIES, Session, Use, check_component, check_directory
 
 MAXWELEM = 16  # names in one walk
 KERNEL = None  # a walk to the fid by which the kernel knows the file, counting a lookup

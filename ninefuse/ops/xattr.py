@@ -12,10 +12,10 @@ from __future__ import annotations
 import errno
 import os
 
-from ninefuse.commands import blocking
-from ninefuse.credentials import ENTER, Caller, acting_as, may_see_trusted
-from ninefuse.fids import AttributeRead, AttributeWrite, error
-from ninefuse.session import Session, path_of
+from ninefuse.calls import blocking
+from ninefuse.linux.credentials import ENTER, Caller, acting_as, may_see_trusted
+from ninefuse.tree.fids import AttributeRead, AttributeWrite, error
+from ninefuse.tree.session import Session, path_of
 
 XATTR_SIZE_MAX = 65536  # bytes
 

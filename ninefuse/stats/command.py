@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from ninefuse import daemon
 from ninefuse.exitcodes import ExitCode, one_line
+from ninefuse.process import daemon
 from ninefuse.stats import Problem
 from ninefuse.stats.ask import Question, explain
 from ninefuse.stats.snapshot import Period, Snapshot, between, parse, since_mount

@@ -1,0 +1,163 @@
+"""What each option of the ninefuse command says of itself.
+
+Each text stands here once. `--help` shows its first part, `--help-options` the whole; the manual
+page and README's table are made of it by tools/pages.py. It is Markdown, with code in backticks
+and links as README has them.
+"""
+
+import re
+import textwrap
+from typing import NamedTuple
+
+from ninefuse.command.options import IGNORED, MAX_THREADS
+from ninefuse.settings import DEFAULT_MAX_INODES, DEFAULT_THREADS
+
+
+class Option(NamedTuple):
+    """One option. words: as one writes it. brief: its line of --help. more: what follows that."""
+
+    words: str
+    brief: str
+    more: str = ""
+
+    def text(self) -> str:
+        """Return all that is to be said of it."""
+        return self.brief + self.more
+
+
+COMMAND_LINE = (
+    Option("-o OPT,...", "mount options: ro, allow_other, ...", "; as often as you like"),
+    Option("-f", "stay in the foreground"),
+    Option("-d", "stay in the foreground, with debug messages"),
+    Option("-s", "same as --model none", ", under which one caller can keep all others waiting"),
+    Option(
+        "--model none|first|second",
+        "[threading model](docs/models.md) (second)",
+        "; `package.module:Class` is [one of your own](docs/new-model.md)",
+    ),
+    Option(
+        "--engine auto|threads|uring",
+        "what makes calls beneath the model (auto)",
+        ", if it is the second: [io_uring](docs/models.md#io_uring) where there is one (`auto`; "
+        "not with `inline=off`), or workers only",
+    ),
+    Option(
+        "--threads N",
+        f"workers ({DEFAULT_THREADS})",
+        f", to begin with: more are started where all are stuck; from 1 to {MAX_THREADS}",
+    ),
+    Option(
+        "--log FILE",
+        "log to FILE; a daemon otherwise logs to syslog",
+        ", if there is one, and `-f` to stderr",
+    ),
+    Option("--log-level LEVEL", "error, warning, info (default) or debug"),
+    Option(
+        "--trace FILE",
+        "write the way of requests to FILE, for [Perfetto](docs/observing.md#traces)",
+    ),
+    Option("--help-options", "explain all options, those of -o too"),
+    Option("-V, --version", "print versions"),
+)
+
+MOUNT = (
+    Option(
+        "ro, rw, dev, nodev, suid, nosuid, exec, noexec, sync, async, dirsync, atime, noatime, "
+        "diratime, nodiratime",
+        "as in mount(8), but `nodev` and `nosuid` unless told otherwise",
+        "; and what the mount that the source lies on forbids, is forbidden whatever is said",
+    ),
+    Option(
+        "allow_other",
+        "let other users in",
+        "; needs `user_allow_other` in /etc/fuse.conf unless root mounts",
+    ),
+    Option(
+        "acl",
+        "have the kernel evaluate POSIX ACLs",
+        "; on with allow_other unless `noxattr`",
+    ),
+    Option(
+        "xdev",
+        "hide what is mounted in the source, and show what it covers",
+        "; as root. By default file systems in the source are part of the mount",
+    ),
+    Option(
+        "cache=none|auto|loose",
+        "[what the kernel may remember](docs/caching.md)",
+        ": nothing, for 1 second (default), or for a day (for exclusive use of the source). "
+        "v9fs's names for these are taken too: `readahead` and `mmap` for `auto`, "
+        "`fscache` for `loose`",
+    ),
+    Option("attr_timeout=, entry_timeout=, negative_timeout=", "seconds, each for itself"),
+    Option(
+        "noxattr",
+        "no extended attributes, and no question for one before each write",
+        ": faster",
+    ),
+    Option(
+        "osync=direct|cached",
+        "writes of O_SYNC and O_DSYNC opens",
+        ": one durable write past the page cache (default), or a cached write and an fsync, for "
+        "programs that map such a file shared (default with `cache=none`)",
+    ),
+    Option(
+        "inline=auto|off",
+        "whether the dispatcher makes calls itself",
+        " that wait for nobody, under the second model (default), "
+        "[or not](docs/models.md#until-it-would-block)",
+    ),
+    Option(
+        "cpus=one|all",
+        "keep the daemon's threads on one processor",
+        ", which is faster where workers make the calls (default without io_uring), or not",
+    ),
+    Option(
+        "max_inodes=",
+        "how many files the kernel may know",
+        " before it is asked to forget those long unused, from Linux 6.18 on "
+        f"({DEFAULT_MAX_INODES:,}; each takes some 500 bytes in the daemon, and more in the "
+        "kernel); 0: no limit",
+    ),
+    Option("fsname=, subtype=, auto_unmount", "as in mount.fuse3(8)"),
+    Option("debug, default_permissions", "the first as `-d`; the second is on anyway"),
+    Option(
+        "model=, threads=, engine=",
+        "as above, for /etc/fstab",
+        ": `/src /mnt fuse.ninefuse model=first,nofail 0 0`, with `ninefuse` in /usr/local/bin",
+    ),
+)
+
+ACCEPTED = (
+    "What /etc/fstab has for others is accepted and means nothing to the file system: "
+    f"{', '.join(sorted(filter(None, IGNORED)))}, and all that begins with x-, X-, comment= or "
+    "user=."
+)
+
+
+def brief(words: str) -> str:
+    """Return the first part of what an option of the command line says, in plain text.
+
+    Argument: words, as they begin in COMMAND_LINE; only one may begin so.
+    """
+    (option,) = (one for one in COMMAND_LINE if one.words.split(" ")[0].rstrip(",") == words)
+    return plain(option.brief)
+
+
+def plain(text: str) -> str:
+    """Return a text without its marks: code and links as what they show."""
+    return re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text).replace("`", "")
+
+
+def explanation() -> str:
+    """Return what --help-options prints."""
+    lines = []
+    for prefix, options in (("", COMMAND_LINE), ("-o ", MOUNT)):
+        for option in options:
+            lines += textwrap.wrap(prefix + option.words, 78, subsequent_indent="   ")
+            lines += _indented(plain(option.text()))
+    return "\n".join([*lines, *textwrap.wrap(ACCEPTED, 78)])
+
+
+def _indented(text: str) -> list[str]:
+    return textwrap.wrap(text, 78, initial_indent=" " * 8, subsequent_indent=" " * 8)

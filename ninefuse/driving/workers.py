@@ -1,0 +1,247 @@
+"""The worker pool: threads that run jobs, with a bound for each inode and each user.
+
+A job is a callable. It is submitted *on* an inode (a qid path, or None) and *for* a user (a
+uid, or None). At most half of the workers are given to jobs on one inode, so that a file whose
+calls hang cannot take the pool; where several users are served, at most half are given to one
+of them, and a quarter to one inode for him. The rest waits in the inode's or the user's own
+queue. Jobs that are resumed (their lock was granted, or there is cleaning up to do) are served
+before new ones and never wait in a bounded queue.
+
+What is stuck must keep nobody waiting for longer than a tenth of a second, though: a queue of an
+inode or a user that has not moved for so long is let through, up to `SHARE_TIMES` the share; and
+when jobs are queued and none has begun for so long, more workers are started, up to `MOST_TIMES`
+as many. They end when there is nothing left to do. Users other than root never take the last
+workers.
+
+Locks touched: the pool's own mutex, for dictionary work and starting threads only.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+from typing import NamedTuple
+
+from ninefuse.driving.shares import Shares
+
+log = logging.getLogger(__name__)
+
+Job = Callable[[], None]
+
+MOST_TIMES = 64  # as many workers as asked for, where all are stuck
+SHARE_TIMES = 4  # as many for an inode or a user, where those are stuck
+_RESERVE = 4  # times as many as asked for, that are for root alone
+_STUCK = 0.1  # seconds without a job's beginning
+_SPARE_TIME = 10.0  # seconds that a further worker waits for something to do
+
+
+class PoolStatistics(NamedTuple):
+    """Queue lengths of the pool."""
+
+    threads: int
+    queued: int
+    held_back: int  # waiting in their inode's or user's own queue
+
+
+class WorkerPool:
+    """Threads that run jobs.
+
+    Args:
+        threads: how many; 1 or more.
+        by_user: whether users are bounded, too.
+    """
+
+    def __init__(self, threads: int, *, by_user: bool = False) -> None:
+        if threads < 1:
+            raise ValueError(f"a pool needs a thread, not {threads}")
+        self._mutex = threading.Lock()
+        half = max(1, threads // 2)
+        self._most = MOST_TIMES * threads
+        if by_user:
+            quarter, users = max(1, half // 2), self._most - _RESERVE * threads
+            self._shares: Shares[Job] = Shares(quarter, half, users, SHARE_TIMES)
+        else:
+            self._shares = Shares(half, times=SHARE_TIMES)
+        self.limit_per_inode = self._shares.for_inode
+        # A worker is woken by a token and only then takes a job: it never has one in hand
+        # while it runs another. A job is put into its deque before its token.
+        self._resumed: deque[Job] = deque()
+        self._submitted: deque[Job] = deque()
+        self._queue: SimpleQueue[bool] = SimpleQueue()  # True: look for a job; False: end
+        self._begun = 0  # jobs; of interest is whether it has changed
+        self._is_closed = False
+        self._is_watched = False  # whether somebody looks if the jobs queued are begun
+        self._look = threading.Event()
+        self._workers: set[threading.Thread] = set()
+        for n in range(threads):
+            self._start(f"worker-{n}", self._work)
+        self._watcher = threading.Thread(target=self._watch, name="pool watcher", daemon=True)
+        self._quietly(self._watcher)
+
+    def submit(self, job: Job, on: int | None = None, user: int | None = None) -> None:
+        """Run ``job`` on a worker, once the inode ``on`` and the user have room. Never blocks.
+
+        The job (or what it hands its place to) must call ``leave(on, user)`` at its end.
+        """
+        if self.enter(job, on, user):
+            self._put(self._submitted, job)
+
+    def enter(self, job: Job, on: int | None, user: int | None = None) -> bool:
+        """Ask for one of the places, for a job that is running already.
+
+        Returns:
+            True if it was given. False if all are taken: ``job`` then waits in the
+            inode's or the user's queue and will be run later, its place given.
+        """
+        with self._mutex:
+            has_entered = self._shares.enter(job, on, user)
+        if not has_entered:
+            self._have_watched()
+        return has_entered
+
+    def leave(self, on: int | None, user: int | None = None) -> None:
+        """Give back a place; the next that waits for one gets it."""
+        with self._mutex:
+            ready = self._shares.leave(on, user)
+        for job in ready:
+            self._put(self._submitted, job)
+
+    def resume(self, job: Job) -> None:
+        """Run ``job`` before all that is queued. Never blocks, never waits for room."""
+        self._put(self._resumed, job)
+
+    def close(self) -> None:
+        """Let the workers finish everything that was submitted, then end them."""
+        with self._mutex:
+            self._is_closed = True
+            workers = list(self._workers)
+        self._look.set()
+        for _ in workers:
+            self._queue.put(False)
+        for thread in [*workers, self._watcher]:
+            thread.join()
+
+    def statistics(self) -> PoolStatistics:
+        """Queue lengths now."""
+        with self._mutex:
+            held_back = len(self._shares)
+            threads = len(self._workers)
+        queued = len(self._submitted) + len(self._resumed)
+        return PoolStatistics(threads, queued, held_back)
+
+    def _put(self, jobs: deque[Job], job: Job) -> None:
+        jobs.append(job)
+        self._queue.put(True)
+        self._have_watched()
+
+    def _have_watched(self) -> None:
+        if not self._is_watched:
+            self._is_watched = True
+            self._look.set()
+
+    def _work(self) -> None:
+        while self._queue.get():
+            self._run_next()
+        # What running jobs still hand on now comes after the last token: whoever put it
+        # there finds it here.
+        while self._run_next():
+            pass
+
+    def _work_for_a_while(self) -> None:
+        """As `_work`, of a further worker: it ends when there is nothing to do."""
+        while True:
+            try:
+                goes_on = self._queue.get(timeout=_SPARE_TIME)
+            except Empty:
+                with self._mutex:
+                    if not self._is_closed:
+                        self._workers.discard(threading.current_thread())
+                        return
+                continue  # it was counted among those that are told to end
+            if not goes_on:
+                break
+            self._run_next()
+        while self._run_next():
+            pass
+
+    def _run_next(self) -> bool:
+        """Run the job whose turn it is, if there is one left."""
+        while True:
+            jobs = self._resumed or self._submitted
+            try:
+                job = jobs.popleft()
+                break
+            except IndexError:  # another worker was quicker
+                if jobs is self._submitted:
+                    return False
+        self._begun += 1
+        try:
+            job()
+        except BaseException:
+            # Jobs keep their own errors; whatever escapes one must not cost a worker.
+            log.exception("a worker's job failed")
+        return True
+
+    def _watch(self) -> None:
+        """Start more workers where all are stuck, and let through what waits for long."""
+        while True:
+            self._look.wait()
+            self._look.clear()
+            begun = -1
+            while not self._is_closed:
+                with self._mutex:
+                    overdue = self._shares.overdue()
+                    waits = bool(len(self._shares))
+                for job in overdue:
+                    self._submitted.append(job)
+                    self._queue.put(True)
+                queued = len(self._submitted) + len(self._resumed)
+                if not queued and not waits:
+                    break
+                if queued and begun == self._begun:
+                    self._grow(queued)
+                begun = self._begun
+                self._look.wait(_STUCK)
+            if self._is_closed:
+                return
+            self._is_watched = False
+            # Put in since it was looked at, by one who believed it was being looked at.
+            if self._submitted or self._resumed or len(self._shares):
+                self._have_watched()
+
+    def _grow(self, count: int) -> None:
+        with self._mutex:
+            before = len(self._workers)
+            for n in range(before, min(before + count, self._most)):
+                if not self._is_closed:
+                    self._start(f"worker-{n}", self._work_for_a_while)
+            now = len(self._workers)
+        if now > before:
+            log.info("all %d workers are stuck: there are %d now", before, now)
+
+    def _start(self, name: str, work: Callable[[], None]) -> None:
+        thread = threading.Thread(target=work, name=name, daemon=True)
+        self._workers.add(thread)
+        try:
+            self._quietly(thread)
+        except RuntimeError:  # no thread to be had
+            self._workers.discard(thread)
+            if work == self._work:
+                raise
+
+    @staticmethod
+    def _quietly(thread: threading.Thread) -> None:
+        """Start a thread with all signals blocked.
+
+        They are for the thread that waits for them (signals.py) and, for the timer of the
+        device, for the dispatcher: a worker's system calls are not interrupted.
+        """
+        unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            thread.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)

@@ -1,0 +1,479 @@
+"""pyfuse3's callbacks: what the kernel asks, put to the 9P operations.
+
+The only module that deals in pyfuse3's types. It makes no file system call of its own:
+each callback builds an operation body (callbacks.py, ops/) and has the threading model
+run it.
+
+Only FUSEError may leave a callback, or pyfuse3 ends the mount for everybody; so every
+body is run through `_answer`, which makes an errno of whatever comes.
+
+Locks touched: none of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import stat
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import pyfuse3
+
+from ninefuse import ops
+from ninefuse.calls import Body
+from ninefuse.executor import Executor
+from ninefuse.fuse import callbacks
+from ninefuse.linux.credentials import Caller
+from ninefuse.linux.syscalls import Attributes
+from ninefuse.ops.directory import fitted
+from ninefuse.ops.io import is_live
+from ninefuse.ops.names import AT_REMOVEDIR
+from ninefuse.settings import Settings
+from ninefuse.stats import ATTRIBUTE
+from ninefuse.tree.fids import FIRST_HANDLE, Fid
+from ninefuse.tree.qids import ROOT_NODEID
+from ninefuse.tree.session import Session
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_SYNC = os.O_SYNC | os.O_DSYNC
+_SET_ID = stat.S_ISUID | stat.S_ISGID
+_HIDDEN = 1 << 31  # the highest bit of a generation: a device whose number is not shown
+_MAX_ERRNO = 4095  # the kernel takes nothing above for an error
+
+
+# An extended attribute of the root that the source knows nothing of: counters, as JSON.
+STATISTICS = os.fsencode(ATTRIBUTE)
+
+
+# The kernel writes back what one user has changed by a handle that another has opened, and drops
+# what is refused; and a close, or a sync, that is refused would say that something was lost.
+_NOT_REFUSED = frozenset(("write", "flush", "fsync", "fsyncdir"))
+
+
+class Adapter(pyfuse3.Operations):
+    """The callbacks of one mount.
+
+    Attributes:
+        errors: how many there were, by callback and errno.
+        statistics: what says the value of the attribute `STATISTICS`.
+        unmasked: whether the kernel leaves it to us to apply callers' umasks.
+
+    Args:
+        session: with the root attached as fid 1.
+        executor: the threading model.
+        settings: timeouts and switches of the mount.
+        started: called once the kernel has begun to talk to us.
+    """
+
+    # A lookup of "." or ".." on a forgotten nodeid is for NFS export, which needs file
+    # handles that outlive the daemon.
+    supports_dot_lookup = False
+    enable_writeback_cache = False
+
+    def __init__(
+        self,
+        session: Session,
+        executor: Executor,
+        settings: Settings,
+        started: Callable[[], None],
+    ) -> None:
+        super().__init__()
+        self._session = session
+        self._executor = executor
+        self._started = started
+        self._attr_timeout = settings.attr_timeout
+        self._entry_timeout = settings.entry_timeout
+        self._negative_timeout = settings.negative_timeout
+        self._keep_cache = settings.keep_cache
+        self._direct_sync = settings.direct_sync
+        self._sync = settings.sync
+        self._xattr = settings.xattr
+        self.enable_acl = settings.acl
+        self._debug = log.isEnabledFor(logging.DEBUG)  # asked once, not for each request
+        self.errors: Counter[tuple[str, int]] = Counter()
+        self.statistics: Callable[[], bytes] = bytes
+        self.unmasked = False
+        # Who opened a file or directory, by its handle: pyfuse3 does not say whose a read is,
+        # and the kernel writes back in nobody's name.
+        self._openers: dict[int, int] = {}
+
+    def init(self) -> None:
+        self._started()
+
+    # Names
+
+    async def lookup(
+        self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        try:
+            body = callbacks.lookup(self._session, parent_inode, name)
+            fid, attributes = await self._answer("lookup", body, ctx.uid)
+        except pyfuse3.FUSEError as e:
+            if e.errno != errno.ENOENT or not self._negative_timeout:
+                raise
+            absent = pyfuse3.EntryAttributes()  # st_ino 0: no such name, and remember it
+            absent.entry_timeout = self._negative_timeout
+            return absent
+        return self._entry(fid, attributes)
+
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        with contextlib.suppress(pyfuse3.FUSEError):  # there is nobody to tell
+            await self._answer("forget", callbacks.forget(self._session, inode_list))
+
+    async def mknod(
+        self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        body = callbacks.mknod(self._session, parent_inode, name, mode, rdev, self._caller(ctx))
+        return self._entry(*await self._answer("mknod", body, ctx.uid))
+
+    async def mkdir(
+        self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        body = callbacks.mkdir(self._session, parent_inode, name, mode, self._caller(ctx))
+        return self._entry(*await self._answer("mkdir", body, ctx.uid))
+
+    async def symlink(
+        self, parent_inode: int, name: bytes, target: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        body = callbacks.symlink(self._session, parent_inode, name, target, self._caller(ctx))
+        return self._entry(*await self._answer("symlink", body, ctx.uid))
+
+    async def link(
+        self, inode: int, new_parent_inode: int, new_name: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        caller = self._caller(ctx)
+        body = callbacks.link(self._session, inode, new_parent_inode, new_name, caller)
+        return self._entry(*await self._answer("link", body, ctx.uid))
+
+    async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        body = callbacks.unlink(self._session, parent_inode, name, 0, self._caller(ctx))
+        await self._answer("unlink", body, ctx.uid)
+
+    async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        caller = self._caller(ctx)
+        body = callbacks.unlink(self._session, parent_inode, name, AT_REMOVEDIR, caller)
+        await self._answer("rmdir", body, ctx.uid)
+
+    async def rename(
+        self,
+        parent_inode_old: int,
+        name_old: bytes,
+        parent_inode_new: int,
+        name_new: bytes,
+        flags: int,
+        ctx: pyfuse3.RequestContext,
+    ) -> None:
+        body = callbacks.rename(
+            self._session,
+            parent_inode_old,
+            name_old,
+            parent_inode_new,
+            name_new,
+            flags,
+            self._caller(ctx),
+        )
+        await self._answer("rename", body, ctx.uid)
+
+    # Attributes
+
+    async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        attributes = await self._answer("getattr", ops.getattr(self._session, inode), ctx.uid)
+        return self._attributes(inode, attributes)
+
+    async def setattr(
+        self,
+        inode: int,
+        attr: pyfuse3.EntryAttributes,
+        fields: pyfuse3.SetattrFields,
+        fh: int | None,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        changes = ops.Changes(
+            mode=stat.S_IMODE(attr.st_mode) if fields.update_mode else None,
+            uid=attr.st_uid if fields.update_uid else None,
+            gid=attr.st_gid if fields.update_gid else None,
+            size=attr.st_size if fields.update_size else None,
+            atime=attr.st_atime_ns if fields.update_atime else None,
+            mtime=attr.st_mtime_ns if fields.update_mtime else None,
+            ctime=fields.update_ctime,
+        )
+        if changes == ops.Changes():
+            changes = changes._replace(ctime=True)  # a chown to nobody: it moves that at least
+        handle = None if fh is None else _fid(fh)
+        body = callbacks.setattr(self._session, inode, handle, changes, self._caller(ctx))
+        return self._attributes(inode, await self._answer("setattr", body, ctx.uid))
+
+    async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
+        return await self._answer("readlink", ops.readlink(self._session, inode), ctx.uid)
+
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        found = await self._answer("statfs", callbacks.statfs(self._session), ctx.uid)
+        data = pyfuse3.StatvfsData()
+        data.f_bsize = found.f_bsize
+        data.f_frsize = found.f_frsize
+        data.f_blocks = found.f_blocks
+        data.f_bfree = found.f_bfree
+        data.f_bavail = found.f_bavail
+        data.f_files = found.f_files
+        data.f_ffree = found.f_ffree
+        data.f_favail = found.f_favail
+        data.f_namemax = found.f_namemax
+        return data
+
+    # Files
+
+    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        body = callbacks.open_fid(self._session, inode, self._kept(flags), self._caller(ctx))
+        handle = await self._answer("open", body, ctx.uid)
+        return self._opened(handle, flags, ctx)
+
+    async def create(
+        self,
+        parent_inode: int,
+        name: bytes,
+        mode: int,
+        flags: int,
+        ctx: pyfuse3.RequestContext,
+    ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
+        kept = self._kept(flags)
+        body = callbacks.create(self._session, parent_inode, name, kept, mode, self._caller(ctx))
+        handle, fid, attributes = await self._answer("create", body, ctx.uid)
+        return self._opened(handle, flags, ctx), self._entry(fid, attributes)
+
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        body = ops.read(self._session, _fid(fh), off, size)
+        return await self._answer("read", body, self._openers.get(fh))
+
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        body = callbacks.write(self._session, _fid(fh), off, buf)
+        return await self._answer("write", body, self._openers.get(fh))
+
+    async def flush(self, fh: int) -> None:
+        body = callbacks.flush(self._session, _fid(fh))
+        await self._answer("flush", body, self._openers.get(fh))
+
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        body = ops.fsync(self._session, _fid(fh), datasync)
+        await self._answer("fsync", body, self._openers.get(fh))
+
+    async def release(self, fh: int) -> None:
+        self._openers.pop(fh, None)
+        await self._answer("release", ops.clunk(self._session, _fid(fh)))
+
+    # Directories
+
+    async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
+        body = callbacks.open_fid(self._session, inode, os.O_DIRECTORY, self._caller(ctx))
+        handle = _handle(await self._answer("opendir", body, ctx.uid))
+        self._openers[handle] = ctx.uid
+        return handle
+
+    async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        directory = _fid(fh)
+        body = ops.readdirplus(self._session, directory, start_id)
+        entries = await self._answer("readdir", body, self._openers.get(fh))
+        fit = 0
+        try:
+            for entry in entries:
+                if entry.attributes is None:
+                    shown = pyfuse3.EntryAttributes()
+                    shown.st_ino = entry.ino
+                    shown.st_mode = entry.type << 12
+                    shown.entry_timeout = shown.attr_timeout = 0  # looked up when it is used
+                elif entry.fid is None:
+                    shown = self._attributes(entry.ino, entry.attributes)
+                else:
+                    shown = self._entry(entry.fid, entry.attributes)
+                if not pyfuse3.readdir_reply(token, entry.name, shown, entry.offset):
+                    break
+                fit += 1
+        finally:
+            fitted(self._session, directory, entries, fit)
+
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        body = ops.fsync(self._session, _fid(fh), datasync)
+        await self._answer("fsyncdir", body, self._openers.get(fh))
+
+    async def releasedir(self, fh: int) -> None:
+        self._openers.pop(fh, None)
+        await self._answer("releasedir", ops.clunk(self._session, _fid(fh)))
+
+    # Extended attributes
+
+    async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        self._need_xattr()
+        if inode == ROOT_NODEID and name == STATISTICS:
+            return self._statistics()
+        body = callbacks.getxattr(self._session, inode, name, self._caller(ctx))
+        return await self._answer("getxattr", body, ctx.uid)
+
+    async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
+        self._need_xattr()
+        body = callbacks.listxattr(self._session, inode, self._caller(ctx))
+        names = await self._answer("listxattr", body, ctx.uid)
+        if inode == ROOT_NODEID:
+            # Where the source has an attribute of that name it cannot be reached.
+            names = [name for name in names if name != STATISTICS]
+        return names
+
+    async def setxattr(
+        self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext
+    ) -> None:
+        self._need_xattr()
+        _refuse_statistics(inode, name)
+        body = callbacks.setxattr(self._session, inode, name, value, self._caller(ctx))
+        await self._answer("setxattr", body, ctx.uid)
+
+    async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        self._need_xattr()
+        _refuse_statistics(inode, name)
+        body = callbacks.removexattr(self._session, inode, name, self._caller(ctx))
+        await self._answer("removexattr", body, ctx.uid)
+
+    # What all callbacks share
+
+    async def _answer(self, callback: str, body: Body[T], user: int | None = None) -> T:
+        """Run a body; raise nothing but FUSEError.
+
+        Args:
+            callback: its name.
+            body: of the operation.
+            user: whose request it is, a uid; None: nobody's, who has no share.
+        """
+        if callback not in _NOT_REFUSED and self._executor.has_too_many(user):
+            body.close()
+            self.errors[callback, errno.EAGAIN] += 1
+            raise pyfuse3.FUSEError(errno.EAGAIN)
+        try:
+            result = await self._executor.run(callback, body, user)
+            if self._debug:
+                log.debug("%s: %s", callback, _shortened(result))
+            return result
+        except OSError as e:
+            code = _errno_for_kernel(e)
+        except Exception:
+            log.exception("%s failed", callback)
+            code = errno.EIO
+        self.errors[callback, code] += 1
+        if self._debug:
+            log.debug("%s: %s", callback, errno.errorcode.get(code, code))
+        raise pyfuse3.FUSEError(code)
+
+    def _caller(self, ctx: pyfuse3.RequestContext) -> Caller:
+        return Caller(ctx.uid, ctx.gid, ctx.umask if self.unmasked else None, ctx.pid)
+
+    def _statistics(self) -> bytes:
+        try:
+            return self.statistics()
+        except OSError as e:
+            raise pyfuse3.FUSEError(_errno_for_kernel(e)) from None
+        except Exception:
+            log.exception("the counters cannot be had")
+            raise pyfuse3.FUSEError(errno.EIO) from None
+
+    def _need_xattr(self) -> None:
+        if not self._xattr:
+            # The one ENOSYS that is meant: the kernel does not ask again, which saves a
+            # request before each write.
+            raise pyfuse3.FUSEError(errno.ENOSYS)
+
+    def _entry(self, fid: Fid, attributes: Attributes) -> pyfuse3.EntryAttributes:
+        entry = self._attributes(fid.number, attributes)
+        entry.generation = fid.generation
+        if entry.st_rdev != attributes.rdev:
+            # The kernel keeps the number that it was told first, but of another file.
+            entry.generation += _HIDDEN
+        entry.entry_timeout = self._entry_timeout
+        if not fid.node.may_be_believed(attributes):
+            entry.entry_timeout = entry.attr_timeout = 0
+        return entry
+
+    def _attributes(self, nodeid: int, a: Attributes) -> pyfuse3.EntryAttributes:
+        a = self._session.fids.devices.shown(a)
+        if a.mode & _SET_ID and a.kind == stat.S_IFREG:
+            self._session.fids.set_id.add(nodeid)
+        entry = pyfuse3.EntryAttributes()
+        # Number and nodeid are one in pyfuse3. Of the root the kernel knows the nodeid.
+        entry.st_ino = a.ino if nodeid == ROOT_NODEID else nodeid
+        entry.attr_timeout = self._attr_timeout
+        entry.st_mode = a.mode
+        entry.st_nlink = a.nlink
+        entry.st_uid = a.uid
+        entry.st_gid = a.gid
+        entry.st_rdev = a.rdev
+        entry.st_size = a.size
+        entry.st_blksize = a.blksize
+        entry.st_blocks = a.blocks
+        entry.st_atime_ns = a.atime_ns
+        entry.st_mtime_ns = a.mtime_ns
+        entry.st_ctime_ns = a.ctime_ns
+        return entry
+
+    def _is_direct(self, flags: int) -> bool:
+        """Whether an open goes past the kernel's page cache."""
+        access = flags & os.O_ACCMODE
+        # Past the cache a synchronous write is one request, and our descriptor makes it
+        # durable; through it, it is three (an xattr, the write, an fsync).
+        syncs = self._direct_sync and flags & _SYNC and access != os.O_RDONLY
+        # Mapped pages of a file open for reading and appending would be appended, not
+        # written in place, when the kernel writes them back through such a descriptor:
+        # a direct one cannot be mapped shared (ENODEV), which is the honest answer.
+        appends = flags & os.O_APPEND and access == os.O_RDWR
+        return bool(syncs or appends)
+
+    def _kept(self, flags: int) -> int:
+        """The flags for our own descriptor of a file."""
+        if not self._is_direct(flags):
+            # The kernel sends an fsync after each write to a cached synchronous open: a
+            # descriptor that syncs as well would do it twice.
+            return flags & ~_SYNC
+        # It sends none for a direct one, nor for a mount with -o sync.
+        return flags | os.O_SYNC if self._sync else flags
+
+    def _opened(self, fid: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        handle = _handle(fid)
+        self._openers[handle] = ctx.uid
+        direct = self._is_direct(flags) or is_live(self._session, fid)
+        return pyfuse3.FileInfo(fh=handle, direct_io=direct, keep_cache=self._keep_cache)
+
+
+def _refuse_statistics(inode: int, name: bytes) -> None:
+    if inode == ROOT_NODEID and name == STATISTICS:
+        raise pyfuse3.FUSEError(errno.EPERM)
+
+
+def _shortened(result: object) -> str:
+    """A result for the debug log: data by its size."""
+    if isinstance(result, bytes):
+        return f"{len(result)} bytes"
+    if isinstance(result, list):
+        return f"{len(result)} entries"
+    return "done" if result is None else str(result)
+
+
+def _fid(handle: int) -> int:
+    """The fid behind the kernel's 64-bit file handle."""
+    return FIRST_HANDLE + handle
+
+
+def _handle(fid: int) -> int:
+    return fid - FIRST_HANDLE
+
+
+def _errno_for_kernel(failure: OSError) -> int:
+    code = failure.errno
+    if code == errno.ENOSYS:
+        # From a callback it would switch the operation off for the whole mount: an
+        # ENOSYS on one fsync would silently end durability.
+        return errno.EOPNOTSUPP
+    if not code or not 0 < code <= _MAX_ERRNO:
+        log.error("an error without a usable errno: %r", failure)
+        return errno.EIO
+    return code

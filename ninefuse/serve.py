@@ -1,0 +1,485 @@
+"""One mount, from the first system call to the last.
+
+`serve` sets the process up, attaches the source, mounts, and serves until the mount is
+gone. The daemon never asks anything of its own mount.
+
+Locks touched: none of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pyfuse3
+import trio
+
+from ninefuse import executor, ops
+from ninefuse.driving.uring import Refused, Uring
+from ninefuse.exitcodes import ExitCode, Failure
+from ninefuse.fuse import device, rootmount
+from ninefuse.fuse.adapter import Adapter
+from ninefuse.fuse.forgetting import Forgetter
+from ninefuse.linux import credentials, mountflags, syscalls
+from ninefuse.linux.mountinfo import MountsBelow, OwnMount
+from ninefuse.process import logs, memory, signals, unmount
+from ninefuse.process.notify import notify
+from ninefuse.settings import FUSE_DEVICE, Settings
+from ninefuse.tree.leaving import Leaver
+from ninefuse.tree.qids import ROOT_NODEID
+from ninefuse.tree.session import Session
+from ninefuse.watching import report, tracing
+from ninefuse.watching.trace_file import TraceFile
+
+log = logging.getLogger(__name__)
+
+# Tasks that wait for the device to give them a request. Each keeps a buffer of 1 MiB,
+# of which only what was used takes memory; fewer would end and start all the time.
+_MIN_TASKS = 32
+# Requests under way at which the device is read no more: well above what the kernel
+# sends when every thread of a busy machine is stuck in one file.
+_MAX_TASKS = 20_000
+
+_MIN_STEP = 256  # fids by which the table grows until somebody minds it
+
+_BUSY_GRACE = 10.0  # seconds to go on serving a busy mount that was detached
+_END_GRACE = 5.0  # seconds after that until the process ends whatever hangs
+
+
+def serve(settings: Settings, ready: Callable[[], None]) -> int:
+    """Mount and serve until unmounted. Blocks; on the main thread.
+
+    Args:
+        settings: as preflight has checked and returned them.
+        ready: called once the mount answers.
+
+    Returns:
+        The process's exit code.
+
+    Raises:
+        Failure: the mount was refused.
+    """
+    signals.block()
+    credentials.settle()
+    credentials.leave_groups()
+    credentials.look_apart()
+    os.umask(0)  # the callers' count; see credentials.py
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    log.debug("open files: limit raised from %d to %d", soft, hard)
+    source = _open_source(settings)
+    settings = _forbid_as(settings, source)
+    if settings.allow_other and settings.model == "none":
+        log.warning("under --model none each user can keep all others waiting: use another one")
+    if settings.allow_other and not settings.xattr:
+        log.warning("with noxattr the kernel sees mode bits only, and lets in whom ACLs keep out")
+    os.chdir("/")  # so as not to keep another file system busy
+
+    inline = settings.inline and settings.model == "second"
+    uring = _engine(settings) if inline else None
+    # The kernel's threads for io_uring stay where this one is, and are better elsewhere.
+    one_cpu = uring is None if settings.one_cpu is None else settings.one_cpu
+    if one_cpu and settings.model != "none":
+        _share_one_cpu()
+    driver = _driver(settings)
+    mounts = MountsBelow(settings.source)
+    if inline and isinstance(driver, executor.SecondModel):
+        driver.is_local = syscalls.is_local(source)
+        driver.uring = uring
+    session = Session(
+        driver,
+        read_only=settings.read_only,
+        sync_directories=settings.sync or settings.dirsync,
+        threads=1 + (0 if settings.model == "none" else settings.threads),
+        attr_timeout=settings.attr_timeout,
+    )
+    if settings.attr_timeout:
+        session.attributes_changed = device.attributes_changed
+    session.noatime, session.nodiratime = settings.noatime, settings.nodiratime
+    session.fids.devices.hides = mountflags.HIDEABLE & ~_forbidden(settings)
+    with contextlib.ExitStack() as trace:
+        tracer = None
+        if settings.trace_file is not None:
+            tracer = trace.enter_context(_traced(settings, settings.trace_file, driver, session))
+        try:
+            trio.run(_serve, settings, driver, session, source, mounts, ready, tracer)
+        finally:
+            session.fids.clear()
+            driver.close()
+            os.close(source)
+            logs.tell_repeats(all_of_them=True)
+    log.info("%s: unmounted", settings.mountpoint)
+    return ExitCode.OK
+
+
+def _driver(settings: Settings) -> executor.Executor:
+    try:
+        by_user = _serves_several(settings)
+        return executor.create(settings.model, settings.threads, by_user=by_user)
+    except ValueError as error:
+        raise Failure(ExitCode.USAGE, f"--model {settings.model}: {error}") from error
+
+
+def _serves_several(settings: Settings) -> bool:
+    """Whether others than the one who mounts may use the mount, so that each has a share."""
+    # What a mount lets in that somebody else has made is not known.
+    return settings.allow_other or settings.is_handed_over
+
+
+@contextlib.contextmanager
+def _traced(
+    settings: Settings, path: str, driver: executor.Executor, session: Session
+) -> Iterator[tracing.Tracer]:
+    """Have all that is done inside written to the trace file at that path."""
+    source, mountpoint = map(report.printable, (settings.source, settings.mountpoint))
+    title = f"ninefuse {source} on {mountpoint}, model {settings.model}"
+    with tracing.Tracer(TraceFile(path, title)) as tracer:
+        driver.observer = tracer
+        session.fids.lock.on_wait = tracer.waited_for_table
+        try:
+            yield tracer
+        finally:
+            tracer.close()
+
+
+def _open_source(settings: Settings) -> int:
+    """Open the source directory.
+
+    Raises:
+        Failure: what is mounted in it is to be hidden, and we may not.
+    """
+    source = os.open(settings.source, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    if not settings.one_file_system:
+        return source
+    try:
+        return syscalls.without_mounts(source)
+    except OSError as e:
+        text = f"-o xdev: hiding what is mounted in {settings.source} takes CAP_SYS_ADMIN"
+        raise Failure(ExitCode.USAGE, f"{text} ({e.strerror})") from None
+    finally:
+        os.close(source)
+
+
+def _forbid_as(settings: Settings, source: int) -> Settings:
+    """Have the mount forbid what the mount that the source lies on forbids."""
+    if settings.is_handed_over:
+        return settings
+    flags = mountflags.flags_of(source)
+    new = mountflags.words_of(flags & ~mountflags.forbidden_by(settings.mount_options))
+    if new:
+        log.info("mounted with %s, as the source is", ", ".join(new))
+    words = mountflags.taken_over(settings.mount_options, flags)
+    return dataclasses.replace(settings, mount_options=words)
+
+
+def _forbidden(settings: Settings) -> int:
+    """What the mount forbids by itself."""
+    if settings.is_handed_over:
+        return 0  # whoever made it has said
+    # To users other than root fusermount3 forbids it, whatever they say.
+    return mountflags.forbidden_by(settings.mount_options if os.geteuid() == 0 else ())
+
+
+def _engine(settings: Settings) -> Uring | None:
+    """The engine that the settings ask for; None: the workers are.
+
+    Raises:
+        Failure: io_uring was asked for, and there is none.
+    """
+    if settings.engine == "threads":
+        return None
+    try:
+        return Uring(by_user=_serves_several(settings))
+    except Refused as reason:
+        if settings.engine == "uring":
+            raise Failure(ExitCode.USAGE, f"--engine uring: {reason}") from None
+        log.info("no io_uring, workers instead: %s", reason)
+        return None
+
+
+def _share_one_cpu() -> None:
+    """Keep all threads there are, and those they start, on one of the processors they may use.
+
+    The interpreter's lock lets one of them run Python at a time, and passing it on to a
+    thread on another processor costs several times what it costs on the same one
+    (docs/models.md). The kernel moves others' work away from a busy processor.
+    """
+    allowed = sorted(os.sched_getaffinity(0))
+    for thread in os.listdir("/proc/self/task"):  # the log's has been started
+        with contextlib.suppress(ProcessLookupError):
+            os.sched_setaffinity(int(thread), {allowed[os.getpid() % len(allowed)]})
+
+
+async def _serve(
+    settings: Settings,
+    driver: executor.Executor,
+    session: Session,
+    source: int,
+    mounts: MountsBelow,
+    ready: Callable[[], None],
+    tracer: tracing.Tracer | None,
+) -> None:
+    await driver.run("version", ops.version(session, ops.MAX_MSIZE, ops.VERSION))
+    await driver.run("attach", ops.attach(session, ROOT_NODEID, source))
+    driver.answered.clear()  # what is counted are callbacks
+    started = trio.Event()
+    adapter = Adapter(session, driver, settings, started.set)
+    stopper = _Stopper(settings.mountpoint, session, trio.lowlevel.current_trio_token())
+    counters = report.Counters(settings, adapter, driver, session)
+    adapter.statistics = counters.published
+    point = stopper.point = _mount(adapter, settings)
+    stopper.number = device.connection(settings.mountpoint) if point is None else point.number
+    if stopper.number is not None:
+        if not settings.one_file_system:
+            session.own_mount = OwnMount(mounts, stopper.number)
+        # That a mount becomes read-only the kernel sees to by itself.
+        own = b"0:%d" % stopper.number
+        session.has_become_writable = lambda: mounts.is_writable(own)
+
+        def hide() -> None:
+            forbidden = mountflags.forbidden_in(mounts.flags_of(own))
+            session.fids.devices.hides = mountflags.HIDEABLE & ~forbidden
+
+        mounts.on_change = hide
+    forgetter = _mind_the_table(session, settings)
+    leaver = Leaver(session.fids, forgetter.ask_for)
+
+    def stop() -> None:
+        forgetter.end()  # while what it asks is still answered
+        stopper.stop()
+
+    signals.start(
+        stop=stop,
+        end_now=stopper.abandon,
+        counters=lambda: _log_lines(counters.lines()),
+        stacks=lambda: _log_lines(report.stacks(driver)),
+    )
+    device.install(None if tracer is None else tracer.around_wait)
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_announce, settings, started, ready)
+            await pyfuse3.main(_MIN_TASKS, _MAX_TASKS)
+            nursery.cancel_scope.cancel()
+    finally:
+        leaver.end()
+        stopper.announce()
+        stopper.ended.set()
+        device.remove()
+        is_mounted = stopper.is_mounted()
+        if point is not None and is_mounted:
+            point.detach()
+        if forgetter.end():
+            pyfuse3.close(unmount=is_mounted)
+        else:  # a call to the device has not come back, and nobody may take it away
+            log.error("%s: the kernel does not answer; ending without", settings.mountpoint)
+            stopper.abandon()
+
+
+def _mind_the_table(session: Session, settings: Settings) -> Forgetter:
+    """Have what a big table needs done as it grows."""
+    most = settings.max_inodes or sys.maxsize
+    forgetter = Forgetter(session.fids, most, device.prune)
+
+    def changed() -> None:
+        memory.settle()
+        forgetter.note()
+
+    session.fids.on_change = changed
+    session.fids.step = max(_MIN_STEP, min(session.fids.step, most // 16))
+    return forgetter
+
+
+async def _announce(settings: Settings, started: trio.Event, ready: Callable[[], None]) -> None:
+    await started.wait()
+    memory.settle()
+    device.raise_limits(settings.mountpoint)
+    log.info("%s: mounted on %s, model %s", settings.source, settings.mountpoint, settings.model)
+    ready()
+
+
+def _mount(adapter: Adapter, settings: Settings) -> rootmount.MountPoint | None:
+    """Mount, and have pyfuse3 serve it; where it is, if it is for us to unmount in the end."""
+    try:
+        made = rootmount.mount(settings)
+    except OSError as e:
+        raise _refused(settings.mountpoint, e.strerror or str(e)) from None
+    if made is None:
+        _init(adapter, settings, settings.mountpoint)
+        return None
+    fd, point = made
+    # Modes come as they were asked for, with the caller's umask beside them.
+    adapter.unmasked = True
+    try:
+        _init(adapter, settings, f"/dev/fd/{fd}")
+    except BaseException:
+        point.detach()
+        os.close(fd)
+        raise
+    return point
+
+
+def _init(adapter: Adapter, settings: Settings, mountpoint: str) -> None:
+    """pyfuse3.init, with what libfuse prints on failure made part of the failure."""
+    with _captured_stderr() as said:
+        try:
+            pyfuse3.init(adapter, mountpoint, set(settings.mount_options))
+        except RuntimeError as e:
+            reason = " ".join(said().split()) or str(e)
+            raise _refused(settings.mountpoint, reason) from None
+
+
+def _refused(mountpoint: str, reason: str) -> Failure:
+    if credentials.can_become_able_to_mount():
+        advice = "mounting takes CAP_SYS_ADMIN, or fusermount3 and a mount point of one's own"
+    else:
+        advice = (
+            "nobody may mount in here, not even root, without CAP_SYS_ADMIN: start the "
+            f"container with --cap-add SYS_ADMIN --device {FUSE_DEVICE}"
+        )
+    return Failure(ExitCode.MOUNT_REFUSED, f"cannot mount on {mountpoint}: {reason} ({advice})")
+
+
+@contextlib.contextmanager
+def _captured_stderr() -> Iterator[Callable[[], str]]:
+    """Send descriptor 2 to a file; yields a function that says what came so far."""
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as file:
+        before = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield lambda: os.pread(file.fileno(), 4096, 0).decode(errors="replace")
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+
+
+class _Stopper:
+    """Ends the mount from outside the dispatcher, which may be stuck.
+
+    Attributes:
+        number: of the mount's FUSE connection, by which it is known from another mount at
+            the same place; None for a mount that was handed over open.
+        point: where it is, if root has made it.
+        ended: set once the dispatcher serves no more.
+    """
+
+    def __init__(self, mountpoint: str, session: Session, token: trio.lowlevel.TrioToken) -> None:
+        self.number: int | None = None
+        self.point: rootmount.MountPoint | None = None
+        self.ended = threading.Event()
+        self._mountpoint = mountpoint
+        self._session = session
+        self._token = token
+        self._is_announced = False
+        # Descriptors to end with, should there be no others left then.
+        self._spare = [os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC) for _ in range(8)]
+
+    def is_mounted(self) -> bool:
+        """Whether it is our mount that lies on top at the mount point."""
+        try:
+            if self.point is not None:
+                return self.point.is_ours()
+            return self.number is not None and device.connection(self._mountpoint) == self.number
+        except FileNotFoundError:  # nor is the mount point there any more
+            return False
+        except OSError as e:  # no descriptor left, say
+            log.warning("%s: cannot look whether it is mounted: %s", self._mountpoint, e)
+            return False
+
+    def announce(self) -> None:
+        """Tell the service manager, once, that this is the end."""
+        if not self._is_announced:
+            self._is_announced = True
+            notify("STOPPING=1")
+
+    def stop(self) -> None:
+        """Unmount while the mount goes on being served; then see that the loop ends."""
+        self.announce()
+        self._give_up_spare()
+        until = time.monotonic() + _BUSY_GRACE
+        helper = self._helper() if self.is_mounted() else None
+        # A busy mount is detached, and kept alive by the helper until nobody has a file
+        # open (or mapped) any more, or the time is up.
+        while not self.ended.wait(0.05) and time.monotonic() < until:
+            if not self._session.fids.statistics().files:
+                if helper is None:
+                    break
+                assert helper.stdin is not None
+                helper.stdin.close()
+                if helper.poll() is not None:
+                    break
+        if helper is not None:
+            assert helper.stdin is not None
+            helper.stdin.close()
+        if not self.ended.wait(_END_GRACE if helper is not None else 0):
+            log.warning("%s: ending though it may be in use", self._mountpoint)
+            with contextlib.suppress(trio.RunFinishedError):
+                self._token.run_sync_soon(device.terminate)
+            if not self.ended.wait(_END_GRACE):
+                log.error("%s: the dispatcher does not end; ending without", self._mountpoint)
+                self.abandon()
+                logs.finish()
+                os._exit(ExitCode.INTERNAL)
+
+    def abandon(self) -> None:
+        """Detach the mount without waiting for anything."""
+        self._give_up_spare()
+        if not self.is_mounted():
+            return
+        point = self.point
+        if point is None:
+            command = ["fusermount3", "-u", "-z", "--", self._mountpoint]
+        else:
+            command = self._unmounter("--detach")
+        with contextlib.suppress(OSError):
+            subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+                pass_fds=() if point is None else (point.parent,),
+            )
+
+    def _helper(self) -> subprocess.Popen[bytes] | None:
+        try:
+            return subprocess.Popen(
+                self._unmounter(),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,  # a second Ctrl-C is for us alone
+                pass_fds=() if self.point is None else (self.point.parent,),
+            )
+        except OSError as e:
+            log.error("%s: cannot start the helper that unmounts: %s", self._mountpoint, e)
+            return None
+
+    def _unmounter(self, *words: str) -> list[str]:
+        """The command that unmounts; the descriptor of `point` is to be passed on to it."""
+        command = [sys.executable, "-I", unmount.__file__, *words, self._mountpoint]
+        if self.point is not None:
+            command += [str(self.point.parent), str(self.point.number)]
+        return command
+
+    def _give_up_spare(self) -> None:
+        while self._spare:
+            os.close(self._spare.pop())
+
+
+def _log_lines(lines: list[str]) -> None:
+    for line in lines:
+        # Somebody has asked for it, so it is said whatever the level is.
+        log.handle(
+            log.makeRecord(
+                log.name, logging.WARNING, __file__, 0, "%s", (line,), None, extra=logs.ASKED_FOR
+            )
+        )

@@ -1,0 +1,80 @@
+"""The settings of one mount, and what they can be: what the command line is read for.
+
+Locks touched: none.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+MODELS = ("none", "first", "second")
+DEFAULT_MODEL = "second"
+ENGINES = ("auto", "threads", "uring")
+DEFAULT_ENGINE = "auto"
+DEFAULT_THREADS = 16
+DEFAULT_MAX_INODES = 1_000_000
+LOG_LEVELS = ("error", "warning", "info", "debug")
+DEFAULT_LOG_LEVEL = "info"
+
+FUSE_DEVICE = "/dev/fuse"
+_HANDED_OVER = re.compile(r"/dev/fd/[0-9]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """All that one mount needs to know.
+
+    source, mountpoint: absolute paths. model: the threading model, one of MODELS or
+    MODULE:CLASS. engine: what is
+    beneath the second one, one of ENGINES. threads: how many workers. log_file, trace_file:
+    absolute paths, or None. attr_timeout, entry_timeout,
+    negative_timeout: seconds for which the kernel may keep attributes, names and the absence
+    of names. keep_cache: whether cached file data outlives an open. direct_sync: whether writes
+    through O_SYNC and O_DSYNC opens go past the kernel's page cache. one_cpu: whether the
+    dispatcher and the workers share one processor; None: unless the engine is io_uring. inline:
+    whether the second model's dispatcher makes quick calls itself. xattr: whether extended
+    attributes are served. acl: whether the kernel evaluates ACLs. one_file_system: whether what
+    is mounted in the source is hidden. max_inodes: of how many files the kernel may know before
+    it is asked to forget some; 0: any number. mount_options: the words for libfuse, each for an
+    -o of its own and already escaped. remount: the words by which a mount that is there is to be
+    changed; None: one is to be made.
+    """
+
+    source: str
+    mountpoint: str
+    model: str = DEFAULT_MODEL
+    engine: str = DEFAULT_ENGINE
+    threads: int = DEFAULT_THREADS
+    foreground: bool = False
+    debug: bool = False
+    log_file: str | None = None
+    log_level: str = DEFAULT_LOG_LEVEL
+    trace_file: str | None = None
+    max_inodes: int = DEFAULT_MAX_INODES
+    read_only: bool = False
+    dirsync: bool = False
+    noatime: bool = False
+    nodiratime: bool = False
+    sync: bool = False
+    xattr: bool = True
+    allow_other: bool = False
+    attr_timeout: float = 1.0
+    entry_timeout: float = 1.0
+    negative_timeout: float = 1.0
+    keep_cache: bool = False
+    direct_sync: bool = True
+    one_cpu: bool | None = None
+    inline: bool = True
+    acl: bool = False
+    one_file_system: bool = False
+    mount_options: tuple[str, ...] = ()
+    remount: tuple[str, ...] | None = None
+
+    @property
+    def is_handed_over(self) -> bool:
+        """Whether somebody else has made the mount and handed it over, open.
+
+        ``/dev/fd/N`` is libfuse's name for it (mount.fuse3(8), drop_privileges).
+        """
+        return _HANDED_OVER.fullmatch(self.mountpoint) is not None

@@ -1,0 +1,390 @@
+"""What the operations of one mount share: the fid table, the rename lock, the rules.
+
+Also the one way to a node's descriptor: `using` pins it, and has it opened again where it
+was reclaimed or never made.
+
+Locks touched: the fid table's, through fids.py.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import time
+from collections.abc import Awaitable, Callable
+from typing import Protocol, TypeVar
+
+from ninefuse.calls import Body, blocking, later
+from ninefuse.linux.mountinfo import OwnMount
+from ninefuse.linux.syscalls import Attributes, open_step, stat_name
+from ninefuse.locks import RenameLock
+from ninefuse.tree.descriptors import MOST, Descriptors
+from ninefuse.tree.fids import Fid, FidTable, Node, error
+from ninefuse.tree.order import Ranges
+
+T = TypeVar("T")
+
+NAME_MAX = 255  # bytes
+PERMISSIONS = 0o7777  # mode bits besides the type: set-user-id and the like are among them
+
+# How often names are looked at that are being moved; then what was seen last is believed.
+MOST_TRIES = 4
+_GRACE = 5.0  # seconds beyond the time after which the kernel breaks a lease
+
+
+class Background(Protocol):
+    """What a session needs of its driver: to have things done after a body."""
+
+    def defer(self, function: Callable[..., object], *args: object) -> None: ...
+
+    def in_background(self, name: str, body: Body[None]) -> None: ...
+
+
+class Session:
+    """One client's view of one source directory.
+
+    Args:
+        driver: makes deferred calls and runs bodies nobody waits for (an Executor).
+        read_only: refuse what would change the source, with EROFS.
+        sync_directories: make changes of a directory durable before they are
+            acknowledged (mount(8)'s sync and dirsync).
+        most_descriptors: O_PATH descriptors to keep for nodes, where the process's limit on
+            open files leaves so many; each keeps an inode of the source in memory.
+        threads: how many make calls at the same time.
+        attr_timeout: seconds for which attributes may be believed.
+    """
+
+    def __init__(
+        self,
+        driver: Background,
+        *,
+        read_only: bool = False,
+        sync_directories: bool = False,
+        most_descriptors: int = MOST,
+        threads: int = 1,
+        attr_timeout: float = 0.0,
+    ) -> None:
+        self.attr_timeout = attr_timeout
+        self.defer = driver.defer
+        self.fids = FidTable(driver.defer)
+        self.rename_lock = RenameLock()
+        self.ranges = Ranges()
+        self.read_only = read_only
+        # Whether the mount that the requests come by has been made writable since.
+        self.has_become_writable: Callable[[], bool] = bool
+        self.sync_directories = sync_directories
+        # Whether reads leave the access times alone, of all and of directories.
+        self.noatime = self.nodiratime = False
+        self.own_mount: OwnMount | None = None  # by which the requests come, if by one
+        # Tells the client that the attributes of a fid's file are others than it believes. For
+        # a fid that a request under way was made with: then it waits for nobody.
+        self.attributes_changed: Callable[[int], object] = _nobody_believes
+        self.descriptors = Descriptors(
+            self.fids,
+            driver.in_background,
+            self.stat_name,
+            self.open_step,
+            most=most_descriptors,
+            threads=threads,
+        )
+        self.msize = 0  # bytes of a message, agreed by version
+
+    def using(self, number: int, *, looking: bool = False) -> Use:
+        """``async with session.using(fid) as use``: reference a fid, pin its node.
+
+        Inside, ``use.fid`` is the fid, ``use.node`` its node and ``use.fd`` the node's
+        O_PATH descriptor.
+
+        Args:
+            number: the fid.
+            looking: whether only attributes are wanted (`Descriptors.reopen`).
+
+        Raises:
+            OSError: unknown fid (see `FidTable.get`); ESTALE where the node had no
+                descriptor and its name leads to it no more.
+        """
+        return Use(self, number, looking)
+
+    def using_node(self, node: Node) -> UseNode:
+        """``async with session.using_node(node)``: as `using`, for a node held already."""
+        return UseNode(self, node)
+
+    async def reopen(self, node: Node, looking: bool = False) -> None:
+        """Give a pinned node its descriptor again, by the names that it remembers.
+
+        Args:
+            node: it.
+            looking: as for `Descriptors.reopen`.
+
+        Raises:
+            OSError: ESTALE, they do not lead there any more; ENFILE.
+        """
+        reopen = self.descriptors.reopen
+        await self.unless_moved(lambda: blocking(node.path, reopen, node, looking))
+
+    async def unless_moved(self, find: Callable[[], Awaitable[T]]) -> T:
+        """Await what finds a file by its remembered place; again, if a rename came in between.
+
+        Raises:
+            OSError: what ``find`` raises; ESTALE only if no name was moved meanwhile, or
+                `MOST_TRIES` times.
+        """
+        for _ in range(MOST_TRIES - 1):
+            moves = self.rename_lock.moves
+            try:
+                return await find()
+            except OSError as e:
+                if e.errno != errno.ESTALE or moves == self.rename_lock.moves:
+                    raise
+        return await find()
+
+    def writable(self) -> None:
+        """Refuse with EROFS on a read-only session."""
+        if self.read_only and not self.has_become_writable():
+            raise error(errno.EROFS)
+
+    def stat_name(self, directory: int, name: bytes) -> Attributes:
+        """The attributes of a name in a directory; a symlink is not followed. Blocks.
+
+        Raises:
+            OSError: ELOOP, the name leads into the mount that the requests come by; the errors
+                of statx(2).
+        """
+        if self.own_mount is not None:
+            self.own_mount.refuse(directory, name)
+        return stat_name(directory, name)
+
+    def open_step(self, directory: int, name: bytes) -> int:
+        """An O_PATH descriptor of a name in a directory; a symlink is not followed. Blocks.
+
+        Raises:
+            OSError: as stat_name; the errors of open(2).
+        """
+        if self.own_mount is not None:
+            self.own_mount.refuse(directory, name)
+        return open_step(directory, name)
+
+    def keeping(self, directory: Node, name: bytes) -> Keeping:
+        """``async with session.keeping(directory, name) as node``, around taking the name away.
+
+        The file behind the name gets its descriptor, if the kernel knows the file, and
+        keeps it: without, it could not be opened again while the name goes, or after, but
+        the kernel may still use it. ``node`` is None if the kernel does not know it.
+        """
+        return Keeping(self, directory, name)
+
+    async def claim_descriptor(self, near: Node, owner: int | None = None) -> None:
+        """See that an open fid can have a descriptor; `FidTable.close_open` is its end.
+
+        Args:
+            near: a node of the device that it is about to be opened on.
+            owner: the user id of who opens it, whose share is bounded; None: nobody's.
+
+        Raises:
+            OSError: ENFILE, too many are in use.
+        """
+        self.descriptors.claim(owner)
+        if self.descriptors.are_short:
+            try:
+                await blocking(near.path, self.descriptors.make_room_for_open, near)
+            except BaseException:
+                self.fids.unclaim(owner)
+                raise
+
+    async def settle(self, directory: Node) -> None:
+        """Make what was changed in a directory durable, where the mount asks for it."""
+        if self.sync_directories:
+            await blocking(directory.path, _sync_directory, directory.fd)
+
+
+class Keeping:
+    """The file behind a name, pinned while the name goes away; `Session.keeping`."""
+
+    __slots__ = ("_directory", "_name", "_node", "_session")
+
+    def __init__(self, session: Session, directory: Node, name: bytes) -> None:
+        self._session = session
+        self._directory = directory
+        self._name = name
+        self._node: Node | None = None
+
+    async def __aenter__(self) -> Node | None:
+        session, directory, fids = self._session, self._directory, self._session.fids
+        try:
+            a = await blocking(directory.path, session.stat_name, directory.fd, self._name)
+        except FileNotFoundError:
+            return None
+        node = fids.known(a)
+        if node is None:
+            return None
+        has_descriptor = fids.pin(node)
+        fids.drop(node)  # the pin's reference is enough
+        self._node = node
+        if not has_descriptor:
+            try:
+                open_named = session.descriptors.open_named
+                await blocking(directory.path, open_named, directory, self._name, node)
+            except BaseException:
+                fids.unpin(node)
+                raise
+            session.descriptors.note()
+        return node
+
+    async def __aexit__(self, *exc: object) -> None:
+        if self._node is not None:
+            self._session.fids.unpin(self._node)
+
+
+class UseNode:
+    """A node referenced and pinned, for an ``async with`` block; `Session.using_node`."""
+
+    __slots__ = ("_looking", "_session", "node")
+
+    def __init__(self, session: Session, node: Node, looking: bool = False) -> None:
+        self._session = session
+        self._looking = looking
+        self.node = node
+
+    async def __aenter__(self) -> Node:
+        session, node = self._session, self.node
+        if not session.fids.pin(node):
+            try:
+                await session.reopen(node, self._looking)
+                session.descriptors.note()
+            except BaseException:
+                session.fids.unpin(node)
+                raise
+        return node
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._session.fids.unpin(self.node)
+
+
+class Use:
+    """A fid referenced and its node pinned, for an ``async with`` block; `Session.using`."""
+
+    __slots__ = ("_looking", "_number", "_pin", "_session", "fid")
+
+    fid: Fid
+    _pin: UseNode
+
+    def __init__(self, session: Session, number: int, looking: bool) -> None:
+        self._session = session
+        self._number = number
+        self._looking = looking
+
+    async def __aenter__(self) -> Use:
+        self.fid = self._session.fids.get(self._number)
+        # The fid may be moved to another node meanwhile: this one is what is used here.
+        self._pin = UseNode(self._session, self.fid.node, self._looking)
+        try:
+            await self._pin.__aenter__()
+        except BaseException:
+            self._session.fids.put(self.fid)
+            raise
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._pin.__aexit__()
+        self._session.fids.put(self.fid)
+
+    @property
+    def node(self) -> Node:
+        """The node that the fid stood on when the block was entered."""
+        return self._pin.node
+
+    @property
+    def fd(self) -> int:
+        """The node's O_PATH descriptor."""
+        return self._pin.node.fd
+
+
+def _nobody_believes(fid: int) -> None:
+    """A client that does not keep attributes need not be told that they have changed."""
+
+
+async def patiently(ask: Callable[[], Awaitable[T]]) -> T:
+    """Await what answers EAGAIN while somebody holds a lease on the file, until he gives it up.
+
+    Whoever asks so begins to break the lease, which the kernel ends after a time
+    (fcntl(2), F_SETLEASE). No thread waits meanwhile.
+
+    Args:
+        ask: makes a call in the form that does not wait (O_NONBLOCK).
+
+    Raises:
+        OSError: what ``ask`` raises; EAGAIN, nobody has given up anything in that time.
+    """
+    until = None
+    while True:
+        try:
+            return await ask()
+        except BlockingIOError:
+            now = time.monotonic()
+            if until is None:
+                until = now + _break_time + _GRACE
+            elif now > until:
+                raise
+        await later()
+
+
+def _lease_break_time() -> int:
+    """Seconds after which the kernel breaks a lease (proc(5))."""
+    try:
+        with open("/proc/sys/fs/lease-break-time", "rb") as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return 45
+
+
+_break_time = _lease_break_time()  # once: whoever reads the directory can keep others out of it
+
+
+def _sync_directory(fd: int) -> None:
+    # An O_PATH descriptor cannot be synced.
+    readable = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)
+    try:
+        os.fsync(readable)
+    finally:
+        os.close(readable)
+
+
+def path_of(fd: int) -> str:
+    """The path by which calls that take no descriptor reach an open file (proc(5))."""
+    return f"/proc/self/fd/{fd}"
+
+
+def check_offset(*offsets: int) -> None:
+    """Refuse what is no place in a file, or no size of one, with EINVAL: off_t has 63 bits."""
+    if not all(0 <= offset < 1 << 63 for offset in offsets):
+        raise error(errno.EINVAL)
+
+
+def check_component(name: bytes, *, illegal: int = errno.EINVAL) -> None:
+    """Refuse what is not one name in a directory.
+
+    Args:
+        name: a path component.
+        illegal: the errno for an empty name and for one with a slash or a zero byte.
+
+    Raises:
+        OSError: ``illegal``; ENAMETOOLONG, over 255 bytes.
+    """
+    if not name or b"/" in name or b"\0" in name:
+        raise error(illegal)
+    if len(name) > NAME_MAX:
+        raise error(errno.ENAMETOOLONG)
+
+
+def check_new_name(name: bytes) -> None:
+    """Refuse a name that nothing can be made under; EEXIST for ``.`` and ``..``."""
+    check_component(name)
+    if name in (b".", b".."):
+        raise error(errno.EEXIST)
+
+
+def check_directory(node: Node) -> None:
+    """Refuse a node that is not a directory, with ENOTDIR."""
+    if node.kind != stat.S_IFDIR:
+        raise error(errno.ENOTDIR)

@@ -1,0 +1,393 @@
+"""`--trace FILE`: the way of every request, in the Chrome trace-event format.
+
+Nothing in the drivers or the operations knows of it. A `Tracer` puts itself around
+things: around each body (`_TracedBody` stands between it and its driver, and sees when and
+on which thread it is run, what it asks for, and how it ends), around each call that a body
+asks for, around the locks it takes, and around the messages in `ninefuse.ops`. So a trace
+shows what a driver does, not what it is meant to do, and without one there is nothing to
+pay for but a comparison or two for each request.
+
+What was seen of a request is handed to a thread that writes it (trace_file.py) when the
+request is answered.
+
+Locks touched: none; it is called inside sections of the fid table's lock.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import inspect
+import sys
+import threading
+import time
+import types
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from typing import Any, TypeVar
+
+import trio
+
+from ninefuse import ops
+from ninefuse.calls import (
+    Acquire,
+    Behind,
+    Body,
+    Call,
+    Command,
+    Ended,
+    Later,
+    Queueing,
+    Release,
+)
+from ninefuse.fuse import callbacks
+from ninefuse.ops import directory
+from ninefuse.watching.trace_file import Lane, Message, Piece, TraceFile, Wait, Way
+
+T = TypeVar("T")
+WaitReadable = Callable[[int], Awaitable[None]]
+
+_now = time.perf_counter_ns
+
+_MESSAGES = tuple(
+    name for name in ops.__all__ if inspect.iscoroutinefunction(getattr(ops, name, None))
+)
+# Messages go by the names of the protocol; these are not theirs.
+_NAMES = {"readdirplus": "readdir"}
+
+_INTERVAL = 1e-4  # seconds
+
+# pyfuse3 may end a task after a reply, which then does not come back to wait.
+_MOST_REPLYING = 4096
+
+_FID_PARAMETERS = ("fid", "dirfid", "olddirfid")
+
+
+class _Begins:
+    """A message begins (or several that take one call). A command for `_TracedBody` only."""
+
+    __slots__ = ("fid", "names")
+
+    def __init__(self, names: tuple[str, ...], fid: int | None) -> None:
+        self.names = names
+        self.fid = fid
+
+
+class _Ends:
+    """The message that began last ends."""
+
+
+_ENDS = _Ends()
+
+
+@types.coroutine
+def _say(command: _Begins | _Ends) -> Generator[_Begins | _Ends, None, None]:
+    yield command
+
+
+class Tracer:
+    """Watches the requests of one driver and has them written; an executor's `Observer`.
+
+    A context manager: inside, the messages in `ninefuse.ops` are watched too.
+
+    Args:
+        file: where to write.
+    """
+
+    def __init__(self, file: TraceFile) -> None:
+        self._file = file
+        self._lanes: dict[int, Lane] = {}  # by the thread's ident
+        self._running: dict[int, _TracedBody[Any]] = {}  # likewise: whose code runs there
+        self._undo: list[tuple[Any, str, Any]] = []
+        # By pyfuse3's tasks: requests that are being answered, and when one was there to read.
+        self._replying: dict[trio.lowlevel.Task, Way] = {}
+        self._received: dict[trio.lowlevel.Task, int] = {}
+
+    def __enter__(self) -> Tracer:
+        # The thread that writes is busy, and would keep the others waiting for the
+        # interpreter's lock for milliseconds: for calls that take microseconds.
+        self._interval = sys.getswitchinterval()
+        sys.setswitchinterval(_INTERVAL)
+        for name in _MESSAGES:
+            self._replace(ops, name, _announced(getattr(ops, name), _NAMES.get(name, name)))
+        # What readdirplus does in the place of messages of their own, and forget.
+        self._replace(directory, "_stat_itself", _announced(directory._stat_itself, "getattr"))
+        both = _announced(directory._walk_entry, "walk", "getattr")
+        self._replace(directory, "_walk_entry", both)
+        self._replace(callbacks, "forget", _clunks(callbacks.forget))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        sys.setswitchinterval(self._interval)
+        while self._undo:
+            setattr(*self._undo.pop())
+
+    def _replace(self, module: Any, name: str, function: Any) -> None:
+        self._undo.append((module, name, getattr(module, name)))
+        setattr(module, name, function)
+
+    def watch(self, tag: int, name: str, body: Body[T], *, awaited: bool) -> Body[T]:
+        """Return a body that does the same and is watched.
+
+        Args:
+            tag: the request's number.
+            name: its callback.
+            body: not started.
+            awaited: whether `answered` will be called; if not, it is over when it ends.
+        """
+        watched = _TracedBody(self, tag, name, body, awaited)
+        if awaited:
+            received = self._received.pop(trio.lowlevel.current_task(), None)
+            if received is not None:
+                watched.way.received = (self.lane(), received)
+        return watched
+
+    def watch_call(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function that does the same; its lane shows when it ran."""
+        name = _name_of(function)
+
+        def watched(*args: Any) -> Any:
+            lane, begin = self.lane(), _now()
+            try:
+                return function(*args)
+            finally:
+                self._file.put_deferred(lane, name, begin, _now())
+
+        watched.__name__ = name
+        return watched
+
+    def made_by_engine(self, body: Body[Any], call: Call, begin: int, end: int) -> None:
+        """A call was made on no thread of ours, between these times (ns)."""
+        assert isinstance(body, _TracedBody)
+        body.way.waits.append(Wait(f"io_uring: {_name_of(call.kind)}", begin, end))
+        body.way.engine_calls += 1
+
+    def answered(self, body: Body[Any]) -> None:
+        """The dispatcher has the answer of a body. On the dispatcher."""
+        assert isinstance(body, _TracedBody)
+        now = _now()
+        body.way.reply = (self.lane(), now, now)
+        if len(self._replying) >= _MOST_REPLYING:
+            self._flush()
+        task = trio.lowlevel.current_task()
+        before = self._replying.get(task)
+        if before is not None:  # it was no request of the device's
+            self._file.put(before)
+        self._replying[task] = body.way
+
+    def around_wait(self, wait_readable: WaitReadable) -> WaitReadable:
+        """Return a wait for the FUSE device that does the same and is watched.
+
+        When a task waits (again) it has sent its reply; when its wait is over it receives.
+        """
+
+        async def watched(fd: int) -> None:
+            task = trio.lowlevel.current_task()
+            way = self._replying.pop(task, None)
+            if way is not None and way.reply is not None:
+                way.reply = (way.reply[0], way.reply[1], _now())
+                self._file.put(way)
+            await wait_readable(fd)
+            if len(self._received) >= _MOST_REPLYING:
+                self._received.clear()  # of tasks that have ended, and of what has no body
+            self._received[task] = _now()
+
+        return watched
+
+    def close(self) -> None:
+        """Write what is left. When nothing is under way any more."""
+        self._flush()
+        self._file.close()
+
+    def _flush(self) -> None:
+        for way in self._replying.values():
+            self._file.put(way)
+        self._replying.clear()
+        self._received.clear()
+
+    def waited_for_table(self, mode: str, begin: int, end: int) -> None:
+        """A wait for the fid table's lock is over (`TableLock.on_wait`)."""
+        body = self._running.get(threading.get_ident())
+        if body is not None:
+            body.way.blocked.append((self.lane(), f"waits for fid table ({mode})", begin, end))
+
+    def lane(self) -> Lane:
+        """The lane of the calling thread."""
+        ident = threading.get_ident()
+        lane = self._lanes.get(ident)
+        if lane is None:
+            thread = threading.current_thread()
+            name = "dispatcher" if thread is threading.main_thread() else thread.name
+            lane = self._lanes[ident] = self._file.lane(name)
+        return lane
+
+
+class _TracedBody(Coroutine[Any, Any, T]):
+    """Stands between a body and its driver, and keeps what it sees of the body's way."""
+
+    def __init__(self, tracer: Tracer, tag: int, name: str, body: Body[T], awaited: bool) -> None:
+        self.way = Way(tag, name, _now())
+        self._tracer = tracer
+        self._body = body
+        self._awaited = awaited
+        self._open: list[int] = []  # messages that have begun and not ended, by number
+        self._waiting: tuple[str, int] | None = None  # for what, since when
+        self._taken: dict[Acquire, Acquire] = {}  # the body's lock command -> the driver's
+
+    def send(self, value: Any) -> Any:
+        return self._run(self._body.send, value)
+
+    def throw(self, *error: Any) -> Any:
+        return self._run(self._body.throw, *error)
+
+    def close(self) -> None:
+        self._body.close()
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        return self._body.__await__()
+
+    def _run(self, resume: Callable[..., Any], *value: Any) -> Command:
+        """Run the body to its next command, which goes to the driver."""
+        tracer = self._tracer
+        lane, begin = tracer.lane(), _now()
+        ident = threading.get_ident()
+        if self._waiting is not None:
+            what, since = self._waiting
+            self._waiting = None
+            self.way.waits.append(Wait(what, since, begin))
+        tracer._running[ident] = self
+        try:
+            while True:
+                command = resume(*value)
+                if type(command) is _Begins:
+                    begin = self._cut(lane, begin)
+                    for name in command.names:
+                        self.way.messages.append(Message(f"T{name}", command.fid))
+                    self._open.append(len(self.way.messages) - 1)
+                elif command is _ENDS:
+                    begin = self._cut(lane, begin)
+                    self._open.pop()
+                else:
+                    break
+                resume, value = self._body.send, (None,)
+        except BaseException as end:  # StopIteration is how a body ends
+            self._cut(lane, begin)
+            if not isinstance(end, StopIteration):
+                self.way.error = _error_name(end)
+            if not self._awaited:
+                tracer._file.put(self.way)
+            raise
+        finally:
+            tracer._running.pop(ident, None)
+        return self._passed_on(command, self._cut(lane, begin))
+
+    def _passed_on(self, command: Any, now: int) -> Command:
+        """What the driver is to get for a body's command."""
+        if type(command) is Call:
+            function = _TracedCall(self, command.function)
+            quick = None if command.quick is None else _TracedCall(self, command.quick)
+            return Call(command.on, function, command.args, quick, command.kind)
+        if type(command) is Acquire:
+            lock = _TracedLock(self, command)
+            acquire = self._taken[command] = Acquire(lock, command.mode)
+            return acquire
+        if type(command) is Release:
+            return Release(self._taken.pop(command.taken))
+        if type(command) in (Behind, Ended, Later):
+            self._waiting = (f"waits for {command}", now)
+        return command  # type: ignore[no-any-return]
+
+    def _cut(self, lane: Lane, begin: int) -> int:
+        """Note that the body ran here until now; return now."""
+        now = _now()
+        message = self._open[-1] if self._open else -1
+        self.way.pieces.append(Piece(lane, begin, now, "", message))
+        return now
+
+
+class _TracedCall:
+    """A call that a body asked for, and when and where it was made."""
+
+    def __init__(self, body: _TracedBody[Any], function: Callable[..., Any]) -> None:
+        self._body = body
+        self._function = function
+        self.__name__ = _name_of(function)
+
+    def __call__(self, *args: Any) -> Any:
+        body = self._body
+        tracer, message = body._tracer, body._open[-1] if body._open else -1
+        lane, ident = tracer.lane(), threading.get_ident()
+        tracer._running[ident] = body
+        name = self.__name__
+        begin = _now()
+        try:
+            return self._function(*args)
+        except BlockingIOError:
+            name = ""  # it would have blocked, and so is still to be made
+            raise
+        finally:
+            body.way.pieces.append(Piece(lane, begin, _now(), name, message))
+            tracer._running.pop(ident, None)
+
+
+class _TracedLock:
+    """A lock that a body asks for: knows whether the body had to wait for it."""
+
+    def __init__(self, body: _TracedBody[Any], command: Acquire) -> None:
+        self.name = command.lock.name
+        self._lock: Queueing = command.lock
+        self._body = body
+        self._label = f"waits for {command}"
+
+    def acquire(self, mode: str, resume: Callable[[], None]) -> bool:
+        # Said before it is queued: from then on the body may run on another thread.
+        self._body._waiting = (self._label, _now())
+        taken = self._lock.acquire(mode, resume)
+        if taken:
+            self._body._waiting = None
+        return taken
+
+    def release(self, mode: str) -> None:
+        self._lock.release(mode)
+
+
+def _announced(
+    function: Callable[..., Awaitable[Any]], *names: str
+) -> Callable[..., Coroutine[Any, Any, Any]]:
+    """The same message, which says when it begins and ends."""
+    parameters = list(inspect.signature(function).parameters)
+    has_fid = len(parameters) > 1 and parameters[1] in _FID_PARAMETERS
+
+    @functools.wraps(function)
+    async def announced(session: Any, *args: Any, **kwargs: Any) -> Any:
+        await _say(_Begins(names, args[0] if has_fid and args else kwargs.get("fid")))
+        try:
+            return await function(session, *args, **kwargs)
+        finally:
+            await _say(_ENDS)
+
+    return announced
+
+
+def _clunks(function: Callable[..., Awaitable[int]]) -> Callable[..., Coroutine[Any, Any, int]]:
+    """callbacks.forget, which says how many fids it clunks."""
+
+    @functools.wraps(function)
+    async def forget(*args: Any) -> int:
+        gone = await function(*args)
+        for _ in range(gone):
+            await _say(_Begins(("clunk",), None))
+            await _say(_ENDS)
+        return gone
+
+    return forget
+
+
+def _name_of(function: Any) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return str(getattr(function, "__name__", function))
+
+
+def _error_name(error: BaseException) -> str:
+    code = getattr(error, "errno", None)
+    return errno.errorcode.get(code, str(code)) if code else type(error).__name__

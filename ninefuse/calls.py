@@ -1,30 +1,34 @@
 """What an operation body says to its driver.
 
-A 9P operation is a coroutine that knows nothing of threads or trio. Where it may
-block it yields one of the commands below to whoever drives it (executor.py has the
-drivers, one for each threading model), and goes on with the command's result:
+A 9P operation is a coroutine that knows nothing of threads or trio. Where it may block it
+awaits one of the commands below. The command goes to whoever drives the body (executor.py has
+the drivers, one for each threading model), and the body goes on with the command's result:
 
-* ``await blocking(on, function, *args)``: make this call. ``on`` names the inode
-  that the call may get stuck on (a qid path, or None), so that calls stuck on one
-  file cannot take every worker. ``blocking_unless(on, quick, function, *args)``: the
-  same, where the call has a form that never waits; ``brief(on, function, *args)``: the
-  same, where the call itself is such a form.
-* ``async with lock.reading`` / ``async with lock.writing`` (locks.py): take a lock,
-  give it back. No other command may be given in between: whoever waits for a call
-  would have all wait who want the lock.
-* ``await later()``: go on after a while, to try again.
-* ``await ended(tag)``: wait until another request has ended.
-* ``await behind(turn)``: wait for earlier changes of the same bytes (order.py).
+* a `Call`: make this call. What it is says its class: `Pread`, `Pwrite`, `Fsync`, or `Plain`
+  for a function and its arguments. ``await blocking(on, function, *args)`` is the usual way to
+  say the last; ``blocking_unless`` and ``brief`` are for calls which have a form that never waits.
+* ``async with lock.reading`` / ``async with lock.writing`` (locks.py): take a lock, give it
+  back. No other command may be given in between: whoever waits for a call would have all wait
+  who want the lock.
+* ``await Later()``: go on after a while, to try again.
+* ``await Ended(tag)``: wait until another request has ended.
+* ``await Behind(turn)``: wait for earlier changes of the same bytes (order.py).
+* ``await Begin(message, fid)``: a message begins. Drivers pass over it; traces show it.
+
+Each call names the inode that it may get stuck on, so that calls which are stuck on one file
+cannot take every worker.
 
 Locks touched: none.
 """
 
 from __future__ import annotations
 
-import types
-from collections.abc import Callable, Coroutine, Generator, Hashable
+import os
+from collections.abc import Callable, Coroutine, Generator
 from functools import partial
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar
+
+from ninefuse.linux import transfer
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -38,6 +42,8 @@ class Queueing(Protocol):
 
     name: str
 
+    def try_acquire(self, mode: str) -> bool: ...
+
     def acquire(self, mode: str, resume: Callable[[], None]) -> bool: ...
 
     def release(self, mode: str) -> None: ...
@@ -49,32 +55,162 @@ class Coming(Protocol):
     def has_come(self, resume: Callable[[], None]) -> bool: ...
 
 
-class Call:
-    """Make the call ``function(*args)``, which may block, on the inode ``on``.
+class Call(Generic[T]):
+    """A call that may block, and what it may get stuck on.
 
     Attributes:
-        kind: what is called, without the arguments that are bound to it.
-        quick: does the same with the same arguments, and waits for nobody on a local file
-            system: where it would, it raises BlockingIOError and has done nothing. None: there
-            is no such form. (A call of any other kind may wait for as long as somebody likes:
+        on: qid path of the inode, or None.
+        quick: whether it has a form that waits for nobody on a local file system, `make_now`:
+            then it may stay on the dispatcher. (Any other may wait for as long as somebody likes:
             who holds an inode's lock may be waiting for memory that a FUSE server brings.)
+        label: what it is, in words, for traces and reports.
     """
 
-    __slots__ = ("args", "function", "kind", "on", "quick")
+    __slots__ = ("on",)
+
+    quick: Any
+    label: Any
+    on: int | None
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        result: T = yield self
+        return result
+
+    def make(self) -> T:
+        """Make it, however long that takes. Any thread.
+
+        Raises:
+            Exception: whatever the call raises.
+        """
+        raise NotImplementedError
+
+    def make_now(self) -> T:
+        """Make it without waiting, where it is `quick`. Any thread.
+
+        Raises:
+            BlockingIOError: it would have waited, and nothing was done.
+            Exception: whatever the call raises.
+        """
+        raise NotImplementedError
+
+
+class Plain(Call[T]):
+    """The call ``function(*args)``.
+
+    Args:
+        on: as of a `Call`.
+        function: what is called.
+        args: its arguments.
+        quick: does the same with the same arguments, and waits for nobody: where it would, it
+            raises BlockingIOError and has done nothing. None: there is no such form.
+    """
+
+    __slots__ = ("args", "function", "quick")
 
     def __init__(
         self,
         on: int | None,
-        function: Callable[..., Any],
+        function: Callable[..., T],
         args: tuple[Any, ...],
-        quick: Callable[..., Any] | None = None,
-        kind: Hashable = None,
+        quick: Callable[..., T] | None = None,
     ) -> None:
         self.on = on
         self.function = function
         self.args = args
         self.quick = quick
-        self.kind = kind or function
+
+    @property
+    def label(self) -> str:
+        """The function's name, in words."""
+        return words_of(self.function)
+
+    def make(self) -> T:
+        return self.function(*self.args)
+
+    def make_now(self) -> T:
+        result: T = self.quick(*self.args)
+        return result
+
+
+class Pread(Call[bytes]):
+    """Read ``count`` bytes of a file from ``offset``; fewer at its end only (pread(2))."""
+
+    __slots__ = ("count", "fd", "offset")
+
+    quick = True
+    label = "read"
+
+    def __init__(self, on: int | None, fd: int, count: int, offset: int) -> None:
+        self.on = on
+        self.fd = fd
+        self.count = count
+        self.offset = offset
+
+    def make(self) -> bytes:
+        return transfer.read_fully(self.fd, self.count, self.offset)
+
+    def make_now(self) -> bytes:
+        return transfer.read_now(self.fd, self.count, self.offset)
+
+
+class Pwrite(Call[int]):
+    """Write ``data`` to a file at ``offset``; how much was written (pwrite(2)).
+
+    Attributes:
+        durable: whether the descriptor makes it durable (O_SYNC, O_DSYNC).
+        done: how much of it was written before.
+    """
+
+    __slots__ = ("data", "done", "durable", "fd", "offset")
+
+    quick = False
+    label = "write"
+
+    def __init__(
+        self,
+        on: int | None,
+        fd: int,
+        data: bytes,
+        offset: int,
+        *,
+        durable: bool = False,
+        done: int = 0,
+    ) -> None:
+        self.on = on
+        self.fd = fd
+        self.data = data
+        self.offset = offset
+        self.durable = durable
+        self.done = done
+
+    def make(self) -> int:
+        return transfer.write_fully(self.fd, self.data, self.offset, self.done)
+
+
+class Fsync(Call[None]):
+    """Make a file durable (fsync(2)); ``data_only``: what is needed to read it back alone."""
+
+    __slots__ = ("data_only", "fd")
+
+    quick = False
+    label = "sync"
+
+    def __init__(self, on: int | None, fd: int, *, data_only: bool = False) -> None:
+        self.on = on
+        self.fd = fd
+        self.data_only = data_only
+
+    def make(self) -> None:
+        (os.fdatasync if self.data_only else os.fsync)(self.fd)
+
+
+class _Other:
+    """A command that is no call, and has no result."""
+
+    __slots__ = ()
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        yield self
 
 
 class Acquire:
@@ -99,8 +235,11 @@ class Release:
         self.taken = taken
 
 
-class Ended:
-    """Wait until the request ``tag`` has ended; one that is not known has."""
+class Ended(_Other):
+    """Wait until the request ``tag`` has ended: its answer is then on its way.
+
+    One that is not known has.
+    """
 
     __slots__ = ("tag",)
 
@@ -111,8 +250,8 @@ class Ended:
         return f"the end of request {self.tag}"
 
 
-class Later:
-    """Go on after a while; see patience.py."""
+class Later(_Other):
+    """Go on after a while (some hundredths of a second), on no thread meanwhile."""
 
     __slots__ = ()
 
@@ -120,7 +259,7 @@ class Later:
         return "another try"
 
 
-class Behind:
+class Behind(_Other):
     """Go on when it is the turn of ``turn``; see order.py."""
 
     __slots__ = ("turn",)
@@ -132,19 +271,29 @@ class Behind:
         return str(self.turn)
 
 
-Command = Call | Acquire | Release | Ended | Later | Behind
+class Begin(_Other):
+    """The 9P message ``message`` begins, on ``fid``. Said only where somebody wants to know.
+
+    Args:
+        message: its name, without the T.
+        fid: that it is about, or None.
+    """
+
+    __slots__ = ("fid", "message")
+
+    def __init__(self, message: str, fid: int | None = None) -> None:
+        self.message = message
+        self.fid = fid
+
+
+Command = Call[Any] | Acquire | Release | Ended | Later | Behind | Begin
 Body = Coroutine[Any, Any, T]
 
 
-@types.coroutine
-def _ask(command: Command) -> Generator[Command, Any, Any]:
-    return (yield command)
-
-
-async def blocking(
+def blocking(
     on: int | None, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
-) -> T:
-    """Make a call that may block, wherever the threading model wants it made.
+) -> Call[T]:
+    """``await`` it: make a call that may block, wherever the threading model wants it made.
 
     Args:
         on: qid path of the inode that the call may get stuck on, or None.
@@ -155,51 +304,40 @@ async def blocking(
     Raises:
         Exception: whatever ``function`` raised.
     """
-    call: Callable[..., T] = partial(function, **kwargs) if kwargs else function
-    result: T = await _ask(Call(on, call, args, kind=function))
-    return result
+    return Plain(on, partial(function, **kwargs) if kwargs else function, args)
 
 
-async def blocking_unless(
+def blocking_unless(
     on: int | None,
     quick: Callable[P, T],
     function: Callable[P, T],
     /,
     *args: P.args,
     **kwargs: P.kwargs,
-) -> T:
-    """As `blocking`, for a call that has a form which waits for nobody (`Call.quick`).
+) -> Call[T]:
+    """As `blocking`, for a call that has a form which waits for nobody (`Plain.quick`).
 
     It takes no keyword arguments.
     """
     assert not kwargs
-    result: T = await _ask(Call(on, function, args, quick))
-    return result
+    return Plain(on, function, args, quick)
 
 
-async def brief(
+def brief(
     on: int | None, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
-) -> T:
+) -> Call[T]:
     """As `blocking`, for a call that takes no lock of an inode: statx of a descriptor, say.
 
     On a local file system it waits for nobody, so it is its own quick form. It takes no
     keyword arguments.
     """
     assert not kwargs
-    result: T = await _ask(Call(on, function, args, function))
-    return result
+    return Plain(on, function, args, function)
 
 
-async def later() -> None:
-    """Go on after a while (some hundredths of a second), on no thread meanwhile."""
-    await _ask(Later())
-
-
-async def ended(tag: int) -> None:
-    """Wait until the request ``tag`` has ended (its answer is then on its way)."""
-    await _ask(Ended(tag))
-
-
-async def behind(turn: Coming) -> None:
-    """Wait until a turn has come; for order.py, which says what came earlier."""
-    await _ask(Behind(turn))
+def words_of(function: Callable[..., Any]) -> str:
+    """The name of a function, in words: ``_keep_mark`` is "keep mark"."""
+    while isinstance(function, partial):
+        function = function.func
+    name = getattr(function, "__name__", None) or str(function)
+    return name.strip("_").replace("_", " ")

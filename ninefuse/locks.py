@@ -6,7 +6,7 @@ after a waiting writer wait for it, and readers next to each other are let in
 together. They differ in how one waits:
 
 * ``TableLock`` blocks the thread. It is for table work only (a few dictionary
-  operations), so a wait is microseconds; it is never held across an await.
+  operations), so a wait is microseconds; it is never held across an await (the tests check).
 * ``RenameLock`` is taken by operation bodies, through their driver. A body that has
   to wait is put aside and occupies no thread: a pool of one worker gets through any
   number of walks, creates and renames.
@@ -30,13 +30,6 @@ from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 from ninefuse.calls import READ, WRITE, Acquire, Release
-
-_table_holders: list[int] = []  # idents of the threads inside a TableLock's section
-
-
-def table_lock_held() -> bool:
-    """Whether the calling thread is inside a section of a `TableLock`."""
-    return bool(_table_holders) and threading.get_ident() in _table_holders
 
 
 class LockStatistics(NamedTuple):
@@ -174,10 +167,8 @@ class _BlockingSection:
                 turn.acquire()
             if self._lock.on_wait is not None:
                 self._lock.on_wait(self._mode, since, time.perf_counter_ns())
-        _table_holders.append(threading.get_ident())
 
     def __exit__(self, *exc: object) -> None:
-        _table_holders.remove(threading.get_ident())
         self._lock.release(self._mode)
 
 
@@ -185,7 +176,7 @@ class TableLock(RWLock):
     """The lock of the fid table: ``with lock.reading:``, ``with lock.writing:``.
 
     Waiting blocks the thread, so a section holds table work only: no system call, no
-    await (the drivers check), and no second section of the same lock.
+    await, and no second section of the same lock.
 
     Attributes:
         on_wait: called after each wait, on the thread that waited and now holds the lock,

@@ -24,6 +24,7 @@ import pyfuse3
 import trio
 
 from ninefuse import executor, ops
+from ninefuse.awaiting import Awaiting
 from ninefuse.driving.uring import Refused, Uring
 from ninefuse.exitcodes import ExitCode, Failure
 from ninefuse.fuse import device, rootmount
@@ -35,7 +36,7 @@ from ninefuse.process import logs, memory, signals, unmount
 from ninefuse.process.notify import notify
 from ninefuse.settings import FUSE_DEVICE, Settings
 from ninefuse.tree.leaving import Leaver
-from ninefuse.tree.qids import ROOT_NODEID
+from ninefuse.tree.qids import ROOT_NODEID, is_on_own_device
 from ninefuse.tree.session import Session
 from ninefuse.watching import report, tracing
 from ninefuse.watching.trace_file import TraceFile
@@ -93,7 +94,7 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
     driver = _driver(settings)
     mounts = MountsBelow(settings.source)
     if inline and isinstance(driver, executor.SecondModel):
-        driver.is_local = syscalls.is_local(source)
+        driver.is_near = is_on_own_device if syscalls.is_local(source) else None
         driver.uring = uring
     session = Session(
         driver,
@@ -228,11 +229,12 @@ async def _serve(
     ready: Callable[[], None],
     tracer: tracing.Tracer | None,
 ) -> None:
-    await driver.run("version", ops.version(session, ops.MAX_MSIZE, ops.VERSION))
-    await driver.run("attach", ops.attach(session, ROOT_NODEID, source))
+    awaiting = Awaiting(driver)
+    await awaiting.run("version", ops.version(session, ops.MAX_MSIZE, ops.VERSION))
+    await awaiting.run("attach", ops.attach(session, ROOT_NODEID, source))
     driver.answered.clear()  # what is counted are callbacks
     started = trio.Event()
-    adapter = Adapter(session, driver, settings, started.set)
+    adapter = Adapter(session, awaiting, settings, started.set)
     stopper = _Stopper(settings.mountpoint, session, trio.lowlevel.current_trio_token())
     counters = report.Counters(settings, adapter, driver, session)
     adapter.statistics = counters.published

@@ -14,11 +14,13 @@ import traceback
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import pytest
 import trio
 import trio.testing
 
+from ninefuse.awaiting import Awaiting
 from ninefuse.calls import Body
 from ninefuse.executor import Executor, create
 
@@ -115,6 +117,18 @@ def eager_switches() -> Iterator[None]:
         sys.setswitchinterval(interval)
 
 
+# A loop is known by its driver, since tests have a driver each.
+_awaiting: WeakKeyDictionary[Executor, Awaiting] = WeakKeyDictionary()
+
+
+async def answer(executor: Executor, name: str, body: Body[T], user: int | None = None) -> T:
+    """Drive a body to its end, in a task of the loop that is the executor's dispatcher."""
+    awaiting = _awaiting.get(executor)
+    if awaiting is None:
+        awaiting = _awaiting[executor] = Awaiting(executor)
+    return await awaiting.run(name, body, user)
+
+
 def drive(model: str, threads: int, scenario: Callable[[Executor], Awaitable[T]]) -> T:
     """Run a scenario under a threading model, on a thread of its own: the dispatcher.
 
@@ -148,7 +162,7 @@ async def begin(nursery: trio.Nursery, executor: Executor, name: str, body: Body
 
     async def task() -> None:
         try:
-            outcome.value = await executor.run(name, body)
+            outcome.value = await answer(executor, name, body)
         except Exception as error:
             outcome.error = error
         outcome.over = True

@@ -54,7 +54,9 @@ RANKS = {
     ("ninefuse.tree.leaving", "Leaver"): INNERMOST,
     ("ninefuse.tree.fids", "FidTable"): COUNTS,
     ("ninefuse.locks", "RWLock"): INNERMOST,  # the state of a read-write lock
-    ("ninefuse.executor", "Executor"): INNERMOST,  # the registry of requests
+    ("ninefuse.driving.driver", "Executor"): INNERMOST,  # the registry of requests
+    ("ninefuse.driving.clock", "Clock"): INNERMOST,
+    ("ninefuse.driving.deferred", "Deferred"): INNERMOST,
     ("ninefuse.driving.workers", "WorkerPool"): INNERMOST,
     ("ninefuse.driving.patience", "Patience"): INNERMOST,
     ("ninefuse.tree.order", "Ranges"): INNERMOST,
@@ -226,13 +228,13 @@ class Watch:
         """`Executor.advance`, which also says whose body a thread runs."""
 
         @functools.wraps(advance)
-        def advancing(driver: Any, request: executor.Request, resume: Callable[[], None]) -> Any:
+        def advancing(driver: Any, request: executor.Request) -> Any:
             ident, name = get_ident(), request.name
             self.is_free(f"{name} begins or goes on")
             before = self._running.get(ident)
             self._running[ident] = request
             try:
-                step = advance(driver, request, resume)
+                step = advance(driver, request)
                 if step is executor.Step.CALL:
                     self.may_wait(request)
                 return step
@@ -456,6 +458,7 @@ def _put_in_place(watch: Watch, patches: contextlib.ExitStack) -> None:
     def release(lock: RenameLock, mode: str) -> None:
         watch.give_rename_lock_back(lock, mode)
 
+    put(RenameLock, "try_acquire", lambda lock, mode: False)  # so that `acquire` sees all
     put(RenameLock, "acquire", acquire)
     put(RenameLock, "release", release)
     put(executor.Executor, "advance", watch.put_around(executor.Executor.advance))

@@ -26,7 +26,7 @@ from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 import pytest
 
 from ninefuse import ops
-from ninefuse.calls import Acquire, Behind, Body, Call, Release
+from ninefuse.calls import Acquire, Behind, Body, Call, Plain, Release
 from ninefuse.executor import NoThreading
 from ninefuse.linux.syscalls import Attributes, DirectoryEntry, next_entry, read_records
 from ninefuse.ops.walk import KERNEL
@@ -278,6 +278,11 @@ def fails(*codes: int) -> Iterator[None]:
 # One operation, call by call
 
 
+def _name_of(call: Call[Any]) -> str:
+    """The function that it calls, by name; Pread, Pwrite or Fsync."""
+    return str(call.function.__name__ if isinstance(call, Plain) else type(call).__name__)
+
+
 class Stepper(Generic[T]):
     """Runs an operation body on this thread and stops before blocking calls."""
 
@@ -285,7 +290,7 @@ class Stepper(Generic[T]):
         self._body = body
         self._value: Any = None
         self._error: BaseException | None = None
-        self._call: Call | None = None
+        self._call: Call[Any] | None = None
         self._granted = True
         self._result: T
         self.over = False
@@ -300,7 +305,7 @@ class Stepper(Generic[T]):
         """Go on until it is about to call a function of this name."""
         while self._advance():
             assert self._call is not None
-            if self._call.function.__name__ == function:
+            if _name_of(self._call) == function:
                 return
             self._perform()
         pytest.fail(f"it has ended, or waits, without a call of {function}")
@@ -329,9 +334,9 @@ class Stepper(Generic[T]):
     def _perform(self) -> None:
         call, self._call = self._call, None
         assert call is not None
-        self.calls.append(call.function.__name__)
+        self.calls.append(_name_of(call))
         try:
-            self._value = call.function(*call.args)
+            self._value = call.make()
         except OSError as failure:
             self._error = failure
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import trio
+from helpers_executor import answer
 from ops_helpers import (
     ILLEGAL_NAMES,
     ROOT,
@@ -441,7 +442,7 @@ def test_a_storm_of_callbacks_leaves_nothing(
 
     async def run(body: Body[Any]) -> Any:
         try:
-            return await executor.run("storm", body)
+            return await answer(executor, "storm", body)
         except OSError as failure:
             errnos.add(failure.errno)
             return None
@@ -497,8 +498,8 @@ def test_a_storm_of_callbacks_leaves_nothing(
                 await run(ops.clunk(session, handle))
 
     async def storm() -> None:
-        await executor.run("attach", ops.attach(session, ROOT, str(source)))
-        d, _ = await executor.run("lookup", callbacks.lookup(session, ROOT, b"d"))
+        await answer(executor, "attach", ops.attach(session, ROOT, str(source)))
+        d, _ = await answer(executor, "lookup", callbacks.lookup(session, ROOT, b"d"))
         with trio.fail_after(30):
             async with trio.open_nursery() as nursery:
                 for number in range(8):
@@ -517,5 +518,5 @@ def test_a_storm_of_callbacks_leaves_nothing(
     assert errnos & expected
     assert errnos <= expected | {errno.ENOTEMPTY, errno.EINVAL, errno.EPERM, errno.ENXIO}
     table.clear()
-    executor._clean_up()
+    executor.deferred.make_all()
     assert table.descriptors == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
-from helpers_executor import drive
+from helpers_executor import answer, drive
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -54,7 +54,7 @@ def test_crossings_are_counted_from_the_threads_that_calls_ran_on(model: str, ca
             threads.append(threading.get_ident())
 
     async def scenario(executor: Executor) -> int:
-        await executor.run("body", body())
+        await answer(executor, "body", body())
         threads.append(threading.get_ident())
         return executor.answered["body"].crossings
 
@@ -75,8 +75,8 @@ def test_what_is_answered_is_counted_by_name_errors_too(model: str) -> None:
     async def scenario(executor: Executor) -> None:
         for _ in range(3):
             with pytest.raises(ValueError, match="no number"):
-                await executor.run("fails", fails())
-        await executor.run("stays", stays())
+                await answer(executor, "fails", fails())
+        await answer(executor, "stays", stays())
         fails_, stays_ = executor.answered["fails"], executor.answered["stays"]
         assert (fails_.count, stays_.count) == (3, 1)
         assert fails_.on_dispatcher == (3 if model == "none" else 0)

@@ -20,6 +20,7 @@ import trio
 from helpers_executor import (
     PATIENCE,
     Outcome,
+    answer,
     begin,
     bounded,
     drive,
@@ -28,8 +29,9 @@ from helpers_executor import (
     until,
 )
 
-from ninefuse import executor as executor_module
-from ninefuse.calls import READ, WRITE, Acquire, Body, blocking, ended
+from ninefuse.calls import READ, Acquire, Body, Ended, blocking
+from ninefuse.driving import driver as driver_module
+from ninefuse.driving import request as request_module
 from ninefuse.executor import Executor, NoThreading, create
 from ninefuse.locks import RenameLock, TableLock
 from ninefuse.settings import MODELS
@@ -47,6 +49,11 @@ class Foreign:
 
     def __await__(self) -> Generator[object, Any, None]:
         yield "not a command"
+
+
+async def end_of(tag: int) -> None:
+    """A body that waits for the end of another request."""
+    await Ended(tag)
 
 
 async def one_call(on: int | None, function: Callable[[], Any]) -> Any:
@@ -71,8 +78,8 @@ def test_results_come_back(model: str) -> None:
         return [await blocking(None, max, n, 3), await blocking(STUCK, abs, -n)]
 
     async def scenario(executor: Executor) -> None:
-        assert await executor.run("body", body(5)) == [5, 5]
-        assert await executor.run("body", body(1)) == [3, 1]
+        assert await answer(executor, "body", body(5)) == [5, 5]
+        assert await answer(executor, "body", body(1)) == [3, 1]
 
     drive(model, 2, scenario)
 
@@ -85,7 +92,7 @@ def test_keywords_reach_the_call(model: str) -> None:
         return await blocking(None, int, "ff", base=16)
 
     async def scenario(executor: Executor) -> int:
-        return await executor.run("body", body())
+        return await answer(executor, "body", body())
 
     assert drive(model, 1, scenario) == 255
 
@@ -118,14 +125,14 @@ def test_errors_come_back(model: str) -> None:
 
     async def scenario(executor: Executor) -> None:
         with pytest.raises(OSError, match="no space") as caught:
-            await executor.run("passes it on", passes_it_on())
+            await answer(executor, "passes it on", passes_it_on())
         assert caught.value is raised
-        assert await executor.run("catches it", catches_it()) == "and went on"
+        assert await answer(executor, "catches it", catches_it()) == "and went on"
         assert trace == ["caught no space"]
         with pytest.raises(KeyError, match="before any call"):
-            await executor.run("raises", raises_itself())
+            await answer(executor, "raises", raises_itself())
         with pytest.raises(KeyError, match="after a call"):
-            await executor.run("raises", raises_itself_later())
+            await answer(executor, "raises", raises_itself_later())
 
     drive(model, 1, scenario)
 
@@ -146,7 +153,7 @@ def test_an_error_does_not_come_back_twice(model: str) -> None:
         return results
 
     async def scenario(executor: Executor) -> list[int]:
-        return await executor.run("body", body())
+        return await answer(executor, "body", body())
 
     assert drive(model, 1, scenario) == [0, 1, 2]
 
@@ -177,12 +184,12 @@ def test_what_is_no_exception_becomes_eio(model: str, error: type[BaseException]
     async def scenario(executor: Executor) -> None:
         for operation in (body, early):
             with pytest.raises(OSError, match="Input/output error") as caught:
-                await executor.run("body", operation())
+                await answer(executor, "body", operation())
             assert caught.value.errno == errno.EIO
         assert trace == ["seen by the body"]
         assert is_free(lock)
         # The only worker there is goes on, and the inode has its place back.
-        assert await executor.run("next", one_call(STUCK, partial(str, "here"))) == "here"
+        assert await answer(executor, "next", one_call(STUCK, partial(str, "here"))) == "here"
 
     drive(model, 1, scenario)
 
@@ -197,7 +204,7 @@ def test_stop_iteration_of_a_call_is_an_error(model: str) -> None:
 
     async def scenario(executor: Executor) -> None:
         with pytest.raises(RuntimeError, match="StopIteration"):
-            await executor.run("body", body())
+            await answer(executor, "body", body())
 
     drive(model, 1, scenario)
 
@@ -218,78 +225,18 @@ def test_awaiting_something_foreign_is_a_type_error(model: str) -> None:
 
     async def scenario(executor: Executor) -> None:
         for calls in (0, 2):
-            assert await executor.run("body", body(Foreign, calls)) == "went on"
+            assert await answer(executor, "body", body(Foreign, calls)) == "went on"
             assert trace.pop() == "body awaits 'not a command': not a command"
-        assert await executor.run("body", body(trio.lowlevel.checkpoint, 0)) == "went on"
+        assert await answer(executor, "body", body(trio.lowlevel.checkpoint, 0)) == "went on"
         assert "not a command" in trace.pop()
 
         async def lets_it_pass() -> None:
             await Foreign()
 
         with pytest.raises(TypeError, match="not a command"):
-            await executor.run("body", lets_it_pass())
+            await answer(executor, "body", lets_it_pass())
 
     drive(model, 1, scenario)
-
-
-# Rule 6: no await inside the table's lock
-
-
-@every_model
-@pytest.mark.parametrize("calls", [0, 1])
-@pytest.mark.parametrize("awaits", ["call", "lock", "ended", "foreign"])
-def test_an_await_inside_the_tables_lock_is_an_error(model: str, awaits: str, calls: int) -> None:
-    """The body gets AssertionError at the await; what it asked for is not done."""
-    table, lock = TableLock(), RenameLock()
-    trace: list[str] = []
-
-    async def body() -> str:
-        for _ in range(calls):
-            await blocking(None, int)
-        try:
-            with table.writing:
-                if awaits == "call":
-                    await blocking(None, trace.append, "called")
-                elif awaits == "lock":
-                    async with lock.writing:
-                        trace.append("taken")
-                elif awaits == "ended":
-                    await ended(1)
-                else:
-                    await Foreign()
-                trace.append("went on")
-        except AssertionError as error:
-            trace.append(str(error))
-        return await blocking(None, str, "after")
-
-    async def scenario(executor: Executor) -> None:
-        assert await executor.run("body", body()) == "after"
-        assert trace == ["body awaits inside the table's lock"]
-        assert table.try_acquire(WRITE)
-        assert lock.statistics() == (0, False, 0, 0, 0.0, 0.0)
-
-    drive(model, 1, scenario)
-
-
-@pooled_models
-def test_another_threads_table_section_is_no_error(model: str) -> None:
-    """The driver asks for its own thread only: a body awaits while others are in the table."""
-    table = TableLock()
-    inside, leave = threading.Event(), threading.Event()
-
-    def section() -> None:
-        with table.writing:
-            inside.set()
-            passed(leave)
-
-    async def scenario(executor: Executor) -> None:
-        async with trio.open_nursery() as nursery:
-            await begin(nursery, executor, "in the table", one_call(None, section))
-            passed(inside)
-            assert await executor.run("other", one_call(None, partial(str, "fine"))) == "fine"
-            leave.set()
-
-    drive(model, 2, scenario)
 
 
 # Where each call runs
@@ -338,7 +285,7 @@ def check_where(
         async def client() -> None:
             for _ in range(10):
                 trace = Trace()
-                await executor.run("body", trace.operation(inodes, lock))
+                await answer(executor, "body", trace.operation(inodes, lock))
                 assert len(trace.calls) == blocking_calls
                 assert len(trace.body) == blocking_calls + 3
                 check(trace, get_ident())
@@ -405,7 +352,7 @@ def test_a_body_without_calls_never_leaves_the_dispatcher(model: str) -> None:
                 passed(busy)
             for _ in range(10):
                 trace = Trace()
-                await executor.run("body", trace.operation([], RenameLock()))
+                await answer(executor, "body", trace.operation([], RenameLock()))
                 assert set(trace.all) == {get_ident()}
             assert executor.statistics().on_dispatcher == 10
             assert executor.statistics().handed_over == 0
@@ -428,9 +375,9 @@ def test_statistics(model: str) -> None:
 
     async def scenario(executor: Executor) -> None:
         for _ in range(3):
-            await executor.run("nothing", nothing())
+            await answer(executor, "nothing", nothing())
         for _ in range(2):
-            await executor.run("call", one_call(None, int))
+            await answer(executor, "call", one_call(None, int))
         now = executor.statistics()
         assert now.model == model
         assert now.running == 0
@@ -479,7 +426,7 @@ def test_a_cancelled_caller_does_not_stop_a_started_body(model: str) -> None:
 
         async def caller() -> None:
             with scope:
-                trace.append(await executor.run("body", body()))
+                trace.append(await answer(executor, "body", body()))
                 await trio.lowlevel.checkpoint()
                 trace.append("not cancelled")
 
@@ -520,7 +467,7 @@ def test_a_cancelled_caller_does_not_stop_a_body_that_waits_for_a_lock(model: st
             with trio.CancelScope() as scope:
                 scope.cancel()
                 nursery.start_soon(trio.to_thread.run_sync, until_waiting, lock, gate)
-                await executor.run("waiter", waiter())
+                await answer(executor, "waiter", waiter())
                 await trio.lowlevel.checkpoint()
         assert scope.cancelled_caught
         assert trace == ["waiter"]
@@ -551,7 +498,7 @@ def test_a_caller_cancelled_beforehand_is_served_all_the_same(model: str) -> Non
     async def scenario(executor: Executor) -> None:
         with trio.CancelScope() as scope:
             scope.cancel()
-            trace.append(await executor.run("body", body()))
+            trace.append(await answer(executor, "body", body()))
             await trio.lowlevel.checkpoint()
             trace.append("not cancelled")
         assert scope.cancelled_caught
@@ -582,7 +529,7 @@ def test_deferred_calls_run_after_the_body(model: str, calls: int) -> None:
             executor.defer(clean_up, "clean up 2")
             trace.append("end")
 
-        await executor.run("body", body())
+        await answer(executor, "body", body())
         expected = ["end", "clean up 1", *(f"from call {n}" for n in range(calls)), "clean up 2"]
         if model == "none":
             assert trace == expected, "done when run() returns"
@@ -611,9 +558,9 @@ def test_a_deferred_call_that_fails_harms_nothing(
             executor.defer(trace.append, "clean up")
             return await blocking(None, str, "result")
 
-        assert await executor.run("body", body()) == "result"
+        assert await answer(executor, "body", body()) == "result"
         await until(lambda: trace)
-        assert await executor.run("next", one_call(None, partial(str, "here"))) == "here"
+        assert await answer(executor, "next", one_call(None, partial(str, "here"))) == "here"
 
     drive(model, 1, scenario)
     assert trace == ["clean up"]
@@ -648,7 +595,7 @@ def test_background_bodies_run(model: str, calls: int, caplog: pytest.LogCapture
                     await blocking(None, int)
             trace.append("body")
 
-        await executor.run("body", body())
+        await answer(executor, "body", body())
         if model == "none":
             assert len(trace) == 4, "done when run() returns"
         await until(lambda: len(trace) == 4)
@@ -689,9 +636,9 @@ def test_background_bodies_wait_like_others(model: str) -> None:
         async with trio.open_nursery() as nursery:
             await begin(nursery, executor, "holder", holder())
             await until(busy.is_set)
-            await executor.run("starter", starter())
+            await answer(executor, "starter", starter())
             await until(lambda: lock.statistics().waiting == 4)
-            assert await executor.run("other", one_call(OTHER, partial(str, "fine"))) == "fine"
+            assert await answer(executor, "other", one_call(OTHER, partial(str, "fine"))) == "fine"
             assert trace == []
             gate.set()
         await until(lambda: len(trace) == 4)
@@ -718,7 +665,7 @@ def test_ended_waits_for_the_end_of_a_request(model: str) -> None:
     async def waiter(tag: int, name: str, calls: int) -> None:
         for _ in range(calls):
             await blocking(None, int)
-        await ended(tag)
+        await Ended(tag)
         await blocking(None, trace.append, name)
 
     async def scenario(executor: Executor) -> None:
@@ -754,7 +701,7 @@ def test_ended_waits_for_a_request_that_fails(model: str) -> None:
         async with trio.open_nursery() as nursery:
             failing = await begin(nursery, executor, "fails", fails())
             (tag,) = executor.requests
-            waiting = await begin(nursery, executor, "waits", ended(tag))
+            waiting = await begin(nursery, executor, "waits", end_of(tag))
             gate.set()
         assert isinstance(failing.error, KeyError)
         assert waiting.over
@@ -769,7 +716,7 @@ def test_ended_returns_at_once_for_unknown_tags_and_for_itself(model: str) -> No
 
     async def waits(*tags: int) -> str:
         for tag in tags:
-            await ended(tag)
+            await Ended(tag)
         return "went on"
 
     async def scenario(executor: Executor) -> None:
@@ -777,12 +724,12 @@ def test_ended_returns_at_once_for_unknown_tags_and_for_itself(model: str) -> No
             for _ in range(calls):
                 await blocking(None, int)
             (tag,) = executor.requests
-            await ended(tag)
+            await Ended(tag)
             return "went on"
 
         for calls in (0, 1):
-            assert await executor.run("itself", waits_for_itself(calls)) == "went on"
-        assert await executor.run("unknown", waits(1, 2, 0, -1, 10**9)) == "went on"
+            assert await answer(executor, "itself", waits_for_itself(calls)) == "went on"
+        assert await answer(executor, "unknown", waits(1, 2, 0, -1, 10**9)) == "went on"
 
     drive(model, 1, scenario)
 
@@ -802,7 +749,7 @@ def test_no_end_is_missed(model: str) -> None:
             await blocking(None, int)
             for tag in list(executor.requests):
                 if tag % 2:  # those that end without waiting themselves
-                    await ended(tag)
+                    await Ended(tag)
             count += 1
 
         async with trio.open_nursery() as nursery:
@@ -823,7 +770,7 @@ async def admitted(nursery: trio.Nursery, executor: Executor, body: Body[None], 
 
     async def task() -> None:
         started.set()
-        await executor.run(f"{tag}", body)
+        await answer(executor, f"{tag}", body)
 
     assert tag not in executor.requests
     nursery.start_soon(task)
@@ -848,6 +795,9 @@ class GrantedTooEarly:
         thread.start()
         thread.join(PATIENCE)
         self.went_on.wait(self.wait)
+        return False
+
+    def try_acquire(self, mode: str) -> bool:
         return False
 
     def release(self, mode: str) -> None:
@@ -927,7 +877,7 @@ def test_waiters_resumed_by_other_threads_stress(
     async def scenario(executor: Executor) -> None:
         async with trio.open_nursery() as nursery:
             for n in range(60):
-                nursery.start_soon(executor.run, f"{n}", body(n))
+                nursery.start_soon(answer, executor, f"{n}", body(n))
 
     with eager_switches():
         drive(model, 4, scenario)
@@ -964,7 +914,9 @@ def test_waiters_occupy_no_worker(model: str) -> None:
             )
             await until(lambda: lock.statistics().waiting == 101)
             for _ in range(10):
-                assert await executor.run("other", one_call(None, partial(str, "fine"))) == "fine"
+                assert (
+                    await answer(executor, "other", one_call(None, partial(str, "fine"))) == "fine"
+                )
             assert not any(outcome.over for outcome in waiting)
             lock.release(READ)
         assert all(outcome.over and outcome.error is None for outcome in waiting)
@@ -1040,7 +992,7 @@ def test_one_thread_gets_through_a_storm(model: str) -> None:
         async with trio.open_nursery() as nursery:
             for n in range(3000):
                 body = choice.choice([walk, walk, create, create, rename])
-                nursery.start_soon(executor.run, f"{n}", body(n))
+                nursery.start_soon(answer, executor, f"{n}", body(n))
 
     start = time.monotonic()
     drive(model, 1, scenario)
@@ -1080,8 +1032,8 @@ async def others_are_served(executor: Executor, lock: RenameLock) -> None:
 
     for _ in range(10):
         for on in (OTHER, None):
-            assert await executor.run("other", one_call(on, partial(str, "fine"))) == "fine"
-        assert await executor.run("names", names()) == "fine"
+            assert await answer(executor, "other", one_call(on, partial(str, "fine"))) == "fine"
+        assert await answer(executor, "names", names()) == "fine"
 
 
 @pooled_models
@@ -1185,7 +1137,7 @@ def test_only_under_none_a_stuck_call_stops_all(model: str) -> None:
         async with trio.open_nursery() as nursery:
 
             async def other() -> None:
-                await executor.run("other", one_call(OTHER, served.set))
+                await answer(executor, "other", one_call(OTHER, served.set))
 
             def slow() -> None:
                 if next(first, False):
@@ -1194,7 +1146,7 @@ def test_only_under_none_a_stuck_call_stops_all(model: str) -> None:
                 trace.append("served meanwhile" if served.wait(patience) else "not served")
 
             for _ in range(8 if model != "none" else 2):
-                nursery.start_soon(executor.run, "slow", one_call(STUCK, slow))
+                nursery.start_soon(answer, executor, "slow", one_call(STUCK, slow))
             await until(served.is_set)
 
     drive(model, 4, scenario)
@@ -1219,7 +1171,7 @@ def test_no_completion_is_missed(model: str, clients: int, busy: bool) -> None:
         async def client() -> None:
             nonlocal count
             for n in range(600 // clients):
-                assert await executor.run("call", one_call(n % 3, partial(abs, -n))) == n
+                assert await answer(executor, "call", one_call(n % 3, partial(abs, -n))) == n
                 count += 1
 
         async def something_else() -> None:
@@ -1250,7 +1202,7 @@ def test_completions_need_no_idle_dispatcher(model: str) -> None:
             outcome = Outcome()
 
             async def client() -> None:
-                outcome.value = await executor.run("call", one_call(None, partial(str, "here")))
+                outcome.value = await answer(executor, "call", one_call(None, partial(str, "here")))
                 outcome.over = True
 
             nursery.start_soon(client)
@@ -1272,7 +1224,8 @@ def test_slow_requests_say_what_they_hold_and_wait_for(
     """A line for each old request: its age, the locks it holds and what it waits for."""
     now = [1000]
     clock = SimpleNamespace(monotonic_ns=lambda: now[0] * 10**9, monotonic=lambda: now[0])
-    monkeypatch.setattr(executor_module, "time", clock)
+    monkeypatch.setattr(request_module, "time", clock)
+    monkeypatch.setattr(driver_module, "time", clock)
     gate, busy = threading.Event(), threading.Event()
     lock = RenameLock()
 
@@ -1299,7 +1252,7 @@ def test_slow_requests_say_what_they_hold_and_wait_for(
             now[0] += 5
             await begin(nursery, executor, "walk", waiter())
             await begin(nursery, executor, "both", two_locks(RenameLock("second lock")))
-            await begin(nursery, executor, "flush", ended(1))
+            await begin(nursery, executor, "flush", end_of(1))
             await begin(nursery, executor, "read", one_call(STUCK, stuck))
             assert executor.slow_requests(20) == []
             assert executor.slow_requests(5) == [
@@ -1330,11 +1283,11 @@ def test_deferred_calls_that_hang_keep_no_others_waiting(model: str) -> None:
 
         for _ in range(6):
             executor.defer(passed, gate)
-            await executor.run("close", body())
+            await answer(executor, "close", body())
         for _ in range(6):
             executor.defer(done.release)
         # Nobody comes after this one who would look.
-        await executor.run("close", body())
+        await answer(executor, "close", body())
         for _ in range(6):
             await until(lambda: done.acquire(blocking=False))
         gate.set()
@@ -1347,7 +1300,7 @@ def test_a_user_may_have_so_many_requests_under_way(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody and root as many as they like; nothing is kept of who has none."""
-    monkeypatch.setattr(executor_module, "MOST_REQUESTS", 2)
+    monkeypatch.setattr(driver_module, "MOST_REQUESTS", 2)
     gate = threading.Event()
 
     async def body() -> None:
@@ -1356,7 +1309,7 @@ def test_a_user_may_have_so_many_requests_under_way(
     async def scenario(executor: Executor) -> None:
         async with trio.open_nursery() as nursery:
             for user in (1001, 1001, 0, 0, 0, None):
-                nursery.start_soon(executor.run, "call", body(), user)
+                nursery.start_soon(answer, executor, "call", body(), user)
             await trio.testing.wait_all_tasks_blocked()
             assert executor.has_too_many(1001)
             assert not any(map(executor.has_too_many, (1002, 0, None)))
@@ -1393,7 +1346,7 @@ def test_close_finishes_what_was_deferred_and_started_in_the_background(model: s
         await blocking(None, int)
 
     async def scenario() -> None:
-        await executor.run("body", body())
+        await answer(executor, "body", body())
 
     trio.run(scenario)
     executor.defer(trace.append, "deferred when all was over")
@@ -1572,7 +1525,7 @@ def test_stress(model: str, threads: int) -> None:
     async def scenario(executor: Executor) -> None:
         async def request() -> None:
             try:
-                await executor.run("request", tree.body())
+                await answer(executor, "request", tree.body())
             except ValueError as error:
                 failures.append(error)
 

@@ -155,6 +155,13 @@ class Broken:
 
         self.driver.run_here(body())
 
+    def await_inside_the_table(self) -> None:
+        async def body() -> None:
+            with self.table.reading:
+                await blocking(None, int)
+
+        self.driver.run_here(body())
+
     def await_inside_a_listing(self) -> None:
         async def body() -> None:
             with self.listing:
@@ -187,6 +194,7 @@ class Broken:
         (Broken.rename_lock_inside_counts, "rename lock is taken inside counts"),
         (Broken.rename_lock_twice, "rename lock is taken twice by direct"),
         (Broken.rename_lock_not_held, "rename lock is given back by direct"),
+        (Broken.await_inside_the_table, "direct awaits or ends inside fid table"),
         (Broken.await_inside_a_listing, "direct awaits or ends inside listing"),
         (Broken.call_that_keeps_a_mutex, "a call of direct ends inside counts"),
     ],

@@ -10,14 +10,14 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
-from helpers_executor import PATIENCE, at_once, bounded, eager_switches, passed
+from helpers_executor import PATIENCE, at_once, bounded, eager_switches
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from ninefuse import locks
 from ninefuse.calls import READ, WRITE, Acquire, Release
-from ninefuse.locks import RenameLock, RWLock, TableLock, table_lock_held
+from ninefuse.locks import RenameLock, RWLock, TableLock
 
 MODES = [READ, WRITE]
 
@@ -335,43 +335,12 @@ def test_a_lock_says_who_holds_it() -> None:
 # The fid table's lock
 
 
-def test_table_lock_held_is_per_thread() -> None:
-    """A thread holds the table's lock inside its own sections, whatever others hold."""
-    table = TableLock()
-    other = TableLock("another")
-    inside, leave = threading.Event(), threading.Event()
-    seen: list[bool] = []
-
-    def holder() -> None:
-        seen.append(table_lock_held())
-        with table.reading:
-            seen.append(table_lock_held())
-            inside.set()
-            passed(leave)
-        seen.append(table_lock_held())
-
-    thread = threading.Thread(target=holder, daemon=True)
-    thread.start()
-    passed(inside)
-    assert not table_lock_held(), "another thread's section"
-    with table.reading:
-        assert table_lock_held()
-        with other.writing:
-            assert table_lock_held()
-        assert table_lock_held(), "still inside the outer section"
-    assert not table_lock_held()
-    leave.set()
-    thread.join(PATIENCE)
-    assert seen == [False, True, False]
-
-
 @pytest.mark.parametrize("mode", ["reading", "writing"])
 def test_a_section_that_raises_gives_the_table_back(mode: str) -> None:
-    """An error in a section leaves the lock free and the thread outside."""
+    """An error in a section leaves the lock free."""
     table = TableLock()
     with pytest.raises(KeyError), getattr(table, mode):
         raise KeyError
-    assert not table_lock_held()
     assert table.try_acquire(WRITE)
 
 
@@ -440,7 +409,6 @@ def test_table_lock_stress() -> None:
     state = table.statistics()
     assert (state.readers, state.writing, state.waiting) == (0, False, 0)
     assert state.waits > 0, "nobody ever waited: this tested nothing"
-    assert not table_lock_held()
 
 
 # The rename lock

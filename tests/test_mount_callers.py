@@ -657,8 +657,8 @@ def test_nobody_else_waits_for_an_attacker(
 FEW_REQUESTS = (
     sys.executable,
     "-c",
-    "import sys; from ninefuse import executor; from ninefuse.command import cli;"
-    " executor.MOST_REQUESTS = 5; sys.exit(cli.main())",
+    "import sys; from ninefuse.driving import driver; from ninefuse.command import cli;"
+    " driver.MOST_REQUESTS = 5; sys.exit(cli.main())",
 )
 
 

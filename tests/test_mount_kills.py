@@ -405,13 +405,13 @@ def test_a_daemon_killed_under_load_has_done_what_it_answered(
 HASTY = """
 import sys, threading
 from ninefuse.command import cli
-from ninefuse.ops import io
+from ninefuse.linux import transfer
 
-def later(fd, data, offset):
-    threading.Timer(0.3, io.write_rest, (fd, data, offset, 0)).start()
+def later(fd, data, offset, done=0, write=transfer.write_fully):
+    threading.Timer(0.3, write, (fd, data, offset)).start()
     return len(data)
 
-io._write_fully = later
+transfer.write_fully = later
 sys.exit(cli.main())
 """
 # One that makes a directory, and then finds that something else that it needs is missing.

@@ -29,7 +29,8 @@ LATE = (
 import sys, time, trio
 from ninefuse.command import cli
 from ninefuse.driving import uring
-from ninefuse.ops import attributes, io, names
+from ninefuse.linux import transfer
+from ninefuse.ops import attributes, names
 
 def make_late(module, name):
     function = getattr(module, name)
@@ -46,7 +47,7 @@ def late_start(self, request, call, start=uring.Uring._write):
         start(self, request, call)
     trio.lowlevel.spawn_system_task(begin)
 
-make_late(io, "_write_fully")
+make_late(transfer, "write_fully")
 for name in "_ftruncate", "_truncate":
     make_late(attributes, name)
 for name in "_rename", "_remove":

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from helpers_executor import answer
 from ops_helpers import (
     ILLEGAL_NAMES,
     ROOT,
@@ -552,8 +553,8 @@ def test_a_fid_clunked_while_it_is_used_ends_with_its_last_use(
     monkeypatch.setattr(os, "close", recording)
     read = Stepper(ops.read(tree.session, fid, 0, 3))
     again = Stepper(ops.read(tree.session, fid, 1, 3))
-    read.before("_read_fully")
-    again.before("_read_fully")
+    read.before("Pread")
+    again.before("Pread")
     tree.do(ops.clunk, fid)
     with fails(errno.EBADF):
         tree.do(ops.read, fid, 0, 3)
@@ -724,7 +725,7 @@ def test_version_does_not_disturb_what_is_under_way(tree: Client) -> None:
     """A read that has begun ends well, and only then is its file closed."""
     fid = tree.open("top")
     read = Stepper(ops.read(tree.session, fid, 0, 3))
-    read.before("_read_fully")
+    read.before("Pread")
     tree.do(ops.version, 8192, "9P2000.L")
     assert read.finish() == b"top"
 
@@ -813,10 +814,10 @@ async def test_flush_answers_after_the_request_it_is_about(client: Client, model
     try:
         with trio.fail_after(20):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(executor.run, "old", stuck())
+                nursery.start_soon(answer, executor, "old", stuck())
                 await trio.testing.wait_all_tasks_blocked()
                 (tag,) = executor.requests
-                nursery.start_soon(executor.run, "flush", flush(tag))
+                nursery.start_soon(answer, executor, "flush", flush(tag))
                 await trio.testing.wait_all_tasks_blocked()
                 assert order == []
                 assert len(executor.requests) == 2

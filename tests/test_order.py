@@ -12,18 +12,19 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from helpers_executor import begin, bounded, drive, until
+from helpers_executor import answer, begin, bounded, drive, until
 from ops_helpers import ROOT, Client, Stepper
 from ops_helpers import client as client
 from ops_helpers import leak_free as leak_free
 from ops_helpers import source as source
 
 from ninefuse import ops
-from ninefuse.calls import Behind, Body, Call, blocking
+from ninefuse.calls import Behind, Body, Call, Plain, Pwrite, blocking
 from ninefuse.driving.uring import Refused, Uring
 from ninefuse.executor import Executor, Request, SecondModel
-from ninefuse.ops import io
+from ninefuse.linux import transfer
 from ninefuse.tree.order import END, Ranges
+from ninefuse.tree.qids import is_on_own_device
 from ninefuse.tree.session import Session
 
 FILE = 7
@@ -61,7 +62,7 @@ class Requester:
             if not command.turn.has_come(self._resume):
                 return
             command = self._body.send(None)
-        assert type(command) is Call
+        assert type(command) is Plain
 
     def _resume(self) -> None:
         self.resumed += 1
@@ -215,7 +216,7 @@ def test_turns_that_end_on_other_threads() -> None:
 def test_what_waits_says_so(client: Client) -> None:
     fid = client.create("f", b"old")
     change = Stepper(ops.write(client.session, fid, 0, b"new"))
-    change.before("_write_fully")
+    change.before("Pwrite")
     read = Stepper(ops.read(client.session, fid, 1, 10))
     read.to_lock()
     request = Request(1, "read", ops.read(client.session, fid, 1, 10))
@@ -233,7 +234,7 @@ def test_what_waits_says_so(client: Client) -> None:
 
 
 CHANGES: dict[str, tuple[Callable[[Session, int, int], Body[Any]], str, bytes]] = {
-    "write": (lambda s, fid, _: ops.write(s, fid, 0, b"new"), "_write_fully", b"new345678"),
+    "write": (lambda s, fid, _: ops.write(s, fid, 0, b"new"), "Pwrite", b"new345678"),
     "truncate by the open file": (
         lambda s, fid, _: ops.setattr(s, fid, ops.Changes(size=3)),
         "_ftruncate",
@@ -277,7 +278,7 @@ def test_reads_of_other_bytes_do_not_wait(client: Client) -> None:
         ops.setattr(client.session, fid, ops.Changes(size=8)),
         ops.write(client.session, appending, 10, b"more"),
     ]
-    for body, call in zip(changes, ("_write_fully", "_ftruncate", "_write_fully"), strict=True):
+    for body, call in zip(changes, ("Pwrite", "_ftruncate", "Pwrite"), strict=True):
         change = Stepper(body)
         change.before(call)
         assert client.do(ops.read, fid, 0, 4) == b"0123"
@@ -293,7 +294,7 @@ def test_a_change_that_fails_is_over(client: Client, monkeypatch: pytest.MonkeyP
 
     fid = client.create("f", b"old")
     with monkeypatch.context() as patch:
-        patch.setattr(io, "_write_fully", fail)
+        patch.setattr(transfer, "write_fully", fail)
         with pytest.raises(OSError, match="no disk"):
             client.do(ops.write, fid, 0, b"new")
     assert client.do(ops.read, fid, 0, 10) == b"old"
@@ -329,18 +330,18 @@ class Late:
     def __init__(self) -> None:
         self.begun = 0
         self.go_on = threading.Event()
-        self.write = io._write_fully
+        self.write = transfer.write_fully
 
-    def __call__(self, fd: int, data: bytes, offset: int) -> int:
+    def __call__(self, fd: int, data: bytes, offset: int, done: int = 0) -> int:
         self.begun += 1
         self.go_on.wait(10)
-        return self.write(fd, data, offset)
+        return self.write(fd, data, offset, done)
 
 
 @pytest.fixture
 def late(monkeypatch: pytest.MonkeyPatch) -> Iterator[Late]:
     it = Late()
-    monkeypatch.setattr(io, "_write_fully", it)
+    monkeypatch.setattr(transfer, "write_fully", it)
     yield it
     it.go_on.set()
 
@@ -357,11 +358,11 @@ def engine() -> Iterator[Uring]:
 
 async def _session(executor: Executor, source: Path) -> Session:
     session = Session(executor)
-    await executor.run("attach", ops.attach(session, ROOT, str(source)))
+    await answer(executor, "attach", ops.attach(session, ROOT, str(source)))
     for fid, name, flags in ((2, b"f", os.O_RDWR), (3, b"g", os.O_RDWR)):
         (source / os.fsdecode(name)).write_bytes(b"0123456789")
-        await executor.run("walk", ops.walk(session, ROOT, fid, [name]))
-        await executor.run("lopen", ops.lopen(session, fid, flags))
+        await answer(executor, "walk", ops.walk(session, ROOT, fid, [name]))
+        await answer(executor, "lopen", ops.lopen(session, fid, flags))
     return session
 
 
@@ -392,8 +393,8 @@ async def _overtake(
                 ]
                 # Other bytes and other files are not kept waiting.
                 if has_room:
-                    assert await executor.run("read", ops.read(session, 2, 0, 2)) == b"01"
-                assert await executor.run("read", ops.read(session, 3, 0, 10)) == b"0123456789"
+                    assert await answer(executor, "read", ops.read(session, 2, 0, 2)) == b"01"
+                assert await answer(executor, "read", ops.read(session, 3, 0, 10)) == b"0123456789"
                 await trio.sleep(0.05)
                 assert not any(one.over for one in (write, *later))
                 assert begun() == 1
@@ -423,7 +424,7 @@ def test_no_read_overtakes_a_write(
 
     async def scenario(executor: Executor) -> None:
         if isinstance(executor, SecondModel):
-            executor.is_local = is_local
+            executor.is_near = is_on_own_device if is_local else None
         has_room = is_local or threads > 2  # half of the threads are for one file
         await _overtake(executor, source, lambda: late.begun, late.go_on.set, has_room=has_room)
 
@@ -434,18 +435,18 @@ def test_no_read_overtakes_a_write_in_the_engine(
     engine: Uring, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both made by io_uring, or the read by the dispatcher."""
-    queued: list[tuple[Request, Call]] = []
-    start = engine._starts[io._write_fully]
-    monkeypatch.setitem(engine._starts, io._write_fully, lambda *what: queued.append(what))
+    queued: list[tuple[Request, Call[Any]]] = []
+    start = engine._starts[Pwrite]
+    monkeypatch.setitem(engine._starts, Pwrite, lambda *what: queued.append(what))
 
     def go_on() -> None:
-        monkeypatch.setitem(engine._starts, io._write_fully, start)
+        monkeypatch.setitem(engine._starts, Pwrite, start)
         start(*queued.pop())
         engine.submit()
 
     async def scenario(executor: Executor) -> None:
         assert isinstance(executor, SecondModel)
-        executor.is_local, executor.uring = True, engine
+        executor.is_near, executor.uring = is_on_own_device, engine
         count = len(queued)
         await _overtake(executor, source, lambda: len(queued) - count, go_on)
         executor.uring = None

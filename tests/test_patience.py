@@ -16,25 +16,27 @@ from pathlib import Path
 
 import pytest
 import trio
-from helpers_executor import PATIENCE, begin, drive, passed, until
+from helpers_executor import PATIENCE, answer, begin, drive, passed, until
 from mounting import Child, Mount, errno_of, wait_until
 from ops_helpers import ROOT, fails
 
 from ninefuse import ops
-from ninefuse.calls import later
+from ninefuse.calls import Later
 from ninefuse.driving import patience
+from ninefuse.driving.clock import Clock
 from ninefuse.driving.patience import Patience
 from ninefuse.executor import Executor
 from ninefuse.fuse import callbacks
 from ninefuse.linux.credentials import Caller
 from ninefuse.tree import session
+from ninefuse.tree.qids import is_on_own_device
 from ninefuse.tree.session import Session, patiently
 
 ME = Caller(os.geteuid(), os.getegid())
 
 
 def test_what_waits_goes_on_and_the_thread_ends() -> None:
-    waiting, events = Patience(), [threading.Event() for _ in range(3)]
+    waiting, events = Patience(Clock()), [threading.Event() for _ in range(3)]
     before = threading.active_count()
     for event in events:
         waiting.wait(event.set, 1001)
@@ -52,7 +54,7 @@ def test_what_waits_goes_on_and_the_thread_ends() -> None:
 
 def test_a_user_with_many_keeps_no_other_waiting() -> None:
     """Few of each are let go on in a tick, in turn."""
-    waiting, order, over = Patience(), [], threading.Event()
+    waiting, order, over = Patience(Clock()), [], threading.Event()
 
     def note(user: int) -> Callable[[], None]:
         def resumed() -> None:
@@ -72,7 +74,7 @@ def test_a_user_with_many_keeps_no_other_waiting() -> None:
 
 
 def test_without_a_thread_the_next_that_waits_tries_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    waiting, first, second = Patience(), threading.Event(), threading.Event()
+    waiting, first, second = Patience(Clock()), threading.Event(), threading.Event()
 
     def refuse(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
@@ -87,18 +89,20 @@ def test_without_a_thread_the_next_that_waits_tries_again(monkeypatch: pytest.Mo
 
 
 def test_at_the_end_all_goes_on_at_once() -> None:
-    waiting, left = Patience(), list[int]()
+    clock = Clock()
+    waiting, left = Patience(clock), list[int]()
     before = threading.active_count()
     for number in range(100):
         waiting.wait(partial(left.append, number), 1001)
     waiting.close()
+    clock.close()
     assert sorted(left) == list(range(100))
     assert threading.active_count() == before
 
 
 def test_where_it_is_worth_trying_all_go_on_soon() -> None:
     """Twice as many each time, as long as some need not come again."""
-    waiting, left, over = Patience(), [5000], threading.Event()
+    waiting, left, over = Patience(Clock()), [5000], threading.Event()
 
     def resumed() -> None:
         waiting.ended(1001)
@@ -125,7 +129,7 @@ def test_a_body_tries_until_it_succeeds(model: str) -> None:
         return "done"
 
     async def scenario(executor: Executor) -> None:
-        assert await executor.run("open", patiently(ask)) == "done"
+        assert await answer(executor, "open", patiently(ask)) == "done"
 
     drive(model, 1, scenario)
     assert tries == [4]
@@ -141,7 +145,7 @@ def test_it_gives_up_where_nobody_gives_way(monkeypatch: pytest.MonkeyPatch) -> 
 
     async def scenario(executor: Executor) -> None:
         with fails(errno.EAGAIN):
-            await executor.run("open", patiently(ask))
+            await answer(executor, "open", patiently(ask))
 
     drive("second", 1, scenario)
 
@@ -151,7 +155,7 @@ def test_a_request_that_waits_says_so() -> None:
 
     async def waiter() -> None:
         while not gate[0]:
-            await later()
+            await Later()
 
     async def scenario(executor: Executor) -> None:
         async with trio.open_nursery() as nursery:
@@ -209,10 +213,10 @@ def test_a_lease_keeps_no_worker(
 
     async def scenario(executor: Executor) -> None:
         if model == "second-local":
-            executor.is_local = True  # type: ignore[attr-defined]
+            executor.is_near = is_on_own_device  # type: ignore[attr-defined]
         session = Session(executor)
-        await executor.run("attach", ops.attach(session, ROOT, str(tmp_path)))
-        fid, _ = await executor.run("lookup", callbacks.lookup(session, ROOT, b"file"))
+        await answer(executor, "attach", ops.attach(session, ROOT, str(tmp_path)))
+        fid, _ = await answer(executor, "lookup", callbacks.lookup(session, ROOT, b"file"))
         if what == "truncate":
             changes = ops.Changes(size=0)
             body = callbacks.setattr(session, fid.number, None, changes)
@@ -222,8 +226,8 @@ def test_a_lease_keeps_no_worker(
         async with trio.open_nursery() as nursery:
             opening = await begin(nursery, executor, "open", body)
             for _ in range(20):
-                await executor.run("getattr", ops.getattr(session, ROOT))
-                await executor.run("mkdir", ops.mkdir(session, ROOT, b"d%d" % _, 0o755))
+                await answer(executor, "getattr", ops.getattr(session, ROOT))
+                await answer(executor, "mkdir", ops.mkdir(session, ROOT, b"d%d" % _, 0o755))
             assert not opening.over
             leased.give_back()
             await until(lambda: opening.over)

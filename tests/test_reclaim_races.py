@@ -28,7 +28,6 @@ from ops_helpers import leak_free as leak_free
 from ops_helpers import source as source
 
 from ninefuse import ops
-from ninefuse.locks import table_lock_held
 from ninefuse.ops.walk import KERNEL
 from ninefuse.tree.descriptors import Descriptors, _Look
 from ninefuse.tree.fids import Node, error
@@ -119,6 +118,7 @@ class Between:
     STEPS_OF_TABLE = ("drop", "give_descriptor", "known", "pin", "seen", "take_descriptor", "unpin")
 
     def __init__(self, session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.lock = session.fids.lock
         self.steps = 0
         self.when = 0
         self.what: Callable[[], object] | None = None
@@ -132,7 +132,8 @@ class Between:
 
     def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def step(*args: Any, **kwargs: Any) -> Any:
-            if not table_lock_held():  # nobody comes in between there
+            table = self.lock.statistics()
+            if not (table.readers or table.writing):  # nobody comes in between there
                 self.steps += 1
                 if self.steps == self.when and self.what is not None:
                     what, self.what = self.what, None

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import trio
 from conftest import start
-from helpers_executor import begin, drive, passed
+from helpers_executor import answer, begin, drive, passed
 from mounting import Mount, Watchdog, wait_until
 from trace_format import Event, check, number_of, read, requests
 
@@ -207,7 +207,7 @@ def test_each_request_shows_its_way(trace: tuple[str, list[Event]]) -> None:
     assert waits["queued"] == {"none": 0, "first": 3, "second": 1}[model]
     assert waits["returning"] == waits["queued"]
     calls = [e for e in create if e.get("cat") == "call"]
-    assert [e["name"] for e in calls] == ["_create_file", "_path_descriptor", "stat_descriptor"]
+    assert [e["name"] for e in calls] == ["create file", "path descriptor", "stat descriptor"]
     messages = [e for e in create if e.get("cat") == "message"]
     assert all("fid" in e["args"] for e in messages)
     receive, reply = (
@@ -341,7 +341,7 @@ def test_waits_for_the_fid_table_are_shown_in_the_call_they_hold_up(tmp_path: Pa
         thread = threading.Thread(target=hold, daemon=True)
         thread.start()
         passed(held)
-        await driver.run("looks", looks())
+        await answer(driver, "looks", looks())
         passed(gate)
 
     events = traced(tmp_path, "second", scenario)
@@ -368,7 +368,7 @@ def test_errors_and_what_nobody_waits_for_are_traced(tmp_path: Path, model: str)
         driver.in_background("background", background())
         driver.defer(os.getpid)
         with pytest.raises(FileNotFoundError):
-            await driver.run("fails", fails())
+            await answer(driver, "fails", fails())
 
     events = traced(tmp_path, model, scenario)
     found = {callback: args for _, callback, args in answers(events)}
@@ -387,14 +387,14 @@ def test_operations_do_the_same_under_a_tracer(tmp_path: Path) -> None:
     async def scenario(driver: executor.Executor, tracer: Tracer) -> None:
         session = Session(driver)
         fd = os.open(source, os.O_PATH | os.O_DIRECTORY)
-        await driver.run("version", ops.version(session, ops.MAX_MSIZE, ops.VERSION))
-        await driver.run("attach", ops.attach(session, 1, fd))
-        await driver.run("walk", ops.walk(session, 1, 7, [b"file"]))
-        await driver.run("lopen", ops.lopen(session, 7, os.O_RDONLY))
-        seen.append(await driver.run("read", ops.read(session, 7, 1, 3)))
+        await answer(driver, "version", ops.version(session, ops.MAX_MSIZE, ops.VERSION))
+        await answer(driver, "attach", ops.attach(session, 1, fd))
+        await answer(driver, "walk", ops.walk(session, 1, 7, [b"file"]))
+        await answer(driver, "lopen", ops.lopen(session, 7, os.O_RDONLY))
+        seen.append(await answer(driver, "read", ops.read(session, 7, 1, 3)))
         with pytest.raises(OSError, match="Bad file descriptor"):
-            await driver.run("write", ops.write(session, 7, 0, b"x"))
-        await driver.run("clunk", ops.clunk(session, 7))
+            await answer(driver, "write", ops.write(session, 7, 0, b"x"))
+        await answer(driver, "clunk", ops.clunk(session, 7))
         session.fids.clear()
         os.close(fd)
 

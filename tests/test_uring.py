@@ -9,26 +9,42 @@ import os
 import random
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import trio
 import trio.testing
-from helpers_executor import drive
+from helpers_executor import answer, drive
 from mounting import Mount
 
 from ninefuse import ops
-from ninefuse.calls import Call, blocking
+from ninefuse.calls import Call, Fsync, Pread, Pwrite, blocking
 from ninefuse.driving.uring import PLACES, Refused, Uring
 from ninefuse.executor import Executor, Request, SecondModel
 from ninefuse.fuse import callbacks
+from ninefuse.linux import transfer
 from ninefuse.linux.credentials import Caller
-from ninefuse.ops import io
-from ninefuse.tree.fids import OpenFile
+from ninefuse.tree.qids import is_on_own_device
 from ninefuse.tree.session import Session
 
+T = TypeVar("T")
+
 ME = Caller(os.geteuid(), os.getegid())
+
+
+DURABLE = partial(Pwrite, durable=True)
+
+
+def would_wait(*args: object) -> bytes:
+    """In the place of `transfer.read_now`: nothing is in the page cache."""
+    raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+
+async def body_of(call: Call[T]) -> T:
+    """A body of one call."""
+    return await call
 
 
 @pytest.fixture
@@ -49,12 +65,12 @@ def through(
 
     async def run(driver: Executor) -> None:
         assert isinstance(driver, SecondModel)
-        driver.is_local, driver.uring = True, engine
+        driver.is_near, driver.uring = is_on_own_device, engine
         session = Session(driver)
         drivers.append(driver)
         root = os.open(source, os.O_PATH | os.O_DIRECTORY)
         try:
-            await driver.run("attach", ops.attach(session, 1, root))
+            await answer(driver, "attach", ops.attach(session, 1, root))
             await scenario(driver, session)
         finally:
             session.fids.clear()
@@ -66,14 +82,18 @@ def through(
 
 async def create(driver: SecondModel, session: Session, name: bytes, flags: int = 0) -> int:
     body = callbacks.create(session, 1, name, os.O_RDWR | flags, 0o600, ME)
-    handle, _, _ = await driver.run("create", body)
+    handle, _, _ = await answer(driver, "create", body)
     return handle
 
 
-def test_reads_writes_and_syncs_do_what_they_do_on_workers(engine: Uring, tmp_path: Path) -> None:
+def test_reads_writes_and_syncs_do_what_they_do_on_workers(
+    engine: Uring, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A file of random reads and writes, beside one in memory; no thread is crossed."""
     rng = random.Random(4)
     model = bytearray()
+
+    monkeypatch.setattr(transfer, "read_now", would_wait)
 
     async def scenario(driver: SecondModel, session: Session) -> None:
         handle = await create(driver, session, b"file", os.O_DSYNC)
@@ -85,17 +105,12 @@ def test_reads_writes_and_syncs_do_what_they_do_on_workers(engine: Uring, tmp_pa
                     model.extend(bytes(offset - len(model)))
                 model[offset : offset + size] = data
                 write = ops.write(session, handle, offset, data)
-                assert await driver.run("write", write) == size
+                assert await answer(driver, "write", write) == size
             else:
-                # Past _read_now, which would answer it.
-                use = session.fids.get(handle)
-                assert isinstance(use.opened, OpenFile)
-                fd = use.opened.fd
-                session.fids.put(use)
-                read = blocking(7, io._read_fully, fd, size, offset)
-                assert await driver.run("read", read) == model[offset : offset + size]
-        await driver.run("fsync", ops.fsync(session, handle, datasync=False))
-        await driver.run("fsync", ops.fsync(session, handle, datasync=True))
+                read = ops.read(session, handle, offset, size)
+                assert await answer(driver, "read", read) == model[offset : offset + size]
+        await answer(driver, "fsync", ops.fsync(session, handle, datasync=False))
+        await answer(driver, "fsync", ops.fsync(session, handle, datasync=True))
         for name in ("read", "write", "fsync"):
             answered = driver.answered[name]
             assert answered.on_dispatcher == answered.count, name
@@ -115,7 +130,7 @@ def test_many_at_once(engine: Uring, tmp_path: Path) -> None:
         async def write(number: int) -> None:
             data = b"%07d\n" % number
             body = ops.write(session, handle, 8 * number, data)
-            assert await driver.run("write", body) == 8
+            assert await answer(driver, "write", body) == 8
 
         async with trio.open_nursery() as nursery:
             for number in range(1000):
@@ -126,21 +141,23 @@ def test_many_at_once(engine: Uring, tmp_path: Path) -> None:
     assert lines == [b"%07d" % number for number in range(1000)]
 
 
-@pytest.mark.parametrize("function", [io._read_fully, io._write_fully, os.fsync])
+@pytest.mark.parametrize(
+    ("kind", "arguments"), [(Pread, (10, 0)), (Pwrite, (b"x", 0)), (Fsync, ())]
+)
 def test_errors_come_back_as_they_are(
-    engine: Uring, tmp_path: Path, function: Callable[..., Any]
+    engine: Uring,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: Callable[..., Call[Any]],
+    arguments: tuple[Any, ...],
 ) -> None:
-    arguments: dict[Any, tuple[Any, ...]] = {
-        io._read_fully: (10, 0),
-        io._write_fully: (b"x", 0),
-        os.fsync: (),
-    }
+    monkeypatch.setattr(transfer, "read_now", would_wait)
 
     async def scenario(driver: SecondModel, session: Session) -> None:
         fd = os.open(tmp_path, os.O_PATH)  # which can do none of it
         try:
             with pytest.raises(OSError, match="Bad file descriptor"):
-                await driver.run("call", blocking(7, function, fd, *arguments[function]))
+                await answer(driver, "call", body_of(kind(7, fd, *arguments)))
         finally:
             os.close(fd)
 
@@ -156,8 +173,8 @@ def test_calls_on_other_devices_go_to_workers(engine: Uring, tmp_path: Path) -> 
         fd = os.open(tmp_path / "file", os.O_CREAT | os.O_WRONLY)
         try:
             foreign = 1 << 52 | 7
-            await driver.run("foreign", blocking(foreign, os.fsync, fd))
-            await driver.run("other", blocking(7, os.fstat, fd))
+            await answer(driver, "foreign", body_of(Fsync(foreign, fd)))
+            await answer(driver, "other", body_of(blocking(7, os.fstat, fd)))
         finally:
             os.close(fd)
         for name in ("foreign", "other"):
@@ -190,32 +207,32 @@ class FakeRing:
 
 
 @pytest.mark.parametrize(
-    ("function", "arguments", "result", "data", "expected"),
+    ("kind", "arguments", "result", "data", "expected"),
     [
         # Nothing was done: a worker does it.
         *(
-            (io._write_fully, (b"12345", 0), -code, None, None)
+            (Pwrite, (b"12345", 0), -code, None, None)
             for code in (errno.EAGAIN, errno.EINTR, errno.ECANCELED, errno.ENOMEM)
         ),
-        (os.fsync, (), -errno.ECANCELED, None, None),
+        (Fsync, (), -errno.ECANCELED, None, None),
         # Too little was done, though there is more.
-        (io._write_fully, (b"12345", 0), 3, None, None),
-        (io._write_fully, (b"12345", 0), 0, None, None),
-        (io._read_fully, (5, 0), 3, b"hel", None),
-        (io._read_fully, (5, 3), 0, b"", None),
+        (Pwrite, (b"12345", 0), 3, None, None),
+        (Pwrite, (b"12345", 0), 0, None, None),
+        (Pread, (5, 0), 3, b"hel", None),
+        (Pread, (5, 3), 0, b"", None),
         # All of it.
-        (io._write_fully, (b"12345", 0), 5, None, 5),
-        (io._read_fully, (5, 0), 5, b"hello", b"hello"),
+        (Pwrite, (b"12345", 0), 5, None, 5),
+        (Pread, (5, 0), 5, b"hello", b"hello"),
         # The end of the file.
-        (io._read_fully, (9, 3), 7, b"lo world", b"lo world"),
-        (io._read_fully, (9, 10), 0, b"", b""),
-        (os.fsync, (), 0, None, "None"),
+        (Pread, (9, 3), 7, b"lo world", b"lo world"),
+        (Pread, (9, 10), 0, b"", b""),
+        (Fsync, (), 0, None, "None"),
     ],
 )
 def test_what_a_short_result_means(
     engine: Uring,
     tmp_path: Path,
-    function: Callable[..., Any],
+    kind: Callable[..., Call[Any]],
     arguments: tuple[Any, ...],
     result: int,
     data: bytes | None,
@@ -226,7 +243,7 @@ def test_what_a_short_result_means(
     path.write_bytes(b"helloworld")
     with open(path, "rb") as file:
         request = Request(1, "call", ops.clunk(Session(SecondModel(1)), 1))
-        request.call = Call(7, function, (file.fileno(), *arguments))
+        request.call = kind(7, file.fileno(), *arguments)
         real, engine._ring = engine._ring, FakeRing(result, data)  # type: ignore[assignment]
         try:
             engine.start(request)
@@ -241,16 +258,16 @@ def test_what_a_short_result_means(
 
 
 @pytest.mark.parametrize(
-    ("function", "arguments"),
-    [(os.fsync, ()), (os.fdatasync, ()), (io._write_durably, (b"12345", 0))],
+    ("kind", "arguments"),
+    [(Fsync, ()), (partial(Fsync, data_only=True), ()), (DURABLE, (b"12345", 0))],
 )
 def test_what_a_sync_says_is_said_once_and_not_asked_again(
-    engine: Uring, tmp_path: Path, function: Callable[..., Any], arguments: tuple[Any, ...]
+    engine: Uring, tmp_path: Path, kind: Callable[..., Call[Any]], arguments: tuple[Any, ...]
 ) -> None:
     """ENOMEM of writing back, say: a worker that syncs again would be told that all is well."""
     with open(tmp_path / "file", "wb") as file:
         request = Request(1, "call", ops.clunk(Session(SecondModel(1)), 1))
-        request.call = Call(7, function, (file.fileno(), *arguments))
+        request.call = kind(7, file.fileno(), *arguments)
         real, engine._ring = engine._ring, FakeRing(-errno.ENOMEM)  # type: ignore[assignment]
         try:
             engine.start(request)
@@ -275,7 +292,7 @@ def test_after_a_short_write_only_the_rest_is_written(
     try:
         os.write(fd, b"12345"[:done])  # what the kernel did
         request = Request(1, "write", ops.clunk(Session(SecondModel(1)), 1))
-        request.call = Call(7, io._write_fully, (fd, b"12345", 0))
+        request.call = Pwrite(7, fd, b"12345", 0)
         real, engine._ring = engine._ring, FakeRing(done)  # type: ignore[assignment]
         try:
             engine.start(request)
@@ -386,7 +403,7 @@ def writing(user: int | None) -> Request:
     body = ops.clunk(Session(SecondModel(1)), 1)
     body.close()
     request = Request(1, "write", body, user)
-    request.call = Call(7, io._write_fully, (3, b"x", 0))
+    request.call = Pwrite(7, 3, b"x", 0)
     return request
 
 
@@ -470,12 +487,12 @@ def test_writes_that_are_stuck_keep_no_place_from_other_files(
     async def scenario(driver: SecondModel, session: Session) -> None:
         async with trio.open_nursery() as nursery:
             for _, fd in pipes:
-                body = blocking(7, io._write_fully, fd, b"x", 0)
-                nursery.start_soon(driver.run, "stuck", body)
+                body = body_of(Pwrite(7, fd, b"x", 0))
+                nursery.start_soon(answer, driver, "stuck", body)
             await trio.testing.wait_all_tasks_blocked()
             handle = await create(driver, session, b"file")
             for number in range(5):
-                assert await driver.run("write", ops.write(session, handle, number, b"x")) == 1
+                assert await answer(driver, "write", ops.write(session, handle, number, b"x")) == 1
             for fd, _ in pipes:
                 os.read(fd, 1 << 16)
 

@@ -14,6 +14,8 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
+from ninefuse.driving.clock import Clock
+
 _TICK = 0.05  # seconds
 _AT_ONCE = 8  # of each user, in a tick; twice as many each time that some have succeeded
 
@@ -36,14 +38,18 @@ class _Turns:
 
 
 class Patience:
-    """Resumes what waits, a tick later or when it is its turn."""
+    """Resumes what waits, a tick later or when it is its turn.
 
-    def __init__(self) -> None:
+    Args:
+        clock: that tells when a tick is over.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
         self._mutex = threading.Lock()
         self._turns: dict[int | None, _Turns] = {}
         self._is_ticking = False
-        self._thread: threading.Thread | None = None
-        self._ends = threading.Event()
+        self._is_closed = False
 
     def __len__(self) -> int:
         """How much waits."""
@@ -58,16 +64,10 @@ class Patience:
             user: in whose turn, a uid.
         """
         with self._mutex:
-            turns = self._turns.setdefault(user, _Turns())
-            turns.waiting.append(resume)
-            if not self._is_ticking:
-                thread = threading.Thread(target=self._tick, name="patience", daemon=True)
-                try:
-                    thread.start()
-                except RuntimeError:  # none to be had: the next that waits tries again
-                    return
-                self._is_ticking = True
-                self._thread = thread
+            self._turns.setdefault(user, _Turns()).waiting.append(resume)
+            ticks, self._is_ticking = self._is_ticking, True
+        if not ticks and not self._clock.call_later(_TICK, self._tick):
+            self._is_ticking = False  # no thread was to be had: the next that waits tries again
 
     def ended(self, user: int | None) -> None:
         """Note that something that has waited need not come again. Any thread."""
@@ -77,17 +77,13 @@ class Patience:
                 turns.succeeded = True
 
     def close(self) -> None:
-        """Have what waits now go on at once, and end the thread."""
+        """Have all that waits go on at once; the clock is to be closed next."""
         with self._mutex:
-            thread = self._thread
-        if thread is not None:
-            self._ends.set()
-            thread.join()
-            self._ends.clear()
+            self._is_closed = True
+        self._tick()
 
     def _tick(self) -> None:
         while True:
-            self._ends.wait(_TICK)
             with self._mutex:
                 due = [resume for turns in self._turns.values() for resume in turns.due()]
                 self._turns = {user: turns for user, turns in self._turns.items() if turns.waiting}
@@ -96,3 +92,7 @@ class Patience:
                     return
             for resume in due:
                 resume()
+            if not self._is_closed:
+                break
+        if not self._clock.call_later(_TICK, self._tick):
+            self._is_ticking = False

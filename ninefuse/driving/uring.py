@@ -19,23 +19,19 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
-from ninefuse.calls import Call
-from ninefuse.ops import io
+from ninefuse.calls import Call, Fsync, Pread, Pwrite
+from ninefuse.driving.request import Request
 
 if TYPE_CHECKING:
     from ninefuse.driving._ring import Ring
-    from ninefuse.executor import Request
 
 # What a worker is to do from the start: nothing was done.
 _AGAIN = frozenset((-errno.EAGAIN, -errno.EINTR, -errno.ECANCELED, -errno.ENOMEM))
-# But of calls that sync ENOMEM may be what became of writing back, which is told once: asked
-# again, they would say that all is well.
-_SYNCING = frozenset((os.fsync, os.fdatasync, io._write_durably))
-
 _ENTRIES = 256  # submitted at once; more are submitted in between
 PLACES = 16  # calls under way, and threads that the kernel may use for them
 STUCK = 0.1  # seconds without a result
@@ -91,17 +87,15 @@ class Uring:
         self._by_user = by_user
         self._under_way = 0
         self._users: dict[int, _User] = {}
-        self._starts: dict[Any, Callable[[Request, Call], None]] = {
-            io._read_fully: self._read,
-            io._write_fully: self._write,
-            io._write_durably: self._write,
-            os.fsync: self._fsync,
-            os.fdatasync: self._fdatasync,
+        self._starts: dict[type[Call[Any]], Callable[[Request, Any], None]] = {
+            Pread: self._read,
+            Pwrite: self._write,
+            Fsync: self._fsync,
         }
 
-    def takes(self, call: Call) -> bool:
+    def takes(self, call: Call[Any]) -> bool:
         """Whether a call has a form for io_uring."""
-        return call.kind in self._starts
+        return type(call) in self._starts
 
     def start(self, request: Request) -> bool:
         """Queue the call of a request; it comes back from `done`, or from `overdue`.
@@ -149,7 +143,7 @@ class Uring:
         self.count += 1
         self._under_way += 1
         user.count += 1
-        self._starts[call.kind](request, call)
+        self._starts[type(call)](request, call)
 
     def _ended(self, request: Request) -> None:
         """A call of this request's has come back: its place is the next one's."""
@@ -189,6 +183,8 @@ class Uring:
             call = request.call
             assert call is not None
             self._ended(request)
+            if request.watch is not None:
+                request.watch.made_elsewhere(call, request.since, time.perf_counter_ns())
             if self._finished(request, call, result, data):
                 request.call = None
             found.append(request)
@@ -199,38 +195,34 @@ class Uring:
         """Wait for what is under way, and give everything back."""
         self._ring.close()
 
-    def _read(self, request: Request, call: Call) -> None:
-        fd, count, offset = call.args
-        self._ring.read(request, fd, count, offset)
+    def _read(self, request: Request, call: Pread) -> None:
+        self._ring.read(request, call.fd, call.count, call.offset)
 
-    def _write(self, request: Request, call: Call) -> None:
-        fd, data, offset = call.args
-        self._ring.write(request, fd, data, offset)
+    def _write(self, request: Request, call: Pwrite) -> None:
+        self._ring.write(request, call.fd, call.data, call.offset)
 
-    def _fsync(self, request: Request, call: Call) -> None:
-        self._ring.fsync(request, call.args[0], False)
+    def _fsync(self, request: Request, call: Fsync) -> None:
+        self._ring.fsync(request, call.fd, call.data_only)
 
-    def _fdatasync(self, request: Request, call: Call) -> None:
-        self._ring.fsync(request, call.args[0], True)
-
-    def _finished(self, request: Request, call: Call, result: int, data: bytes | None) -> bool:
+    def _finished(self, request: Request, call: Call[Any], result: int, data: bytes | None) -> bool:
         """Keep the outcome of a call; False if a worker is to make it again, or to go on."""
         if result < 0:
-            told_once = result == -errno.ENOMEM and call.kind in _SYNCING
-            if result in _AGAIN and not told_once:
+            # Of calls that sync ENOMEM may be what became of writing back, which is told once:
+            # asked again, they would say that all is well.
+            syncs = isinstance(call, Fsync) or (isinstance(call, Pwrite) and call.durable)
+            if result in _AGAIN and not (syncs and result == -errno.ENOMEM):
                 return False
             request.fail(OSError(-result, os.strerror(-result)))
-        elif data is not None:
-            fd, count, offset = call.args
+        elif isinstance(call, Pread):
+            assert data is not None
             # A short read is the end of the file to whoever asked; make sure that it is.
-            if result < count and offset + result < os.fstat(fd).st_size:
+            if result < call.count and call.offset + result < os.fstat(call.fd).st_size:
                 return False
             request.succeed(data)
-        elif len(call.args) == 3:
-            if result < len(call.args[1]):
+        elif isinstance(call, Pwrite):
+            if result < len(call.data):
                 # What is written must not be written again: a file may be open to append.
-                rest = (*call.args, result)
-                request.call = Call(call.on, io.write_rest, rest)
+                call.done = result
                 return False
             request.succeed(result)
         else:

@@ -24,8 +24,8 @@ from typing import TypeVar
 import pyfuse3
 
 from ninefuse import ops
+from ninefuse.awaiting import Awaiting
 from ninefuse.calls import Body
-from ninefuse.executor import Executor
 from ninefuse.fuse import callbacks
 from ninefuse.linux.credentials import Caller
 from ninefuse.linux.syscalls import Attributes
@@ -67,7 +67,7 @@ class Adapter(pyfuse3.Operations):
 
     Args:
         session: with the root attached as fid 1.
-        executor: the threading model.
+        awaiting: runs what is asked, by the threading model's driver.
         settings: timeouts and switches of the mount.
         started: called once the kernel has begun to talk to us.
     """
@@ -80,13 +80,13 @@ class Adapter(pyfuse3.Operations):
     def __init__(
         self,
         session: Session,
-        executor: Executor,
+        awaiting: Awaiting,
         settings: Settings,
         started: Callable[[], None],
     ) -> None:
         super().__init__()
         self._session = session
-        self._executor = executor
+        self._awaiting = awaiting
         self._started = started
         self._attr_timeout = settings.attr_timeout
         self._entry_timeout = settings.entry_timeout
@@ -347,12 +347,12 @@ class Adapter(pyfuse3.Operations):
             body: of the operation.
             user: whose request it is, a uid; None: nobody's, who has no share.
         """
-        if callback not in _NOT_REFUSED and self._executor.has_too_many(user):
+        if callback not in _NOT_REFUSED and self._awaiting.driver.has_too_many(user):
             body.close()
             self.errors[callback, errno.EAGAIN] += 1
             raise pyfuse3.FUSEError(errno.EAGAIN)
         try:
-            result = await self._executor.run(callback, body, user)
+            result = await self._awaiting.run(callback, body, user)
             if self._debug:
                 log.debug("%s: %s", callback, _shortened(result))
             return result

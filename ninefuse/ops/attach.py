@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 
-from ninefuse.calls import blocking, ended
+from ninefuse.calls import Ended, blocking
 from ninefuse.linux.syscalls import stat_descriptor
 from ninefuse.tree.fids import error
 from ninefuse.tree.qids import Qid
@@ -80,7 +80,7 @@ async def flush(session: Session, oldtag: int) -> None:
     Never an error. A body that has started always runs to its end, so this waits for
     the old request, whose own answer goes out first (flush(5) of Plan 9).
     """
-    await ended(oldtag)
+    await Ended(oldtag)
 
 
 def _open_root(directory: int | str) -> int:

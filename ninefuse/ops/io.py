@@ -15,7 +15,8 @@ import struct
 from enum import IntEnum
 from typing import NamedTuple
 
-from ninefuse.calls import blocking, blocking_unless, brief
+from ninefuse.calls import Fsync, Pread, Pwrite, blocking, blocking_unless, brief
+from ninefuse.linux import transfer
 from ninefuse.linux.credentials import (
     ENTER,
     MAKE,
@@ -212,7 +213,7 @@ async def read(session: Session, fid: int, offset: int, count: int) -> bytes:
             return await blocking(on, _read_once, file.fd, count, offset)
         if on in session.ranges:
             await session.ranges.settled(on, offset, offset + count)
-        return await blocking_unless(on, _read_now, _read_fully, file.fd, count, offset)
+        return await Pread(on, file.fd, count, offset)
     finally:
         session.fids.put(use)
 
@@ -281,8 +282,7 @@ async def fsync(session: Session, fid: int, datasync: bool = False) -> None:
     try:
         if not isinstance(use.opened, OpenFile | OpenDirectory):
             raise error(errno.EINVAL)
-        sync = os.fdatasync if datasync else os.fsync
-        await blocking(use.node.path, sync, use.opened.fd)
+        await Fsync(use.node.path, use.opened.fd, data_only=datasync)
     finally:
         session.fids.put(use)
 
@@ -532,29 +532,6 @@ def _write_once(fd: int, data: bytes, offset: int) -> int:
     return os.write(fd, data)
 
 
-def _read_fully(fd: int, count: int, offset: int) -> bytes:
-    data = os.pread(fd, count, offset)
-    # A short read is the end of the file to whoever asked; make sure that it is.
-    while data and len(data) < count:
-        more = os.pread(fd, count - len(data), offset + len(data))
-        if not more:
-            break
-        data += more
-    return data
-
-
-def _read_now(fd: int, count: int, offset: int) -> bytes:
-    """Read what the page cache holds, if that is all there is to read."""
-    buffer = bytearray(count)
-    got = os.preadv(fd, [buffer], offset, os.RWF_NOWAIT)
-    if got == count:
-        return bytes(buffer)
-    # A short read is the end of the file to whoever asked.
-    if offset + got < os.fstat(fd).st_size:
-        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-    return bytes(memoryview(buffer)[:got])
-
-
 def _writer(flags: int, caller: Caller | None) -> Caller | None:
     """As whom to write: the blocks that a file system reserves for root are for root only."""
     if flags & os.O_ACCMODE == os.O_RDONLY or caller is None or not needs_acting(caller):
@@ -580,9 +557,7 @@ async def _write(on: int, file: OpenFile, data: bytes, offset: int) -> int:
         return await blocking(on, _write_live, file, data, offset)
     if file.writer is not None:
         return await blocking(on, _write_as, file, data, offset)
-    # Two kinds: one waits for the disk.
-    pwrite = _write_durably if file.flags & os.O_DSYNC else _write_fully
-    return await blocking(on, pwrite, file.fd, data, offset)
+    return await Pwrite(on, file.fd, data, offset, durable=bool(file.flags & os.O_DSYNC))
 
 
 def _may_be_written_back(file: OpenFile, offset: int) -> bool:
@@ -596,34 +571,13 @@ def _may_be_written_back(file: OpenFile, offset: int) -> bool:
 
 def _write_as(file: OpenFile, data: bytes, offset: int) -> int:
     assert file.writer is not None
-    return spending_as(file.writer, file.group, _write_fully, file.fd, data, offset)
+    return spending_as(file.writer, file.group, transfer.write_fully, file.fd, data, offset)
 
 
 def _write_live(file: OpenFile, data: bytes, offset: int) -> int:
     if file.writer is None:
         return _write_once(file.fd, data, offset)
     return spending_as(file.writer, file.group, _write_once, file.fd, data, offset)
-
-
-def _write_durably(fd: int, data: bytes, offset: int) -> int:
-    return _write_fully(fd, data, offset)
-
-
-def _write_fully(fd: int, data: bytes, offset: int) -> int:
-    return write_rest(fd, data, offset, os.pwrite(fd, data, offset))
-
-
-def write_rest(fd: int, data: bytes, offset: int, written: int) -> int:
-    """Write what is left of data after so many bytes; how many are written in all. Blocks."""
-    while written < len(data):
-        try:
-            more = os.pwrite(fd, memoryview(data)[written:], offset + written)
-        except OSError:
-            return written  # the error comes back with the write of the rest
-        if not more:
-            break
-        written += more
-    return written
 
 
 def _close_duplicate(fd: int) -> None:

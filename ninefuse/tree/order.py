@@ -20,7 +20,7 @@ from bisect import bisect_left
 from collections.abc import Callable
 from operator import attrgetter
 
-from ninefuse.calls import behind
+from ninefuse.calls import Behind
 
 END = 1 << 63  # no file is so long
 
@@ -57,7 +57,7 @@ class Turn:
 
     async def __aenter__(self) -> None:
         if self._ranges.begin(self):
-            await behind(self)
+            await Behind(self)
 
     async def __aexit__(self, *exc: object) -> None:
         self._ranges.end(self)
@@ -177,7 +177,7 @@ class Ranges:
             file = self._files.get(path)
             waits = file is not None and turn.follow(self._all_of(file).before(turn))
         if waits:
-            await behind(turn)
+            await Behind(turn)
 
     def begin(self, turn: Turn) -> bool:
         """A change comes; whether it has to wait."""

@@ -15,7 +15,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Protocol, TypeVar
 
-from ninefuse.calls import Body, blocking, later
+from ninefuse.calls import Body, Later, blocking
 from ninefuse.linux.mountinfo import OwnMount
 from ninefuse.linux.syscalls import Attributes, open_step, stat_name
 from ninefuse.locks import RenameLock
@@ -326,7 +326,7 @@ async def patiently(ask: Callable[[], Awaitable[T]]) -> T:
                 until = now + _break_time + _GRACE
             elif now > until:
                 raise
-        await later()
+        await Later()
 
 
 def _lease_break_time() -> int:

@@ -28,17 +28,7 @@ from typing import Any, TypeVar
 import trio
 
 from ninefuse import ops
-from ninefuse.calls import (
-    Acquire,
-    Behind,
-    Body,
-    Call,
-    Command,
-    Ended,
-    Later,
-    Queueing,
-    Release,
-)
+from ninefuse.calls import Begin, Body, Call, Command, words_of
 from ninefuse.fuse import callbacks
 from ninefuse.ops import directory
 from ninefuse.watching.trace_file import Lane, Message, Piece, TraceFile, Wait, Way
@@ -62,16 +52,6 @@ _MOST_REPLYING = 4096
 _FID_PARAMETERS = ("fid", "dirfid", "olddirfid")
 
 
-class _Begins:
-    """A message begins (or several that take one call). A command for `_TracedBody` only."""
-
-    __slots__ = ("fid", "names")
-
-    def __init__(self, names: tuple[str, ...], fid: int | None) -> None:
-        self.names = names
-        self.fid = fid
-
-
 class _Ends:
     """The message that began last ends."""
 
@@ -80,7 +60,7 @@ _ENDS = _Ends()
 
 
 @types.coroutine
-def _say(command: _Begins | _Ends) -> Generator[_Begins | _Ends, None, None]:
+def _say(command: _Ends) -> Generator[_Ends, None, None]:
     yield command
 
 
@@ -143,7 +123,7 @@ class Tracer:
 
     def watch_call(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return a function that does the same; its lane shows when it ran."""
-        name = _name_of(function)
+        name = words_of(function)
 
         def watched(*args: Any) -> Any:
             lane, begin = self.lane(), _now()
@@ -152,14 +132,8 @@ class Tracer:
             finally:
                 self._file.put_deferred(lane, name, begin, _now())
 
-        watched.__name__ = name
+        watched.__name__ = getattr(function, "__name__", name)
         return watched
-
-    def made_by_engine(self, body: Body[Any], call: Call, begin: int, end: int) -> None:
-        """A call was made on no thread of ours, between these times (ns)."""
-        assert isinstance(body, _TracedBody)
-        body.way.waits.append(Wait(f"io_uring: {_name_of(call.kind)}", begin, end))
-        body.way.engine_calls += 1
 
     def answered(self, body: Body[Any]) -> None:
         """The dispatcher has the answer of a body. On the dispatcher."""
@@ -231,7 +205,6 @@ class _TracedBody(Coroutine[Any, Any, T]):
         self._awaited = awaited
         self._open: list[int] = []  # messages that have begun and not ended, by number
         self._waiting: tuple[str, int] | None = None  # for what, since when
-        self._taken: dict[Acquire, Acquire] = {}  # the body's lock command -> the driver's
 
     def send(self, value: Any) -> Any:
         return self._run(self._body.send, value)
@@ -245,6 +218,31 @@ class _TracedBody(Coroutine[Any, Any, T]):
     def __await__(self) -> Generator[Any, Any, T]:
         return self._body.__await__()
 
+    def make(self, call: Call[Any], *, now: bool) -> Any:
+        """Make a call that the body asked for, as its driver has it made."""
+        tracer, message = self._tracer, self._open[-1] if self._open else -1
+        lane, ident = tracer.lane(), threading.get_ident()
+        tracer._running[ident] = self
+        name = call.label
+        begin = _now()
+        try:
+            return call.make_now() if now else call.make()
+        except BlockingIOError:
+            name = ""  # it would have blocked, and so is still to be made
+            raise
+        finally:
+            self.way.pieces.append(Piece(lane, begin, _now(), name, message))
+            tracer._running.pop(ident, None)
+
+    def waits(self, what: str) -> None:
+        """The body is about to be put aside. Said before: then it may run on another thread."""
+        self._waiting = (f"waits for {what}", _now())
+
+    def made_elsewhere(self, call: Call[Any], begin: int, end: int) -> None:
+        """A call was made on no thread of ours, between these times (ns)."""
+        self.way.waits.append(Wait(f"io_uring: {call.label}", begin, end))
+        self.way.engine_calls += 1
+
     def _run(self, resume: Callable[..., Any], *value: Any) -> Command:
         """Run the body to its next command, which goes to the driver."""
         tracer = self._tracer
@@ -257,13 +255,12 @@ class _TracedBody(Coroutine[Any, Any, T]):
         tracer._running[ident] = self
         try:
             while True:
-                command = resume(*value)
-                if type(command) is _Begins:
+                command: Command | _Ends = resume(*value)
+                if isinstance(command, Begin):
                     begin = self._cut(lane, begin)
-                    for name in command.names:
-                        self.way.messages.append(Message(f"T{name}", command.fid))
+                    self.way.messages.append(Message(f"T{command.message}", command.fid))
                     self._open.append(len(self.way.messages) - 1)
-                elif command is _ENDS:
+                elif isinstance(command, _Ends):
                     begin = self._cut(lane, begin)
                     self._open.pop()
                 else:
@@ -278,23 +275,8 @@ class _TracedBody(Coroutine[Any, Any, T]):
             raise
         finally:
             tracer._running.pop(ident, None)
-        return self._passed_on(command, self._cut(lane, begin))
-
-    def _passed_on(self, command: Any, now: int) -> Command:
-        """What the driver is to get for a body's command."""
-        if type(command) is Call:
-            function = _TracedCall(self, command.function)
-            quick = None if command.quick is None else _TracedCall(self, command.quick)
-            return Call(command.on, function, command.args, quick, command.kind)
-        if type(command) is Acquire:
-            lock = _TracedLock(self, command)
-            acquire = self._taken[command] = Acquire(lock, command.mode)
-            return acquire
-        if type(command) is Release:
-            return Release(self._taken.pop(command.taken))
-        if type(command) in (Behind, Ended, Later):
-            self._waiting = (f"waits for {command}", now)
-        return command  # type: ignore[no-any-return]
+        self._cut(lane, begin)
+        return command
 
     def _cut(self, lane: Lane, begin: int) -> int:
         """Note that the body ran here until now; return now."""
@@ -302,52 +284,6 @@ class _TracedBody(Coroutine[Any, Any, T]):
         message = self._open[-1] if self._open else -1
         self.way.pieces.append(Piece(lane, begin, now, "", message))
         return now
-
-
-class _TracedCall:
-    """A call that a body asked for, and when and where it was made."""
-
-    def __init__(self, body: _TracedBody[Any], function: Callable[..., Any]) -> None:
-        self._body = body
-        self._function = function
-        self.__name__ = _name_of(function)
-
-    def __call__(self, *args: Any) -> Any:
-        body = self._body
-        tracer, message = body._tracer, body._open[-1] if body._open else -1
-        lane, ident = tracer.lane(), threading.get_ident()
-        tracer._running[ident] = body
-        name = self.__name__
-        begin = _now()
-        try:
-            return self._function(*args)
-        except BlockingIOError:
-            name = ""  # it would have blocked, and so is still to be made
-            raise
-        finally:
-            body.way.pieces.append(Piece(lane, begin, _now(), name, message))
-            tracer._running.pop(ident, None)
-
-
-class _TracedLock:
-    """A lock that a body asks for: knows whether the body had to wait for it."""
-
-    def __init__(self, body: _TracedBody[Any], command: Acquire) -> None:
-        self.name = command.lock.name
-        self._lock: Queueing = command.lock
-        self._body = body
-        self._label = f"waits for {command}"
-
-    def acquire(self, mode: str, resume: Callable[[], None]) -> bool:
-        # Said before it is queued: from then on the body may run on another thread.
-        self._body._waiting = (self._label, _now())
-        taken = self._lock.acquire(mode, resume)
-        if taken:
-            self._body._waiting = None
-        return taken
-
-    def release(self, mode: str) -> None:
-        self._lock.release(mode)
 
 
 def _announced(
@@ -359,11 +295,13 @@ def _announced(
 
     @functools.wraps(function)
     async def announced(session: Any, *args: Any, **kwargs: Any) -> Any:
-        await _say(_Begins(names, args[0] if has_fid and args else kwargs.get("fid")))
+        for name in names:
+            await Begin(name, args[0] if has_fid and args else kwargs.get("fid"))
         try:
             return await function(session, *args, **kwargs)
         finally:
-            await _say(_ENDS)
+            for _ in names:
+                await _say(_ENDS)
 
     return announced
 
@@ -375,17 +313,11 @@ def _clunks(function: Callable[..., Awaitable[int]]) -> Callable[..., Coroutine[
     async def forget(*args: Any) -> int:
         gone = await function(*args)
         for _ in range(gone):
-            await _say(_Begins(("clunk",), None))
+            await Begin("clunk")
             await _say(_ENDS)
         return gone
 
     return forget
-
-
-def _name_of(function: Any) -> str:
-    while isinstance(function, functools.partial):
-        function = function.func
-    return str(getattr(function, "__name__", function))
 
 
 def _error_name(error: BaseException) -> str:

@@ -1,0 +1,88 @@
+"""What is to be done a little later, without the dispatcher and without a worker.
+
+Locks touched: a mutex of its own, for the queue only.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import threading
+import time
+from collections.abc import Callable
+
+_SPARE_TIME = 10.0  # seconds that the thread waits for something to do
+
+
+class Clock:
+    """Calls functions when their time has come, on a thread that they may not keep."""
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        self._due: list[tuple[float, int, Callable[[], None]]] = []  # a heap, by time
+        self._numbers = itertools.count()
+        self._thread: threading.Thread | None = None
+        self._look = threading.Event()
+        self._is_closed = False
+
+    def call_later(self, seconds: float, function: Callable[[], None]) -> bool:
+        """Have a function called. Any thread; once closed, it is called at once.
+
+        Args:
+            seconds: from now.
+            function: what to call. It must not wait for anything.
+
+        Returns:
+            False if there is no thread to be had: then it is called with the next one.
+        """
+        with self._mutex:
+            if not self._is_closed:
+                due = time.monotonic() + seconds, next(self._numbers), function
+                heapq.heappush(self._due, due)
+                is_first = self._due[0] is due
+                if self._thread is None:
+                    thread = threading.Thread(target=self._run, name="clock", daemon=True)
+                    try:
+                        thread.start()
+                    except RuntimeError:
+                        return False
+                    self._thread = thread
+                elif is_first:
+                    self._look.set()
+                return True
+        function()
+        return True
+
+    def close(self) -> None:
+        """Have all that waits called now, on this thread or its own, and end that."""
+        with self._mutex:
+            self._is_closed = True
+            thread = self._thread
+        self._look.set()
+        if thread is not None:
+            thread.join()
+        for _, _, function in sorted(self._due):
+            function()
+        self._due.clear()
+
+    def _run(self) -> None:
+        idle_since = time.monotonic()
+        while True:
+            with self._mutex:
+                if self._is_closed:
+                    return
+                now = time.monotonic()
+                wait = self._due[0][0] - now if self._due else idle_since + _SPARE_TIME - now
+                if wait <= 0:
+                    if not self._due:
+                        self._thread = None
+                        return
+                    function = heapq.heappop(self._due)[2]
+                else:
+                    function = None
+                    self._look.clear()
+            if function is None:
+                self._look.wait(wait)
+            else:
+                function()
+                idle_since = time.monotonic()

@@ -1,0 +1,328 @@
+"""What drivers share: the life of a request, and what comes after it.
+
+A driver takes a request from one command of its body to the next (calls.py). `Executor` runs the
+body, takes and gives back its locks, and puts it aside where it has to wait; the models
+(executor.py) decide on which thread each call is made.
+
+Locks touched: whatever bodies ask for, and the registry's own mutex.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import logging
+import os
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from functools import partial
+from threading import get_ident
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+from ninefuse.calls import Acquire, Begin, Behind, Body, Call, Ended, Later, Release
+from ninefuse.driving.clock import Clock
+from ninefuse.driving.counters import Answered
+from ninefuse.driving.deferred import Deferred
+from ninefuse.driving.dispatcher import Dispatcher
+from ninefuse.driving.patience import Patience
+from ninefuse.driving.request import Done, Request, Step, Watch
+from ninefuse.driving.workers import PoolStatistics
+
+log = logging.getLogger(__name__)
+
+# Requests of one user under way, of those that are for the executor to refuse.
+MOST_REQUESTS = 4000
+
+
+class ExecutorStatistics(NamedTuple):
+    """Counters of a driver since its start, and what is under way now."""
+
+    model: str
+    on_dispatcher: int  # requests that never left the dispatcher
+    handed_over: int  # requests that were on another thread
+    running: int
+    pool: PoolStatistics
+
+
+class Watched(Watch, Protocol):
+    """A body that is watched: it is run in the place of the one that it watches."""
+
+    def send(self, value: Any) -> Any: ...
+
+    def throw(self, *error: Any) -> Any: ...
+
+
+class Observer(Protocol):
+    """What sees all that a driver does; see watching/tracing.py."""
+
+    def watch(self, tag: int, name: str, body: Body[Any], *, awaited: bool) -> Any: ...
+
+    def watch_call(self, function: Callable[..., Any]) -> Callable[..., Any]: ...
+
+    def answered(self, body: Body[Any]) -> None: ...
+
+
+class Executor(ABC):
+    """What the three drivers share: the life of a request, and what comes after it.
+
+    Attributes:
+        requests: those under way, by tag.
+        answered: what is counted of them, by the name that `start` was given.
+        dispatcher: the thread that starts requests, and what is to run there.
+    """
+
+    model: ClassVar[str]
+
+    def __init__(self, most_cleaners: int = 1) -> None:
+        self.requests: dict[int, Request] = {}
+        self.answered: dict[str, Answered] = {}
+        self.observer: Observer | None = None
+        self.dispatcher = Dispatcher()
+        self.clock = Clock()
+        self.deferred = Deferred(most_cleaners, self._clean_later)
+        self._tags = itertools.count(1)
+        self._registry = threading.Lock()
+        self._users: Counter[int] = Counter()  # requests under way, of each
+        self._patience = Patience(self.clock)
+        self._background: deque[Request] = deque()
+        self._behind: set[int] = set()  # those of the background that have not ended
+
+    def start(self, name: str, body: Body[Any], done: Done, user: int | None = None) -> Request:
+        """Drive a body to its end. On the dispatcher; raises nothing.
+
+        Args:
+            name: what reports call the request.
+            body: an operation that has not been started.
+            done: called with the request once the body has ended, on the thread where that
+                was, perhaps before this returns. It may not block. ``request.result()`` is then
+                the body's result or error; what is no `Exception` (a worker's SystemExit, say)
+                becomes OSError(EIO).
+            user: who has his share of the workers, a uid; None and 0: nobody in particular.
+
+        Returns:
+            The request.
+        """
+        request = self._admit(name, body, done, user)
+        self.drive(request)
+        return request
+
+    def in_background(self, name: str, body: Body[None]) -> None:
+        """Drive a body that nobody waits for, after the running one. Any thread."""
+        request = self._admit(name, body)
+        with self._registry:
+            self._behind.add(request.tag)
+        self._background.append(request)
+
+    def defer(self, function: Callable[..., Any], *args: Any) -> None:
+        """Have a call that may block made soon, where it may. Any thread.
+
+        It is made after the running body, or with another one that ends before.
+        """
+        if self.observer is not None:
+            function = self.observer.watch_call(function)
+        self.deferred.add(function, args)
+
+    def has_too_many(self, user: int | None) -> bool:
+        """Whether a user has as many requests under way as one may."""
+        return bool(user) and self._users[user or 0] >= MOST_REQUESTS
+
+    def count(self, request: Request) -> None:
+        """Count a request that has ended, where it is answered. One thread at a time."""
+        if request.at != get_ident():
+            request.cross()
+        counted = self.answered.get(request.name)
+        if counted is None:
+            counted = self.answered[request.name] = Answered()
+        counted.add(request.crossings, time.monotonic_ns() - request.started)
+
+    def statistics(self) -> ExecutorStatistics:
+        """Counters and queue lengths now."""
+        answered = list(self.answered.values())
+        count = sum(one.count for one in answered)
+        stayed = sum(one.on_dispatcher for one in answered)
+        return ExecutorStatistics(
+            self.model, stayed, count - stayed, len(self.requests), self._pool()
+        )
+
+    def slow_requests(self, older_than: float) -> list[str]:
+        """A line for each request under way for more than ``older_than`` seconds."""
+        before = time.monotonic_ns() - older_than * 1e9
+        with self._registry:
+            return [r.describe() for r in self.requests.values() if r.started <= before]
+
+    # What a model decides
+
+    @abstractmethod
+    def drive(self, request: Request) -> None:
+        """Take a request to its end: to where `advance` has answered DONE.
+
+        Called on the dispatcher. What takes long goes on elsewhere.
+        """
+
+    @abstractmethod
+    def resume(self, request: Request) -> None:
+        """Go on with a request that was PARKED, from `advance` on.
+
+        Called once for each time, on any thread, perhaps before that `advance` has returned.
+        It may not block.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Finish everything that was started or deferred."""
+
+    # For whoever runs the dispatcher
+
+    @property
+    def fd(self) -> int:
+        """A descriptor that wakes the dispatcher when it is readable, until `drain`; -1: none."""
+        return -1
+
+    def drain(self) -> None:  # noqa: B027 - most have none
+        """Make `fd` unreadable. On the dispatcher."""
+
+    def before_wait(self, *, sleeps: bool) -> None:
+        """The dispatcher is about to look what has happened; ``sleeps``: until something has."""
+        if sleeps:
+            self.dispatcher.before_wait()
+
+    def after_wait(self) -> None:
+        """The dispatcher has waited, or looked what has happened."""
+        self.dispatcher.after_wait()
+
+    # For models
+
+    def advance(self, request: Request) -> Step:
+        """Run a body up to its next blocking call, on this thread.
+
+        Once this has answered PARKED the request may be running on another thread: the caller
+        must not touch it again. Once it has answered DONE, the request's `done` was called.
+        """
+        if request.at != get_ident():
+            request.cross()
+        if request.waits is not None:  # it was parked, and has been granted what it waited for
+            if isinstance(request.waits, Acquire):
+                request.holds += (request.waits,)
+            request.waits = None
+        while True:
+            try:
+                command = request.run()
+            except StopIteration as stop:
+                request.succeed(stop.value)
+                self._end(request)
+                return Step.DONE
+            except Exception as failure:
+                request.fail(failure)
+                self._end(request)
+                return Step.DONE
+            except BaseException as failure:
+                log.error("%s ended in %r", request.name, failure, exc_info=failure)
+                request.fail(OSError(errno.EIO, os.strerror(errno.EIO)))
+                self._end(request)
+                return Step.DONE
+            if isinstance(command, Call):
+                request.call = command
+                return Step.CALL
+            if isinstance(command, Release):
+                taken = list(request.holds)
+                taken.remove(command.taken)
+                request.holds = tuple(taken)
+                command.taken.lock.release(command.taken.mode)
+            elif isinstance(command, Acquire) and command.lock.try_acquire(command.mode):
+                request.holds += (command,)
+            elif isinstance(command, (Acquire, Behind, Ended, Later)):
+                if self._park(request, command):
+                    return Step.PARKED
+            elif not isinstance(command, Begin):
+                request.fail(TypeError(f"{request.name} awaits {command!r}: not a command"))
+
+    def left_behind(self) -> Iterator[Request]:
+        """Make the deferred calls, and yield what was left to the background, on this thread.
+
+        A request that is yielded is to be driven to its end before the next one is asked for.
+        """
+        self.deferred.make_all()
+        while self._background:
+            try:
+                request = self._background.popleft()
+            except IndexError:  # another thread was quicker
+                return
+            yield request
+            self.deferred.make_all()
+
+    def wait_a_while(self, request: Request) -> None:
+        """Have a parked body go on after a while."""
+        request.has_waited = True
+        self._patience.wait(partial(self.resume, request), request.user)
+
+    def _pool(self) -> PoolStatistics:
+        return PoolStatistics(0, 0, 0)
+
+    def _clean_later(self) -> None:  # noqa: B027 - with one thread there is nobody to look
+        """See that somebody looks whether those who make deferred calls are stuck."""
+
+    def _admit(
+        self, name: str, body: Body[Any], done: Done | None = None, user: int | None = None
+    ) -> Request:
+        request = Request(next(self._tags), name, body, user, done)
+        if self.observer is not None:
+            watched = self.observer.watch(request.tag, name, body, awaited=done is not None)
+            request.body = request.watch = watched
+        with self._registry:
+            self.requests[request.tag] = request
+            if user:
+                self._users[user] += 1
+        return request
+
+    def _park(self, request: Request, command: Acquire | Behind | Ended | Later) -> bool:
+        """Have a request wait for what it asks for; False if it need not wait any more."""
+        # Said before it is queued: then the request may be resumed at any time.
+        request.waits = command
+        if request.watch is not None:
+            request.watch.waits(str(command))
+        if isinstance(command, Later):
+            self.wait_a_while(request)
+            return True
+        resume = partial(self.resume, request)
+        if isinstance(command, Acquire):
+            goes_on = command.lock.acquire(command.mode, resume)
+            if goes_on:
+                request.holds += (command,)
+        elif isinstance(command, Behind):
+            goes_on = command.turn.has_come(resume)
+        else:
+            goes_on = self._join(command.tag, request, resume)
+        if goes_on:
+            request.waits = None
+        return not goes_on
+
+    def _end(self, request: Request) -> None:
+        with self._registry:
+            del self.requests[request.tag]
+            if user := request.user:
+                self._users[user] -= 1
+                if not self._users[user]:
+                    del self._users[user]
+            self._behind.discard(request.tag)
+            joiners = request.joiners
+        if request.has_waited:
+            self._patience.ended(request.user)
+        if request.done is None:
+            request.log_failure()
+        else:
+            request.done(request)
+        for resume in joiners or ():
+            resume()
+
+    def _join(self, tag: int, request: Request, resume: Callable[[], None]) -> bool:
+        with self._registry:
+            other = self.requests.get(tag)
+            if other is None or other is request:
+                return True
+            if other.joiners is None:
+                other.joiners = []
+            other.joiners.append(resume)
+            return False

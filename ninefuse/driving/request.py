@@ -1,0 +1,186 @@
+"""A request: one body on its way, from its start to its result.
+
+Locks touched: none; a request is on one thread at a time.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import time
+from collections.abc import Callable
+from enum import Enum
+from threading import get_ident
+from typing import Any, Protocol
+
+from ninefuse.calls import Acquire, Behind, Body, Call, Ended, Later
+
+log = logging.getLogger(__name__)
+
+Done = Callable[["Request"], None]
+
+
+class Step(Enum):
+    """Where a body stopped."""
+
+    CALL = "it asks for a blocking call"
+    PARKED = "it waits for a lock, its turn, or io_uring; who has that for it resumes it"
+    DONE = "it has ended"
+
+
+class Watch(Protocol):
+    """What sees one body on its way, by standing in its place; see watching/tracing.py."""
+
+    def make(self, call: Call[Any], *, now: bool) -> Any: ...
+
+    def waits(self, what: str) -> None: ...
+
+    def made_elsewhere(self, call: Call[Any], begin: int, end: int) -> None: ...
+
+
+class Request:
+    """One body on its way: what it waits for, what it holds, how it ended.
+
+    Attributes:
+        tag: its number, among those under way.
+        name: what reports call it.
+        user: whose it is, a uid; None: nobody's in particular.
+        done: called with it at its end, on the thread where that is; None: nobody waits for it.
+        call: the call to be made next, or None.
+        crossings: how often it has changed threads.
+        thread: the name of the worker that has it, if one has.
+    """
+
+    __slots__ = (
+        "_error",
+        "_value",
+        "at",
+        "body",
+        "call",
+        "crossings",
+        "done",
+        "has_waited",
+        "holds",
+        "joiners",
+        "name",
+        "since",
+        "started",
+        "tag",
+        "thread",
+        "user",
+        "waits",
+        "watch",
+    )
+
+    def __init__(
+        self,
+        tag: int,
+        name: str,
+        body: Body[Any],
+        user: int | None = None,
+        done: Done | None = None,
+    ) -> None:
+        self.tag = tag
+        self.name = name
+        self.body = body
+        self.user = user
+        self.done = done
+        self.watch: Watch | None = None
+        self.started = time.monotonic_ns()
+        self.call: Call[Any] | None = None
+        self.at = get_ident()  # the thread that it was seen on last
+        self.crossings = 0
+        self.holds: tuple[Acquire, ...] = ()
+        self.has_waited = False  # a while, to try again
+        self.waits: Acquire | Behind | Ended | Later | None = None
+        self.since = 0  # when its call was queued for io_uring, where somebody wants to know
+        self.thread = ""
+        self.joiners: list[Callable[[], None]] | None = None  # who waits for its end
+        self._value: Any = None
+        self._error: BaseException | None = None
+
+    def result(self) -> Any:
+        """What the body returned; raises what it raised. Once."""
+        if self._error is None:
+            return self._value
+        error, self._error = self._error, None
+        try:
+            raise error
+        finally:
+            del error  # its traceback refers to this frame
+
+    def log_failure(self) -> None:
+        """Log what the body raised, where nobody waits for its result."""
+        if self._error is not None:
+            log.error("%s failed", self.name, exc_info=self._error)
+
+    def cross(self) -> None:
+        """Note that the request is on another thread now."""
+        self.at = get_ident()
+        self.crossings += 1
+
+    def run(self) -> Any:
+        """Run the body to its next command, and return that.
+
+        Raises:
+            StopIteration: it has ended, with a result.
+            BaseException: what it raised.
+        """
+        value, self._value = self._value, None
+        error, self._error = self._error, None
+        try:
+            return self.body.send(value) if error is None else self.body.throw(error)
+        finally:
+            del error
+
+    def perform(self) -> None:
+        """Make the call that the body asked for, on this thread; keep its outcome."""
+        if self.at != get_ident():
+            self.cross()
+        call = self.call
+        assert call is not None
+        self.call = None
+        try:
+            self._value = call.make() if self.watch is None else self.watch.make(call, now=False)
+        except BaseException as error:
+            self._error = error
+
+    def perform_quickly(self) -> bool:
+        """Make the call on this thread if it does not block, and say whether it was made."""
+        call = self.call
+        assert call is not None
+        try:
+            if self.watch is None:
+                self._value = call.make_now()
+            else:
+                self._value = self.watch.make(call, now=True)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EOPNOTSUPP):
+                return False
+            self._error = error
+        except BaseException as error:
+            self._error = error
+        self.call = None
+        return True
+
+    def succeed(self, value: Any) -> None:
+        """Keep the result: of a call that was made otherwise than by `perform`, or of the body."""
+        self._value = value
+
+    def fail(self, error: BaseException) -> None:
+        """Keep the error of such a call, or of the body."""
+        self._error = error
+
+    def describe(self) -> str:
+        """One line for reports: age, what it does, holds and waits for."""
+        age = (time.monotonic_ns() - self.started) / 1e9
+        parts = [f"{self.name} (request {self.tag}), {age:.1f} s"]
+        if self.thread:
+            parts.append(f"on {self.thread}")
+        if (call := self.call) is not None:
+            parts.append(f"queued for {call.label}")
+        if self.holds:
+            parts.append("holds " + ", ".join(map(str, self.holds)))
+        if (waits := self.waits) is not None:
+            parts.append(f"waits for {waits}")
+        return "; ".join(parts)

@@ -567,6 +567,7 @@ def test_what_is_remembered_counts_as_kept(hashed: Hashed) -> None:
     assert each < 4096
 
 
+@pytest.mark.soak
 @pytest.mark.skipif(not SOAK, reason="takes a minute: make soak")
 def test_a_million_names_have_a_million_small_cookies(tmp_path: Path) -> None:
     """On a real ext4. Each one that is tried leads back, remembered or not."""

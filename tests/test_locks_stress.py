@@ -43,6 +43,8 @@ from ninefuse.session import Session
 from ninefuse.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
 from ninefuse.uring import Refused, Uring
 
+pytestmark = pytest.mark.soak
+
 T = TypeVar("T")
 
 ME = Caller(os.geteuid(), os.getegid())

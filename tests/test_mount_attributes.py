@@ -14,6 +14,8 @@ from typing import NamedTuple
 import pytest
 from mounting import Child, Mount, Place, become, errno_of, in_child
 
+pytestmark = pytest.mark.soak
+
 NOBODY = 65534
 AS_ROOT = os.geteuid() == 0
 

@@ -51,6 +51,8 @@ from stuck import Attacker, Memory, memory_that_never_comes
 from ninefuse.uring import Refused, Uring
 
 pytestmark = [
+    pytest.mark.alone,
+    pytest.mark.soak,
     pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts for others"),
     pytest.mark.limit(90.0 if SOAK else 30.0),
 ]

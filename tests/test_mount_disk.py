@@ -27,7 +27,10 @@ from test_mount_durable import SERVERS
 from test_mount_faults import FaultSource, faulty, options_of, servers
 from test_mount_sources import ending
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount file systems")
+pytestmark = [
+    pytest.mark.soak,
+    pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount file systems"),
+]
 
 PAGE = mmap.PAGESIZE
 DATA = random.Random(10).randbytes(16 * PAGE)

@@ -26,6 +26,8 @@ from mounting import PATIENCE, SOAK, Child, Mount, is_mounted, mount_ids, run, w
 
 from ninefuse.uring import Refused, Uring
 
+pytestmark = pytest.mark.soak
+
 TURNS = 3 if SOAK else 1  # of five copies each, for each way of each server
 
 SIZE = 4096  # bytes of a record

@@ -33,6 +33,8 @@ from test_mount_durable import SERVERS
 
 from ninefuse.uring import Refused, Uring
 
+pytestmark = pytest.mark.soak
+
 CODES = (errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EROFS, errno.ENOSPC, errno.ENOSYS)
 PAGE = mmap.PAGESIZE
 DATA = random.Random(9).randbytes(3 * PAGE + 100)

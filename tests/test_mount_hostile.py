@@ -43,6 +43,8 @@ from ninefuse import ops, sequences
 from ninefuse.ops import Changes, LockRange
 from ninefuse.syscalls import RENAME_EXCHANGE, rename
 
+pytestmark = pytest.mark.soak
+
 SECONDS = 20.0 if SOAK else 0.4  # of a race
 # Where the models share what is tested, or the second is worst at it.
 SOME_MODELS = MODELS if SOAK else ("second",)

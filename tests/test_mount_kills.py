@@ -29,6 +29,8 @@ from test_mount_durable import SERVERS
 
 from ninefuse.uring import Refused, Uring
 
+pytestmark = pytest.mark.soak
+
 KILLS = 25 if SOAK else 1  # for each server and place
 PLACES = ("small", "disk") if SOAK else ("small",)
 CLIENTS = 4

@@ -22,6 +22,8 @@ from pathlib import Path
 import pytest
 from mounting import MODELS, SOAK, Child, Mount, wait_until
 
+pytestmark = pytest.mark.soak
+
 STALL = 0.3  # seconds
 IDLE_MEMORY = 60 * 1024  # KiB
 FEW_DESCRIPTORS = 256

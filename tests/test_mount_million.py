@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from mounting import SOAK, Child, Mount, wait_until
 
+pytestmark = pytest.mark.soak
+
 PER_DIRECTORY = 1000
 DIRECTORIES = 1000 if SOAK else 2
 LIMIT = 3600 if SOAK else 60  # seconds

@@ -20,6 +20,8 @@ from ops_helpers import read_entries
 
 from ninefuse.syscalls import file_system_of
 
+pytestmark = pytest.mark.soak
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.opendir.restype = ctypes.c_void_p
 _libc.opendir.argtypes = [ctypes.c_char_p]

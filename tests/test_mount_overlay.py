@@ -16,6 +16,8 @@ from mounting import MODELS, Mount, Place, errno_of, run
 
 from ninefuse.syscalls import RENAME_WHITEOUT, rename
 
+pytestmark = pytest.mark.soak
+
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts an overlay")
 
 

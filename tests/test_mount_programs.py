@@ -19,6 +19,8 @@ import pytest
 from mounting import ENVIRONMENT, MODELS, SOAK, Child, Place, in_child
 from test_mount_attributes import plant, tree
 
+pytestmark = pytest.mark.soak
+
 SCALE = 8 if SOAK else 1
 NOTHING: Mapping[str, str] = {}
 OWN_ENVIRONMENT = {name: ENVIRONMENT[name] for name in ENVIRONMENT if not name.startswith("MAKE")}

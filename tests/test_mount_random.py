@@ -35,6 +35,8 @@ from mounting import PATIENCE, SOAK, Child, Mount, become
 from ninefuse import credentials, syscalls
 from ninefuse.uring import Refused, Uring
 
+pytestmark = pytest.mark.soak
+
 # What a failure tells, to have it again.
 SEED = int(os.environ.get("NINEFUSE_SEED", random.SystemRandom().getrandbits(32) if SOAK else 0))
 COUNT = int(os.environ.get("NINEFUSE_SEQUENCES", 2000 if SOAK else 60))

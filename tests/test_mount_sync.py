@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from mounting import Mount, Place, errno_of, wait_until
 
+pytestmark = pytest.mark.soak
+
 SYNC_FLAGS = [os.O_SYNC, os.O_DSYNC]
 
 

@@ -35,6 +35,8 @@ from test_mount_sync import done, flags_of_descriptors
 from ninefuse.exitcodes import ExitCode
 from ninefuse.syscalls import RENAME_EXCHANGE, rename
 
+pytestmark = pytest.mark.soak
+
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts for others")
 
 

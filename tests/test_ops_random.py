@@ -28,6 +28,8 @@ from ninefuse.ops.io import report_close
 from ninefuse.ops.walk import KERNEL
 from ninefuse.syscalls import SetTime
 
+pytestmark = pytest.mark.soak
+
 ME = Caller(os.geteuid(), os.getegid())
 
 TIMES = 10 if SOAK else 1  # as many sequences

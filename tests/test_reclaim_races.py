@@ -34,7 +34,7 @@ from ninefuse.locks import table_lock_held
 from ninefuse.ops.walk import KERNEL
 from ninefuse.session import Session
 
-pytestmark = pytest.mark.usefixtures("leak_free")
+pytestmark = [pytest.mark.soak, pytest.mark.usefixtures("leak_free")]
 
 
 class Tree:

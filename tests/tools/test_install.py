@@ -167,6 +167,7 @@ long = pytest.mark.skipif(not SOAK, reason="downloads and compiles: make soak")
 
 
 @long
+@pytest.mark.soak
 @pytest.mark.limit(300)
 @pytest.mark.parametrize("io_uring", [True, False], ids=["io_uring", "no io_uring"])
 @pytest.mark.parametrize("version", PYTHONS)
@@ -187,6 +188,7 @@ def test_pip_installs_the_archive(
 
 
 @long
+@pytest.mark.soak
 @pytest.mark.limit(300)
 def test_pipx_installs_the_archive(archive: Path, tmp_path: Path, mountpoint: Path) -> None:
     call(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)

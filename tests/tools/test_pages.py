@@ -16,7 +16,7 @@ import pytest
 from ninefuse import manual, options
 from ninefuse.cli import make_parser
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 20.0
 NAMES = ("ninefuse", "ninefuse-bench", "ninefuse-stat")
 PAGES = [

@@ -596,7 +596,8 @@ def commands(tmp_path: Path) -> Path:
 
 def make(directory: Path, *words: str) -> subprocess.CompletedProcess[str]:
     # Not as part of the make that may run these tests.
-    passed_on = ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "MAKELEVEL", "SRC", "ARGS", "OUT", "FULL")
+    passed_on = ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "MAKELEVEL", "SRC", "ARGS", "JOBS")
+    passed_on += ("OUT", "FULL")
     env = {name: value for name, value in os.environ.items() if name not in passed_on}
     return run("make", *words, cwd=directory, env=env)
 
@@ -604,8 +605,8 @@ def make(directory: Path, *words: str) -> subprocess.CompletedProcess[str]:
 def test_make_alone_lists_the_commands(commands: Path) -> None:
     done = make(commands)
     assert done.returncode == 0
-    for target in ("demo", "bench", "test", "check", "clean"):
-        assert f"\nmake {target} " in "\n" + done.stdout
+    for target in ("demo", "bench", "test", "test-fast", "test-tools", "check", "clean"):
+        assert re.search(rf"^make {target}(\s)", done.stdout, re.M), target
 
 
 def test_make_demo_hands_the_directory_on_as_it_is(commands: Path) -> None:
@@ -625,8 +626,29 @@ def test_make_bench_hands_directories_on_as_they_are(commands: Path) -> None:
 
 
 def test_make_test_runs_pytest_with_further_arguments(commands: Path) -> None:
-    done = make(commands, "test", "ARGS=-x -k 'a or b'")
-    assert done.stdout.splitlines() == ["setup", "<-m>", "<pytest>", "<-x>", "<-k>", "<a or b>"]
+    begin, more = ["<-m>", "<pytest>"], ["<-x>", "<-k>", "<a or b>"]
+    product, beside = ["<--ignore=tests/tools>"], ["<-n>", "<3>", "<--dist>", "<worksteal>"]
+    for target, expected in (
+        (
+            "test",
+            [*begin, *product, *beside, "<-m>", "<not alone>", *more]
+            + [*begin, *product, "<-m>", "<alone>", *more],
+        ),
+        ("test-fast", [*begin, *product, *beside, "<-m>", "<not mount>", *more]),
+        ("test-tools", [*begin, *beside, "<tests/tools>", *more]),
+    ):
+        done = make(commands, target, "JOBS=3", "ARGS=-x -k 'a or b'")
+        assert done.stdout.splitlines() == ["setup", *expected], target
+
+
+def test_every_test_is_run_by_one_command_of_ci() -> None:
+    """What `make test` leaves out, `make test-tools` runs."""
+    lines = (ROOT / ".ci/run").read_text().splitlines()
+    assert [line for line in lines if line.startswith("make ")] == [
+        "make check",
+        "make test",
+        "make test-tools",
+    ]
 
 
 def test_make_check_ends_at_the_first_failure(commands: Path) -> None:

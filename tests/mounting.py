@@ -443,6 +443,37 @@ class Mount:
         return int(fields[11]) + int(fields[12])
 
 
+@contextlib.contextmanager
+def ending(mount: Mount) -> Iterator[Mount]:
+    """End a daemon before its source goes."""
+    try:
+        yield mount
+    finally:
+        mount.end()
+
+
+def flags_of_descriptors(pid: int, file: Path) -> list[int]:
+    """The open(2) flags of each descriptor that a process has of a file, O_PATH ones not."""
+    found = []
+    for number in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            if os.stat(f"/proc/{pid}/fd/{number}").st_ino != file.stat().st_ino:
+                continue
+            info = Path(f"/proc/{pid}/fdinfo/{number}").read_text()
+        except OSError:
+            continue  # closed meanwhile
+        flags = int(info.split("flags:")[1].split()[0], 8)
+        if not flags & os.O_PATH:
+            found.append(flags)
+    return found
+
+
+def done(mount: Mount, callback: str) -> int:
+    """How often a callback has been answered, as the daemon counts it."""
+    match = re.search(rf"operations:.*\b{callback} (\d+)", mount.counters().text)
+    return int(match[1]) if match else 0
+
+
 @dataclass(frozen=True)
 class Place:
     """A directory of one test's own, on a mount and in its source."""

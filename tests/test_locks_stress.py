@@ -31,6 +31,7 @@ from lock_order import RENAME, Watch, watching
 from mounting import SOAK
 from ops_helpers import ROOT, daemon_umask, no_leaks
 from ops_helpers import Client as DirectClient
+from servers import need_engine
 
 from ninefuse import executor, ops, sequences
 from ninefuse.commands import Body, blocking
@@ -41,7 +42,7 @@ from ninefuse.locks import RenameLock
 from ninefuse.ops.directory import fitted, readdirplus
 from ninefuse.session import Session
 from ninefuse.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
-from ninefuse.uring import Refused, Uring
+from ninefuse.uring import Uring
 
 pytestmark = pytest.mark.soak
 
@@ -502,11 +503,7 @@ class Client:
 @pytest.mark.parametrize(("server", "threads"), CASES)
 def test_fifty_clients(tmp_path: Path, server: str, threads: int, is_watched: bool) -> None:
     """All of them get through, and leave what they say."""
-    if server.endswith("uring"):
-        try:
-            Uring().close()
-        except Refused as reason:
-            pytest.skip(f"no io_uring here: {reason}")
+    need_engine(server)
     seed = int(os.environ.get("NINEFUSE_SEED", random.SystemRandom().getrandbits(32)))
     print(f"\nseed {seed}", end=": ")
     with ExitStack() as around:

@@ -46,9 +46,8 @@ from mounting import (
     run,
     wait_until,
 )
+from servers import need_engine
 from stuck import Attacker, Memory, memory_that_never_comes
-
-from ninefuse.uring import Refused, Uring
 
 pytestmark = [
     pytest.mark.alone,
@@ -362,11 +361,7 @@ def servers(watchdog: Watchdog, open_directory: Path) -> Iterator[Callable[[str]
 
     def server(name: str) -> Server:
         if name not in found:
-            if "uring" in name:
-                try:
-                    Uring().close()
-                except Refused as reason:
-                    pytest.skip(f"no io_uring here: {reason}")
+            need_engine(name)
             base = open_directory / name
             base.mkdir()
             found[name] = Server(watchdog, base, SERVERS[name])

@@ -21,11 +21,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from faults import FaultSource, faulty
 from file_systems import image, mounted
-from mounting import SOAK, Child, Mount, Watchdog, errno_of, run, wait_until
-from test_mount_durable import SERVERS
-from test_mount_faults import FaultSource, faulty, options_of, servers
-from test_mount_sources import ending
+from mounting import SOAK, Child, Mount, Watchdog, ending, errno_of, run, wait_until
+from servers import SERVERS, options_of, servers
 
 pytestmark = [
     pytest.mark.soak,

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from misplaced import put_fifo, put_hard_link, put_symlink
 from mounting import (
     ENVIRONMENT,
     MODELS,
@@ -25,7 +26,6 @@ from mounting import (
     unmount,
     wait_until,
 )
-from test_logs import put_fifo, put_hard_link, put_symlink
 
 from ninefuse.logs import REPEAT_LIMIT
 

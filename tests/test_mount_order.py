@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 from mounting import Child, Mount
-from test_mount_durable import SERVERS
-from test_mount_faults import options_of
+from servers import SERVERS, options_of
 
 PAGE = mmap.PAGESIZE
 PAGES = 16

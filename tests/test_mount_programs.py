@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from mounting import ENVIRONMENT, MODELS, SOAK, Child, Place, in_child
-from test_mount_attributes import plant, tree
+from trees import plant, tree
 
 pytestmark = pytest.mark.soak
 

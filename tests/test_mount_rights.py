@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from mounting import Child, Mount, Watchdog, errno_of, fresh_place
-from test_mount_stale_rights import ACCESS, DEFAULT, acl, tree
+from rights import ACCESS, DEFAULT, acl, tree
 
 from ninefuse import credentials
 

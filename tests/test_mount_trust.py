@@ -23,14 +23,15 @@ from mounting import (
     Mount,
     become,
     detach,
+    done,
     errno_of,
+    flags_of_descriptors,
     in_child,
     is_mounted,
     mount_ids,
     run,
     wait_until,
 )
-from test_mount_sync import done, flags_of_descriptors
 
 from ninefuse.exitcodes import ExitCode
 from ninefuse.syscalls import RENAME_EXCHANGE, rename

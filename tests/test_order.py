@@ -13,6 +13,7 @@ import pytest
 import trio
 import trio.testing
 from helpers_executor import begin, bounded, drive, until
+from helpers_executor import engine as engine
 from ops_helpers import ROOT, Client, Stepper
 from ops_helpers import client as client
 from ops_helpers import leak_free as leak_free
@@ -24,7 +25,7 @@ from ninefuse.executor import Executor, Request, SecondModel
 from ninefuse.ops import io
 from ninefuse.order import END, Ranges
 from ninefuse.session import Session
-from ninefuse.uring import Refused, Uring
+from ninefuse.uring import Uring
 
 FILE = 7
 
@@ -343,16 +344,6 @@ def late(monkeypatch: pytest.MonkeyPatch) -> Iterator[Late]:
     monkeypatch.setattr(io, "_write_fully", it)
     yield it
     it.go_on.set()
-
-
-@pytest.fixture
-def engine() -> Iterator[Uring]:
-    try:
-        found = Uring()
-    except Refused as reason:
-        pytest.skip(f"no io_uring here: {reason}")
-    yield found
-    found.close()
 
 
 async def _session(executor: Executor, source: Path) -> Session:

@@ -8,7 +8,7 @@ import json
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import pytest
 import trio
 import trio.testing
 from helpers_executor import drive
+from helpers_executor import engine as engine
 from mounting import Mount
 
 from ninefuse import ops, sequences
@@ -28,16 +29,6 @@ from ninefuse.session import Session
 from ninefuse.uring import PLACES, Refused, Uring
 
 ME = Caller(os.geteuid(), os.getegid())
-
-
-@pytest.fixture
-def engine() -> Iterator[Uring]:
-    try:
-        found = Uring()
-    except Refused as reason:
-        pytest.skip(f"no io_uring here: {reason}")
-    yield found
-    found.close()
 
 
 def through(

@@ -13,8 +13,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from blocks import block_of
 from mounting import REPO, SOAK
-from test_documents import block_of
 
 SUITE = "bookworm"
 CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"

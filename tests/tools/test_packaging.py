@@ -596,8 +596,8 @@ def commands(tmp_path: Path) -> Path:
 
 def make(directory: Path, *words: str) -> subprocess.CompletedProcess[str]:
     # Not as part of the make that may run these tests.
-    passed_on = ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "MAKELEVEL", "SRC", "ARGS", "JOBS")
-    passed_on += ("OUT", "FULL")
+    passed_on = {"MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "MAKELEVEL"}
+    passed_on |= {"SRC", "ARGS", "JOBS", "OUT", "FULL"}
     env = {name: value for name, value in os.environ.items() if name not in passed_on}
     return run("make", *words, cwd=directory, env=env)
 

@@ -12,12 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+from mounting import PATIENCE
 
 from ninefuse import manual, options
 from ninefuse.cli import make_parser
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 20.0
 NAMES = ("ninefuse", "ninefuse-bench", "ninefuse-stat")
 PAGES = [
     "README.md",

@@ -80,21 +80,38 @@ def guard(watchdog: Watchdog, request: pytest.FixtureRequest) -> Iterator[Watchd
     assert watchdog.disarm(), f"not over within {seconds:g} s: its mounts were aborted"
 
 
+@pytest.fixture
+def new_place(
+    shared_mounts: Callable[..., Mount], guard: Watchdog
+) -> Iterator[Callable[..., Place]]:
+    """Return fresh directories on shared mounts: new_place(*options, command=…)."""
+    with contextlib.ExitStack() as ends:
+
+        def make(*options: str, command: tuple[str, ...] = NINEFUSE) -> Place:
+            mount = shared_mounts(*options, command=command)
+            return ends.enter_context(fresh_place(mount))
+
+        yield make
+
+
 @pytest.fixture(scope="session")
 def shared_mounts(
     watchdog: Watchdog, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[..., Mount]]:
-    """Return the mount with certain options that tests share, each in its own directory."""
-    mounts: dict[tuple[str, ...], Mount] = {}
+    """Return the mount of a command with certain options.
 
-    def shared(*options: str) -> Mount:
-        mount = mounts.get(options)
+    Tests share it, each in a directory of its own (`fresh_place`).
+    """
+    mounts: dict[tuple[tuple[str, ...], tuple[str, ...]], Mount] = {}
+
+    def shared(*options: str, command: tuple[str, ...] = NINEFUSE) -> Mount:
+        mount = mounts.get((command, options))
         if mount is not None and mount.process.poll() is not None:
             mount.end()  # a test's fault, which that test was told
             mount = None
         if mount is None:
             base = tmp_path_factory.mktemp("shared")
-            mount = mounts[options] = start(watchdog, base, *options)
+            mount = mounts[command, options] = start(watchdog, base, *options, command=command)
         return mount
 
     with contextlib.ExitStack() as ends:

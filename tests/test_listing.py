@@ -505,7 +505,8 @@ class Reader:
 
 
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(6 if SOAK else 2))
 def test_three_readers_beside_changes(hashed: Hashed, seed: int, shared: bool) -> None:
     """What stays is seen once by each, from wherever it goes on; nothing twice."""
     choose = Random(seed)

@@ -25,7 +25,6 @@ from typing import Any
 
 import pytest
 from mounting import (
-    MODELS,
     NINEFUSE,
     REPO,
     SOAK,
@@ -38,6 +37,7 @@ from mounting import (
     wait_until,
 )
 from ops_helpers import ROOT, Client, client_of
+from servers import SOME_MODELS
 
 from ninefuse import ops, sequences
 from ninefuse.ops import Changes, LockRange
@@ -47,7 +47,6 @@ pytestmark = pytest.mark.soak
 
 SECONDS = 20.0 if SOAK else 0.4  # of a race
 # Where the models share what is tested, or the second is worst at it.
-SOME_MODELS = MODELS if SOAK else ("second",)
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts in the source")
 
@@ -90,7 +89,7 @@ def _list(path: Path) -> list[str]:
 
 @needs_root
 @pytest.mark.limit(20.0)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", SOME_MODELS)
 def test_a_mount_inside_its_own_source_is_not_entered(
     new_mount: Callable[..., Mount], model: str
 ) -> None:

@@ -17,6 +17,7 @@ from mounting import (
     MODELS,
     NINEFUSE,
     PATIENCE,
+    SOAK,
     Log,
     Mount,
     detach,
@@ -28,6 +29,8 @@ from mounting import (
 )
 
 from ninefuse.logs import REPEAT_LIMIT
+
+pytestmark = pytest.mark.soak
 
 # The command, with a fault in it: statfs ends in an exception that no operation should raise.
 FAULTY_NINEFUSE = (
@@ -119,7 +122,8 @@ def test_a_log_below_the_mount_point_makes_nobody_wait_for_himself(
 
 
 @pytest.mark.usefixtures("guard")
-@pytest.mark.parametrize("model", MODELS)
+# Who waits for the log waits under none with all that the daemon serves.
+@pytest.mark.parametrize("model", MODELS if SOAK else ["none", "second"])
 @pytest.mark.parametrize("where", ["--log", "stderr"])
 def test_a_log_that_takes_nothing_keeps_nobody_waiting(
     tmp_path: Path, where: str, model: str

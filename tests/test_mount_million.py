@@ -98,6 +98,7 @@ def warm_up(mount: Mount) -> None:
     wait_until(lambda: known(mount) == 1, "all forgotten")
 
 
+@pytest.mark.alone
 @pytest.mark.limit(LIMIT)
 def test_the_cost_of_a_file_does_not_grow_with_their_number(
     new_mount: Callable[..., Mount],
@@ -175,6 +176,7 @@ def make_many(top: Path, count: int) -> list[float]:
     return seconds
 
 
+@pytest.mark.alone
 @pytest.mark.limit(LIMIT)
 def test_one_directory_of_very_many(new_mount: Callable[..., Mount]) -> None:
     """Two hundred thousand, in a soak: each listed once, and found."""

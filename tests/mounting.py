@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -177,17 +177,44 @@ def become(uid: int, groups: Sequence[int] = ()) -> None:
     os.setresuid(uid, uid, uid)
 
 
-def run(*words: str | Path, seconds: float = PATIENCE) -> subprocess.CompletedProcess[str]:
-    """Run a program to its end, with its output captured."""
+def run(
+    *words: str | Path,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    seconds: float = PATIENCE,
+) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end, whatever its exit code, with its output captured.
+
+    Args:
+        words: the program and its arguments.
+        cwd: where.
+        env: its environment; None: one with this checkout on PYTHONPATH.
+        seconds: how long it may take.
+    """
     return subprocess.run(
         [str(word) for word in words],
+        cwd=cwd,
         stdin=subprocess.DEVNULL,
         capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
+        encoding="utf-8",
+        errors="surrogateescape",
+        env=ENVIRONMENT if env is None else env,
         timeout=seconds,
         check=False,
     )
+
+
+def call(
+    *words: str | Path,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    seconds: float = PATIENCE,
+) -> str:
+    """Run a program that must succeed, as `run` does; what it printed."""
+    done = run(*words, cwd=cwd, env=env, seconds=seconds)
+    said = f"{done.stdout[-3000:]}{done.stderr[-3000:]}"
+    assert done.returncode == 0, f"{words} ended with {done.returncode}:\n{said}"
+    return done.stdout
 
 
 def processes_naming(path: Path) -> list[str]:

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
+import mounting
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -35,17 +36,8 @@ HAS_LIBURING = subprocess.call(["pkg-config", "--exists", "liburing >= 2.3"]) ==
 def run(
     *command: str | Path, cwd: Path, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end, whatever its exit code, and keep its output."""
-    return subprocess.run(
-        command,
-        cwd=cwd,
-        env=env,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    """Run a command in the caller's environment, without this checkout on PYTHONPATH."""
+    return mounting.run(*command, cwd=cwd, env=os.environ if env is None else env, seconds=120.0)
 
 
 def script(path: Path, text: str) -> Path:

@@ -2,11 +2,13 @@
 #
 # Programs replace the shell (exec): make hands signals on to them and waits for their clean-up.
 
-.PHONY: help soak conformance demo bench test check pages clean
+.PHONY: help soak conformance demo bench test test-fast test-tools check pages clean
 .DEFAULT_GOAL := help
 
-# The tests that have a long form.
-LONG = $(shell grep -lw SOAK tests/test_*.py)
+# Processes that run tests at the same time. Most tests wait for most of their time.
+JOBS = 4
+PYTEST = .venv/bin/python -m pytest
+PRODUCT = $(PYTEST) --ignore=tests/tools
 
 # By way of the environment: the directories' names reach the program whatever is in it.
 export SRC OUT PJDFSTEST
@@ -17,8 +19,13 @@ help:
 	@echo 'make bench   measure each model beside the source and other file servers, 5 to 9 minutes'
 	@echo '             FULL=1: more and longer runs, most of an hour; OUT=/some/dir: for results;'
 	@echo '             SRC=/some/dir: on the file system of that directory'
-	@echo 'make test    the whole test suite, real mounts included'
-	@echo '             ARGS="-x -k rename": further arguments for pytest'
+	@echo 'make test    all tests of ninefuse, real mounts included: four minutes'
+	@echo '             ARGS="-x -k rename": further arguments for pytest, here and below;'
+	@echo '             JOBS=1: one test at a time'
+	@echo 'make test-fast'
+	@echo '             those of them that need no mount: one minute'
+	@echo 'make test-tools'
+	@echo '             the tests of bench, demo, packaging, tools/setup, the pages and their examples'
 	@echo 'make soak    the tests of long runs: a million files, power failures, kills, faults, random'
 	@echo '             calls, locks; no io_uring; installing with every Python'
 	@echo 'make conformance PJDFSTEST=/some/dir'
@@ -37,17 +44,27 @@ bench:
 	@exec .venv/bin/python -m ninefuse.bench.command $(if $(filter-out 0,$(FULL)),--full) \
 	  $(if $(SRC),--source "$$SRC") $(if $(OUT),--out "$$OUT")
 
+# Last those that measure what others wait for, with nothing beside them.
 test:
 	@if ! [ -c /dev/fuse ] || ! ( : <>/dev/fuse ) 2>/dev/null; then \
 	  echo 'make test: cannot open /dev/fuse: run "modprobe fuse" as root, or start the container' \
 	    'with --device /dev/fuse --cap-add SYS_ADMIN' >&2; exit 1; fi
 	@tools/setup
-	@exec .venv/bin/python -m pytest $(ARGS)
+	@exec $(PRODUCT) -n $(JOBS) --dist worksteal -m 'not alone' $(ARGS)
+	@exec $(PRODUCT) -m alone $(ARGS)
+
+test-fast:
+	@tools/setup
+	@exec $(PRODUCT) -n $(JOBS) --dist worksteal -m 'not mount' $(ARGS)
+
+test-tools:
+	@tools/setup
+	@exec $(PYTEST) -n $(JOBS) --dist worksteal tests/tools $(ARGS)
 
 soak:
 	@tools/setup
-	@env NINEFUSE_ENGINE=threads .venv/bin/python -m pytest -k second tests/test_mount_*.py $(ARGS)
-	@exec env NINEFUSE_SOAK=1 .venv/bin/python -m pytest -s -o faulthandler_timeout=0 -o timeout=0 $(LONG) $(ARGS)
+	@env NINEFUSE_ENGINE=threads $(PYTEST) -k second tests/test_mount_*.py $(ARGS)
+	@exec env NINEFUSE_SOAK=1 $(PYTEST) -s -o faulthandler_timeout=0 -o timeout=0 -m soak $(ARGS)
 
 conformance:
 	@tools/setup

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from mounting import (
     NINEFUSE,
+    SOAK,
     TEST_LIMIT,
     Mount,
     Place,
@@ -27,14 +28,32 @@ _END_LIMIT = 120.0  # seconds from the last test to the end of the process
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "limit(seconds): how long the watchdog gives a test")
-    # A shell starts what runs in its background with these ignored, and children inherit that.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    for line in (
+        "limit(seconds): how long the watchdog gives a test",
+        "mount: needs a mount; by itself on all tests that use the watchdog or another's namespace",
+        "alone: measures what others wait for: nothing else may run beside it",
+        "soak: has a long form, which `make soak` runs (mounting.SOAK is true then)",
+    ):
+        config.addinivalue_line("markers", line)
+    # A shell that starts a run in the background has it ignore these, and what the tests start
+    # would inherit that. A handler is not inherited by programs, and does as little.
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
 
 
-def pytest_sessionfinish(exitstatus: int) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs a mount; `make test-fast` runs the rest."""
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        if "watchdog" in fixtures or item.path.name.startswith("test_mount_"):
+            item.add_marker(pytest.mark.mount)
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """See that the process ends, though a thread of a test that failed may never do."""
+    if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and session.config.option.markexpr:
+        session.exitstatus = pytest.ExitCode.OK  # all that was asked for is in another lane
     last = threading.Timer(_END_LIMIT, os._exit, (exitstatus or 1,))
     last.daemon = True
     last.start()
@@ -62,21 +81,38 @@ def guard(watchdog: Watchdog, request: pytest.FixtureRequest) -> Iterator[Watchd
     assert watchdog.disarm(), f"not over within {seconds:g} s: its mounts were aborted"
 
 
+@pytest.fixture
+def new_place(
+    shared_mounts: Callable[..., Mount], guard: Watchdog
+) -> Iterator[Callable[..., Place]]:
+    """Return fresh directories on shared mounts: new_place(*options, command=…)."""
+    with contextlib.ExitStack() as ends:
+
+        def make(*options: str, command: tuple[str, ...] = NINEFUSE) -> Place:
+            mount = shared_mounts(*options, command=command)
+            return ends.enter_context(fresh_place(mount))
+
+        yield make
+
+
 @pytest.fixture(scope="session")
 def shared_mounts(
     watchdog: Watchdog, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[..., Mount]]:
-    """Return the mount with certain options that tests share, each in its own directory."""
-    mounts: dict[tuple[str, ...], Mount] = {}
+    """Return the mount of a command with certain options.
 
-    def shared(*options: str) -> Mount:
-        mount = mounts.get(options)
+    Tests share it, each in a directory of its own (`fresh_place`).
+    """
+    mounts: dict[tuple[tuple[str, ...], tuple[str, ...]], Mount] = {}
+
+    def shared(*options: str, command: tuple[str, ...] = NINEFUSE) -> Mount:
+        mount = mounts.get((command, options))
         if mount is not None and mount.process.poll() is not None:
             mount.end()  # a test's fault, which that test was told
             mount = None
         if mount is None:
             base = tmp_path_factory.mktemp("shared")
-            mount = mounts[options] = start(watchdog, base, *options)
+            mount = mounts[command, options] = start(watchdog, base, *options, command=command)
         return mount
 
     with contextlib.ExitStack() as ends:
@@ -86,11 +122,12 @@ def shared_mounts(
             ends.callback(mount.end)
 
 
-@pytest.fixture(params=MODELS)
+# What the kernel makes of a model's answers is the same under each: by default one is enough.
+@pytest.fixture(params=MODELS if SOAK else ["second"])
 def place(
     request: pytest.FixtureRequest, shared_mounts: Callable[..., Mount], guard: Watchdog
 ) -> Iterator[Place]:
-    """A fresh directory on a mount, under each of the threading models."""
+    """A fresh directory on a mount; in a long run, under each of the threading models."""
     with fresh_place(shared_mounts("--model", request.param)) as place:
         yield place
 

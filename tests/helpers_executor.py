@@ -19,14 +19,14 @@ from weakref import WeakKeyDictionary
 import pytest
 import trio
 import trio.testing
+from mounting import PATIENCE as PATIENCE
 
 from ninefuse.awaiting import Awaiting
 from ninefuse.calls import Body
+from ninefuse.driving.uring import Refused, Uring
 from ninefuse.executor import Executor, create
 
 T = TypeVar("T")
-
-PATIENCE = 20.0  # seconds; only a test that fails waits so long
 
 
 def passed(event: threading.Event) -> None:
@@ -73,12 +73,12 @@ def bounded(
     return values.pop()
 
 
-def at_once(*functions: Callable[[], None]) -> None:
+def at_once(*functions: Callable[[], object]) -> None:
     """Call each function on a thread of its own, all let go together; raise what one raised."""
     barrier = threading.Barrier(len(functions))
     errors: list[BaseException] = []
 
-    def call(function: Callable[[], None]) -> None:
+    def call(function: Callable[[], object]) -> None:
         try:
             barrier.wait(PATIENCE)
             function()
@@ -177,3 +177,14 @@ async def until(condition: Callable[[], object]) -> None:
     with trio.fail_after(PATIENCE):
         while not condition():  # noqa: ASYNC110
             await trio.sleep(0.001)
+
+
+@pytest.fixture
+def engine() -> Iterator[Uring]:
+    """An io_uring of the test's own."""
+    try:
+        found = Uring()
+    except Refused as reason:
+        pytest.skip(f"no io_uring here: {reason}")
+    yield found
+    found.close()

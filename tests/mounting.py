@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -176,17 +176,44 @@ def become(uid: int, groups: Sequence[int] = ()) -> None:
     os.setresuid(uid, uid, uid)
 
 
-def run(*words: str | Path, seconds: float = PATIENCE) -> subprocess.CompletedProcess[str]:
-    """Run a program to its end, with its output captured."""
+def run(
+    *words: str | Path,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    seconds: float = PATIENCE,
+) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end, whatever its exit code, with its output captured.
+
+    Args:
+        words: the program and its arguments.
+        cwd: where.
+        env: its environment; None: one with this checkout on PYTHONPATH.
+        seconds: how long it may take.
+    """
     return subprocess.run(
         [str(word) for word in words],
+        cwd=cwd,
         stdin=subprocess.DEVNULL,
         capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
+        encoding="utf-8",
+        errors="surrogateescape",
+        env=ENVIRONMENT if env is None else env,
         timeout=seconds,
         check=False,
     )
+
+
+def call(
+    *words: str | Path,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    seconds: float = PATIENCE,
+) -> str:
+    """Run a program that must succeed, as `run` does; what it printed."""
+    done = run(*words, cwd=cwd, env=env, seconds=seconds)
+    said = f"{done.stdout[-3000:]}{done.stderr[-3000:]}"
+    assert done.returncode == 0, f"{words} ended with {done.returncode}:\n{said}"
+    return done.stdout
 
 
 def processes_naming(path: Path) -> list[str]:
@@ -440,6 +467,37 @@ class Mount:
         """The processor time that the daemon has used, in clock ticks."""
         fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         return int(fields[11]) + int(fields[12])
+
+
+@contextlib.contextmanager
+def ending(mount: Mount) -> Iterator[Mount]:
+    """End a daemon before its source goes."""
+    try:
+        yield mount
+    finally:
+        mount.end()
+
+
+def flags_of_descriptors(pid: int, file: Path) -> list[int]:
+    """The open(2) flags of each descriptor that a process has of a file, O_PATH ones not."""
+    found = []
+    for number in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            if os.stat(f"/proc/{pid}/fd/{number}").st_ino != file.stat().st_ino:
+                continue
+            info = Path(f"/proc/{pid}/fdinfo/{number}").read_text()
+        except OSError:
+            continue  # closed meanwhile
+        flags = int(info.split("flags:")[1].split()[0], 8)
+        if not flags & os.O_PATH:
+            found.append(flags)
+    return found
+
+
+def done(mount: Mount, callback: str) -> int:
+    """How often a callback has been answered, as the daemon counts it."""
+    match = re.search(rf"operations:.*\b{callback} (\d+)", mount.counters().text)
+    return int(match[1]) if match else 0
 
 
 @dataclass(frozen=True)

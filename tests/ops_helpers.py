@@ -16,7 +16,6 @@ import logging
 import os
 import stat
 import sys
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from types import ModuleType
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 import pytest
+from helpers_executor import at_once, eager_switches
 
 from ninefuse import ops
 from ninefuse.calls import Acquire, Behind, Body, Call, Plain, Release
@@ -423,30 +423,9 @@ def made_up(
 
 
 def in_threads(*functions: Callable[[], object]) -> None:
-    """Call each function on a thread of its own, all let go together; raise what one raised."""
-    barrier = threading.Barrier(len(functions))
-    failures: list[BaseException] = []
-
-    def call(function: Callable[[], object]) -> None:
-        try:
-            barrier.wait(20)
-            function()
-        except BaseException as failure:
-            failures.append(failure)
-
-    threads = [threading.Thread(target=call, args=(f,), daemon=True) for f in functions]
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(20)
-    finally:
-        sys.setswitchinterval(interval)
-    assert not any(thread.is_alive() for thread in threads), "a thread hangs"
-    if failures:
-        raise failures[0]
+    """Call each function on a thread of its own, and change threads as often as can be."""
+    with eager_switches():
+        at_once(*functions)
 
 
 # What the machine offers

@@ -32,6 +32,7 @@ from helpers_executor import (
 from ninefuse.calls import READ, Acquire, Body, Ended, blocking
 from ninefuse.driving import driver as driver_module
 from ninefuse.driving import request as request_module
+from ninefuse.driving import workers
 from ninefuse.executor import Executor, NoThreading, create
 from ninefuse.locks import RenameLock, TableLock
 from ninefuse.settings import MODELS
@@ -1023,6 +1024,12 @@ class Slow:
         await until(lambda: self.begun >= number)
 
 
+@pytest.fixture
+def steady(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers become no more, and what waits for a place is not let through, however long it is."""
+    monkeypatch.setattr(workers, "_STUCK", 10 * PATIENCE)
+
+
 async def others_are_served(executor: Executor, lock: RenameLock) -> None:
     """Calls on other inodes, on none, and name operations all come to their end."""
 
@@ -1038,7 +1045,9 @@ async def others_are_served(executor: Executor, lock: RenameLock) -> None:
 
 @pooled_models
 @pytest.mark.parametrize("threads", [2, 4, 5])
-def test_calls_stuck_on_one_inode_do_not_stop_others(model: str, threads: int) -> None:
+def test_calls_stuck_on_one_inode_do_not_stop_others(
+    model: str, threads: int, steady: None
+) -> None:
     """With twice as many calls stuck on one inode as there are threads, others are served."""
     slow = Slow()
     lock = RenameLock()
@@ -1061,7 +1070,7 @@ def test_calls_stuck_on_one_inode_do_not_stop_others(model: str, threads: int) -
 
 
 @pooled_models
-def test_calls_stuck_after_waiting_for_a_lock_do_not_stop_others(model: str) -> None:
+def test_calls_stuck_after_waiting_for_a_lock_do_not_stop_others(model: str, steady: None) -> None:
     """The same when the stuck bodies come to their first call after a lock was granted."""
     slow = Slow()
     lock = RenameLock()
@@ -1097,7 +1106,7 @@ def test_calls_stuck_after_waiting_for_a_lock_do_not_stop_others(model: str) -> 
 @pooled_models
 @pytest.mark.parametrize("first_on", [None, OTHER])
 def test_later_calls_stuck_on_one_inode_do_not_stop_others(
-    model: str, first_on: int | None
+    model: str, first_on: int | None, steady: None
 ) -> None:
     """The same when the call that hangs is not the body's first, nor on its first inode."""
     slow = Slow()

@@ -505,7 +505,8 @@ class Reader:
 
 
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(6 if SOAK else 2))
 def test_three_readers_beside_changes(hashed: Hashed, seed: int, shared: bool) -> None:
     """What stays is seen once by each, from wherever it goes on; nothing twice."""
     choose = Random(seed)
@@ -567,6 +568,7 @@ def test_what_is_remembered_counts_as_kept(hashed: Hashed) -> None:
     assert each < 4096
 
 
+@pytest.mark.soak
 @pytest.mark.skipif(not SOAK, reason="takes a minute: make soak")
 def test_a_million_names_have_a_million_small_cookies(tmp_path: Path) -> None:
     """On a real ext4. Each one that is tried leads back, remembered or not."""

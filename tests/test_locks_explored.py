@@ -18,6 +18,8 @@ from mounting import SOAK
 from ninefuse.calls import READ, WRITE
 from ninefuse.locks import RWLock
 
+pytestmark = pytest.mark.soak
+
 MODES = (READ, WRITE)
 
 # What an actor does in the very callback by which it is told that it has the lock. A driver

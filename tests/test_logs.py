@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from misplaced import put_fifo, put_hard_link, put_symlink, put_their_own
 
 from ninefuse.exitcodes import ExitCode, Failure
 from ninefuse.process import logs
@@ -204,23 +205,6 @@ def shared(tmp_path: Path) -> Path:
     path.mkdir()
     path.chmod(0o1777)
     return path
-
-
-def put_symlink(path: Path, victim: Path) -> None:
-    path.symlink_to(victim)
-
-
-def put_hard_link(path: Path, victim: Path) -> None:
-    os.link(victim, path)
-
-
-def put_fifo(path: Path, victim: Path) -> None:
-    os.mkfifo(path)
-
-
-def put_their_own(path: Path, victim: Path) -> None:
-    path.touch()
-    os.chown(path, 65534, 65534)
 
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 from mounting import Mount, become, in_child
+from servers import SOME_MODELS
+
+pytestmark = pytest.mark.soak
 
 USER = 4711
 LONG_AGO = 10
@@ -74,7 +77,7 @@ def moved(mount: Mount, user: int = 0) -> set[str]:
     return {name for name in names if (mount.source / name).stat().st_atime != LONG_AGO}
 
 
-@pytest.mark.parametrize("model", ["none", "first", "second"])
+@pytest.mark.parametrize("model", SOME_MODELS)
 @pytest.mark.parametrize("option", ["atime", "noatime", "nodiratime"])
 def test_access_times_of_the_source_move_unless_they_are_not_to(
     new_mount: Callable[..., Mount], option: str, model: str

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 from mounting import Child, Mount, mount_ids, run
+from servers import SOME_MODELS
 
 from ninefuse.linux.mountinfo import MountsBelow, fields_of
-from ninefuse.settings import MODELS
+
+pytestmark = pytest.mark.soak
 
 
 def test_mounts_below_a_directory_are_noticed_as_they_come_and_go(
@@ -71,7 +73,7 @@ def test_a_server_below_the_source_that_hangs_stops_nobody_else(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts in the source")
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", SOME_MODELS)
 def test_xdev_shows_what_a_mount_in_the_source_covers(
     new_mount: Callable[..., Mount], tmp_path: Path, model: str
 ) -> None:

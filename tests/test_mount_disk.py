@@ -21,13 +21,15 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from faults import FaultSource, faulty
 from file_systems import image, mounted
-from mounting import SOAK, Child, Mount, Watchdog, errno_of, run, wait_until
-from test_mount_durable import SERVERS
-from test_mount_faults import FaultSource, faulty, options_of, servers
-from test_mount_sources import ending
+from mounting import SOAK, Child, Mount, Watchdog, ending, errno_of, run, wait_until
+from servers import SERVERS, options_of, servers
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount file systems")
+pytestmark = [
+    pytest.mark.soak,
+    pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount file systems"),
+]
 
 PAGE = mmap.PAGESIZE
 DATA = random.Random(10).randbytes(16 * PAGE)

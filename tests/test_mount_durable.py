@@ -23,8 +23,9 @@ from pathlib import Path
 
 import pytest
 from mounting import PATIENCE, SOAK, Child, Mount, is_mounted, mount_ids, run, wait_until
+from servers import SERVERS, need_engine
 
-from ninefuse.driving.uring import Refused, Uring
+pytestmark = pytest.mark.soak
 
 TURNS = 3 if SOAK else 1  # of five copies each, for each way of each server
 
@@ -40,12 +41,6 @@ WAYS: dict[str, Way] = {
     "O_DSYNC": (os.O_DSYNC, None),
     "fsync": (0, os.fsync),
     "fdatasync": (0, os.fdatasync),
-}
-SERVERS = {
-    "none": ("--model", "none"),
-    "first": ("--model", "first"),
-    "second, threads": ("--model", "second", "--engine", "threads"),
-    "second, uring": ("--model", "second", "--engine", "uring"),
 }
 
 # The command, with calls that say that they have synced and have not.
@@ -308,11 +303,7 @@ def check_a_writer_who_goes_on(disk: Disk, top: Path, way: str) -> None:
 def test_what_was_acknowledged_as_durable_survives_a_power_failure(
     disk: Disk, new_mount: Callable[..., Mount], server: str, osync: str
 ) -> None:
-    if "uring" in SERVERS[server]:
-        try:
-            Uring().close()
-        except Refused as reason:
-            pytest.skip(f"no io_uring here: {reason}")
+    need_engine(server)
     mount = new_mount(*SERVERS[server], "-o", f"osync={osync}", source=disk.source)
     for _ in range(TURNS):
         for way in WAYS if osync == "direct" else ("O_SYNC", "O_DSYNC"):

@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 from mounting import Place, errno_of, in_child, run
 
+pytestmark = pytest.mark.soak
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 

@@ -13,13 +13,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
-import json
 import mmap
 import os
 import random
-import socket
 import stat
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -28,10 +25,11 @@ from typing import NamedTuple
 
 import pytest
 from faultfs import ENDS
+from faults import FaultSource, faulty
 from mounting import NINEFUSE, SOAK, Mount, Watchdog, errno_of, wait_until
-from test_mount_durable import SERVERS
+from servers import options_of, servers
 
-from ninefuse.driving.uring import Refused, Uring
+pytestmark = pytest.mark.soak
 
 CODES = (errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EROFS, errno.ENOSPC, errno.ENOSYS)
 PAGE = mmap.PAGESIZE
@@ -46,81 +44,9 @@ REMEMBERED = {
 }
 
 
-def servers() -> list[str]:
-    """The models and engines to test: the default one, or all."""
-    return list(SERVERS) if SOAK else ["second"]
-
-
-def options_of(server: str) -> tuple[str, ...]:
-    if server == "second":
-        engine = os.environ.get("NINEFUSE_ENGINE")
-        return ("--engine", engine) if engine else ()
-    if "uring" in server:
-        try:
-            Uring().close()
-        except Refused as reason:
-            pytest.skip(f"no io_uring here: {reason}")
-    return SERVERS[server]
-
-
 def shown(code: int) -> int:
     """The errno that a caller of the mount gets for one of the source."""
     return errno.EOPNOTSUPP if code == errno.ENOSYS else code
-
-
-class FaultSource:
-    """The mount of a faultfs, and the way to have it fail."""
-
-    def __init__(self, mount: Mount, control: socket.socket) -> None:
-        self.path = mount.path
-        self.mount = mount
-        self._stream = control.makefile("rw", encoding="ascii")
-
-    def arm(
-        self,
-        operation: str,
-        code: int | None = None,
-        *,
-        short: int | None = None,
-        skip: int = 0,
-        times: int | None = None,
-    ) -> None:
-        """Have an operation fail, or read or write little; see faultfs.py."""
-        words = {"operation": operation, "errno": code, "short": short}
-        self.tell({**words, "skip": skip, "times": times})
-
-    def clear(self) -> int:
-        """Take all faults away; how often they have met something."""
-        return self.tell({"clear": True})
-
-    def tell(self, words: dict[str, object]) -> int:
-        """Say something; how often the faults that were armed have met something."""
-        self._stream.write(json.dumps(words) + "\n")
-        self._stream.flush()
-        met: int = json.loads(self._stream.readline())["met"]
-        return met
-
-
-@contextlib.contextmanager
-def faulty(watchdog: Watchdog, base: Path) -> Iterator[FaultSource]:
-    """Mount a faultfs, for a while."""
-    path = base / "fault-source"
-    path.mkdir(parents=True)
-    script = Path(__file__).with_name("faultfs.py")
-    words = [sys.executable, str(script), str(path)]
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        mount = Mount(
-            watchdog, path, path, base / "faultfs-log", words, r"^ready$", stdin=theirs.fileno()
-        )
-        source = FaultSource(mount, ours)
-        try:
-            yield source
-        finally:
-            if mount.process.poll() is None:
-                source.clear()
-            mount.end()
-            mount.log.check()
 
 
 @pytest.fixture(scope="module")

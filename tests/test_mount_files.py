@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from mounting import Child, Mount, Place, errno_of, in_child
 
+pytestmark = pytest.mark.soak
+
 PAGE = mmap.PAGESIZE
 
 

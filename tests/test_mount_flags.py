@@ -15,14 +15,17 @@ import pytest
 from file_systems import mounted
 from mounting import Mount, become, errno_of, in_child, run
 from ops_helpers import made_up
+from servers import SOME_MODELS
 
 from ninefuse.linux import mountflags
 from ninefuse.linux.mountflags import NODEV, NOEXEC, NOSUID
 from ninefuse.linux.syscalls import stat_descriptor
-from ninefuse.settings import MODELS
 from ninefuse.tree.identity import Devices
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root makes set-id programs")
+pytestmark = [
+    pytest.mark.soak,
+    pytest.mark.skipif(os.geteuid() != 0, reason="only root makes set-id programs"),
+]
 
 USER = 65534
 # cap_net_raw, permitted and effective (linux/capability.h, VFS_CAP_REVISION_2)
@@ -138,7 +141,7 @@ def test_what_nobody_forbids_is_as_it_is(new_mount: Callable[..., Mount], source
 
 
 @pytest.mark.parametrize("first", ["looked up", "listed"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", SOME_MODELS)
 def test_what_a_file_system_in_the_source_forbids_is_not_shown(
     new_mount: Callable[..., Mount], source: Path, model: str, first: str
 ) -> None:

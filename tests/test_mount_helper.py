@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 from apart import needs_namespace, script_apart
+from servers import SOME_MODELS
 
 from ninefuse.command import cli, mounthelper
 from ninefuse.exitcodes import ExitCode, Failure
 from ninefuse.linux import mountinfo, syscalls
-from ninefuse.settings import MODELS, Settings
+from ninefuse.settings import Settings
+
+pytestmark = pytest.mark.soak
 
 # ---- the helper's own command line ---------------------------------------------------------------
 
@@ -248,7 +251,7 @@ done
 
 
 @needs_namespace
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", SOME_MODELS)
 @pytest.mark.parametrize("kind", ["fuse.ninefuse", "ninefuse"])
 def test_a_mount_is_changed_while_it_is_served(kind: str, model: str) -> None:
     """Whatever mount(8) calls us by, which hands back what the mount table shows."""
@@ -281,7 +284,7 @@ def test_a_mount_is_changed_while_it_is_served(kind: str, model: str) -> None:
 
 
 @needs_namespace
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", SOME_MODELS)
 def test_a_mount_that_was_made_read_only_becomes_writable(model: str) -> None:
     """The daemon's own switch follows the table, there and back, by whatever way it changed."""
     done = script_apart(

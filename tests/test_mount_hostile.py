@@ -24,18 +24,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mounting import NINEFUSE, REPO, SOAK, Child, Mount, Place, errno_of, in_child, run, wait_until
+from mounting import (
+    NINEFUSE,
+    REPO,
+    SOAK,
+    Child,
+    Mount,
+    Place,
+    errno_of,
+    in_child,
+    run,
+    wait_until,
+)
 from ops_helpers import ROOT, Client, client_of
+from servers import SOME_MODELS
 
 from ninefuse import ops
 from ninefuse.fuse import callbacks
 from ninefuse.linux.syscalls import RENAME_EXCHANGE, rename
 from ninefuse.ops import Changes, LockRange
-from ninefuse.settings import MODELS
+
+pytestmark = pytest.mark.soak
 
 SECONDS = 20.0 if SOAK else 0.4  # of a race
 # Where the models share what is tested, or the second is worst at it.
-SOME_MODELS = MODELS if SOAK else ("second",)
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts in the source")
 
@@ -78,7 +90,7 @@ def _list(path: Path) -> list[str]:
 
 @needs_root
 @pytest.mark.limit(20.0)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", SOME_MODELS)
 def test_a_mount_inside_its_own_source_is_not_entered(
     new_mount: Callable[..., Mount], model: str
 ) -> None:

@@ -25,9 +25,9 @@ from typing import Any
 
 import pytest
 from mounting import NINEFUSE, SOAK, Child, Mount, Watchdog, run, wait_until
-from test_mount_durable import SERVERS
+from servers import SERVERS, need_engine
 
-from ninefuse.driving.uring import Refused, Uring
+pytestmark = pytest.mark.soak
 
 KILLS = 25 if SOAK else 1  # for each server and place
 PLACES = ("small", "disk") if SOAK else ("small",)
@@ -376,11 +376,7 @@ def test_a_daemon_killed_under_load_has_done_what_it_answered(
     guard: Watchdog, tmp_path: Path, server: str
 ) -> None:
     """Once for each server; `make soak`, two hundred times in all, half of them on a disk."""
-    if "uring" in SERVERS[server]:
-        try:
-            Uring().close()
-        except Refused as reason:
-            pytest.skip(f"no io_uring here: {reason}")
+    need_engine(server)
     dice = random.Random(server)
     outcomes: list[Outcome] = []
     for place in PLACES:

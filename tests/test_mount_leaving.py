@@ -16,14 +16,17 @@ from pathlib import Path
 
 import pytest
 from file_systems import image, mounted
-from mounting import Child, Mount, errno_of, run, wait_until
+from mounting import SOAK, Child, Mount, errno_of, run, wait_until
 from ops_helpers import client_of
 
 from ninefuse.linux.syscalls import stat_descriptor
 from ninefuse.settings import MODELS
 from ninefuse.tree import leaving
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts in the source")
+pytestmark = [
+    pytest.mark.soak,
+    pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts in the source"),
+]
 
 SOON = 2.0  # seconds after the last use
 
@@ -106,8 +109,15 @@ def use_all_ways(path: Path) -> None:
     os.rmdir(path / "made")
 
 
-@pytest.mark.parametrize("model", [*MODELS, "second threads"])
-@pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
+@pytest.mark.parametrize(
+    ("kind", "model"),
+    [
+        (kind, model)
+        for kind in ("tmpfs", "ext4")
+        for model in (*MODELS, "second threads")
+        if SOAK or kind == "tmpfs" or model == "second"
+    ],
+)
 def test_a_disk_that_was_used_in_all_ways(
     new_mount: Callable[..., Mount], source: Path, kind: str, model: str
 ) -> None:

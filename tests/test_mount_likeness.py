@@ -15,9 +15,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from mounting import Mount, Watchdog, become, errno_of, fresh_place, in_child, run
+from mounting import SOAK, Mount, Watchdog, become, errno_of, fresh_place, in_child, run
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts for others")
+pytestmark = [
+    pytest.mark.soak,
+    pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts for others"),
+]
 
 OWNER, STRANGER, GROUP = 12345, 12346, 4321
 
@@ -29,7 +32,7 @@ WAYS = {
 }
 
 
-@pytest.fixture(params=WAYS)
+@pytest.fixture(params=WAYS if SOAK else ["none", "default"])
 def both(
     request: pytest.FixtureRequest, shared_mounts: Callable[..., Mount], guard: Watchdog
 ) -> Iterator[tuple[Path, Path]]:

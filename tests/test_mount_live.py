@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 from file_systems import mounted
 from mounting import Child, Mount, errno_of, wait_until
+from servers import SOME_MODELS
 
-from ninefuse.settings import MODELS
-
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts in the source")
+pytestmark = [
+    pytest.mark.soak,
+    pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts in the source"),
+]
 
 
 @contextlib.contextmanager
@@ -40,7 +42,7 @@ def read(path: Path) -> bytes:
         os.close(fd)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", SOME_MODELS)
 def test_files_of_proc_have_content_though_their_size_is_0(
     new_mount: Callable[..., Mount], model: str
 ) -> None:
@@ -60,7 +62,7 @@ def test_files_of_proc_have_content_though_their_size_is_0(
             assert file.read() == Path("/proc/version").read_bytes()
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", SOME_MODELS)
 def test_each_write_to_such_a_file_arrives_as_one(
     new_mount: Callable[..., Mount], model: str
 ) -> None:

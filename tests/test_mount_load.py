@@ -21,14 +21,16 @@ from pathlib import Path
 
 import pytest
 from mounting import SOAK, Child, Mount, wait_until
+from servers import SOME_MODELS
 
 from ninefuse.settings import MODELS
+
+pytestmark = pytest.mark.soak
 
 STALL = 0.3  # seconds
 IDLE_MEMORY = 60 * 1024  # KiB
 FEW_DESCRIPTORS = 256
 # For tests that take seconds each, of what the models share or the second is worst at.
-SOME_MODELS = MODELS if SOAK else ("second",)
 
 
 def figures(mount: Mount) -> tuple[int, int, int, int]:
@@ -73,7 +75,7 @@ def _use_files(top: Path, count: int) -> None:
     shutil.rmtree(top)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", SOME_MODELS)
 def test_fids_and_descriptors_are_given_back(new_mount: Callable[..., Mount], model: str) -> None:
     mount = new_mount("--model", model)
     before = at_rest(mount)

@@ -26,6 +26,8 @@ from mounting import PATIENCE, SOAK, Child, Mount, errno_of, unmount, wait_until
 
 from ninefuse.linux.syscalls import RENAME_EXCHANGE, rename
 
+pytestmark = pytest.mark.soak
+
 PROCESSES, THREADS = 10, 5
 DIRECTORIES = 8
 MOVERS = 4  # of the clients; each has two of the directories

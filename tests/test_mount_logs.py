@@ -11,10 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from misplaced import put_fifo, put_hard_link, put_symlink
 from mounting import (
     ENVIRONMENT,
     NINEFUSE,
     PATIENCE,
+    SOAK,
     Log,
     Mount,
     detach,
@@ -24,10 +26,11 @@ from mounting import (
     unmount,
     wait_until,
 )
-from test_logs import put_fifo, put_hard_link, put_symlink
 
 from ninefuse.process.logs import REPEAT_LIMIT
 from ninefuse.settings import MODELS
+
+pytestmark = pytest.mark.soak
 
 # The command, with a fault in it: statfs ends in an exception that no operation should raise.
 FAULTY_NINEFUSE = (
@@ -121,7 +124,8 @@ def test_a_log_below_the_mount_point_makes_nobody_wait_for_himself(
 
 
 @pytest.mark.usefixtures("guard")
-@pytest.mark.parametrize("model", MODELS)
+# Who waits for the log waits under none with all that the daemon serves.
+@pytest.mark.parametrize("model", MODELS if SOAK else ["none", "second"])
 @pytest.mark.parametrize("where", ["--log", "stderr"])
 def test_a_log_that_takes_nothing_keeps_nobody_waiting(
     tmp_path: Path, where: str, model: str

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from mounting import SOAK, Child, Mount, wait_until
 
+pytestmark = pytest.mark.soak
+
 PER_DIRECTORY = 1000
 DIRECTORIES = 1000 if SOAK else 2
 LIMIT = 3600 if SOAK else 60  # seconds
@@ -96,6 +98,7 @@ def warm_up(mount: Mount) -> None:
     wait_until(lambda: known(mount) == 1, "all forgotten")
 
 
+@pytest.mark.alone
 @pytest.mark.limit(LIMIT)
 def test_the_cost_of_a_file_does_not_grow_with_their_number(
     new_mount: Callable[..., Mount],
@@ -173,6 +176,7 @@ def make_many(top: Path, count: int) -> list[float]:
     return seconds
 
 
+@pytest.mark.alone
 @pytest.mark.limit(LIMIT)
 def test_one_directory_of_very_many(new_mount: Callable[..., Mount]) -> None:
     """Two hundred thousand, in a soak: each listed once, and found."""

@@ -8,30 +8,20 @@ import os
 import shutil
 import socket
 import stat
-import struct
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from mounting import SOAK, Child, Mount, Place, errno_of, in_child, run
 from ops_helpers import read_entries
+from streams import directory
 
 from ninefuse.linux.syscalls import file_system_of
 
+pytestmark = pytest.mark.soak
+
 _libc = ctypes.CDLL(None, use_errno=True)
-_libc.opendir.restype = ctypes.c_void_p
-_libc.opendir.argtypes = [ctypes.c_char_p]
-_libc.readdir.restype = ctypes.c_void_p
-_libc.readdir.argtypes = [ctypes.c_void_p]
-_libc.telldir.restype = ctypes.c_long
-_libc.telldir.argtypes = [ctypes.c_void_p]
-_libc.seekdir.restype = None
-_libc.seekdir.argtypes = [ctypes.c_void_p, ctypes.c_long]
-_libc.rewinddir.restype = None
-_libc.rewinddir.argtypes = [ctypes.c_void_p]
-_libc.closedir.argtypes = [ctypes.c_void_p]
 
 _AT_FDCWD = -100
 NOREPLACE = 1
@@ -42,47 +32,6 @@ def renameat2(old: Path, new: Path, flags: int) -> None:
     if _libc.renameat2(_AT_FDCWD, bytes(old), _AT_FDCWD, bytes(new), flags):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
-
-
-class Directory:
-    """A directory stream, as C programs use it (opendir(3))."""
-
-    def __init__(self, path: Path) -> None:
-        self._stream = _libc.opendir(bytes(path))
-        assert self._stream, os.strerror(ctypes.get_errno())
-
-    def read(self) -> bytes | None:
-        """The next name; None at the end."""
-        entry = _libc.readdir(self._stream)
-        if not entry:
-            return None
-        (length,) = struct.unpack("16xH", ctypes.string_at(entry, 18))
-        return ctypes.string_at(entry, length)[19:].partition(b"\0")[0]
-
-    def rest(self) -> list[bytes]:
-        return list(iter(self.read, None))
-
-    def tell(self) -> int:
-        position: int = _libc.telldir(self._stream)
-        return position
-
-    def seek(self, position: int) -> None:
-        _libc.seekdir(self._stream, position)
-
-    def rewind(self) -> None:
-        _libc.rewinddir(self._stream)
-
-    def close(self) -> None:
-        _libc.closedir(self._stream)
-
-
-@contextmanager
-def directory(path: Path) -> Iterator[Directory]:
-    stream = Directory(path)
-    try:
-        yield stream
-    finally:
-        stream.close()
 
 
 # Renaming
@@ -510,8 +459,8 @@ def test_a_device_node_is_kept_and_not_opened(place: Place) -> None:
         ("null", stat.S_ISCHR, device),
         ("block", stat.S_ISBLK, os.makedev(259, 70_000)),
     ):
-        for directory in (place.path, place.source):
-            found = (directory / name).lstat()
+        for top in (place.path, place.source):
+            found = (top / name).lstat()
             assert kind(found.st_mode)
             assert found.st_rdev == number
     assert errno_of(os.open, place.path / "null", os.O_RDWR) == errno.EACCES

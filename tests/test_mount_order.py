@@ -7,19 +7,21 @@ import os
 import struct
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing import RawArray, RawValue
 from pathlib import Path
 from typing import Any
 
 import pytest
-from mounting import Child, Mount
-from test_mount_durable import SERVERS
-from test_mount_faults import options_of
+from mounting import PATIENCE, SOAK, Child, Mount, Place
+from servers import SERVERS, options_of
+
+pytestmark = pytest.mark.soak
 
 PAGE = mmap.PAGESIZE
 PAGES = 16
-_SECONDS = 2.0  # of each storm
+_SECONDS = 20.0 if SOAK else 1.0  # of each storm
 
 # The command, whose changes are late: a worker makes them late, or the engine is given them late.
 LATE = (
@@ -32,18 +34,23 @@ from ninefuse.driving import uring
 from ninefuse.linux import transfer
 from ninefuse.ops import attributes, names
 
+def say_so():
+    print("it is on its way", file=sys.stderr, flush=True)
+
 def make_late(module, name):
     function = getattr(module, name)
 
     def late(*args):
-        time.sleep(0.5)
+        say_so()
+        time.sleep(0.3)
         return function(*args)
 
     setattr(module, name, late)
 
 def late_start(self, request, call, start=uring.Uring._write):
     async def begin():
-        await trio.sleep(0.5)
+        say_so()
+        await trio.sleep(0.3)
         start(self, request, call)
     trio.lowlevel.spawn_system_task(begin)
 
@@ -67,6 +74,7 @@ from ninefuse.ops import attributes
 
 def late(fd, look=attributes.stat_descriptor):
     found = look(fd)
+    print("it is on its way", file=sys.stderr, flush=True)
     time.sleep(0.5)
     return found
 
@@ -74,6 +82,17 @@ attributes.stat_descriptor = late
 sys.exit(cli.main())
 """,
 )
+
+
+@contextmanager
+def _on_its_way(
+    mount: Mount, function: Callable[..., object], *args: object
+) -> Iterator[Child[Any]]:
+    """A process makes a change, and the daemon has begun it, but does it later."""
+    since = mount.log.size()
+    with Child(function, *args) as child:
+        mount.log.wait_for("it is on its way", since)
+        yield child
 
 
 def _write(path: Path, *pages: bytes) -> None:
@@ -87,16 +106,16 @@ def _write(path: Path, *pages: bytes) -> None:
 @pytest.mark.parametrize("cache", ["auto", "loose", "none"])
 @pytest.mark.parametrize("server", SERVERS)
 def test_a_page_that_is_dropped_during_a_write_is_read_as_written(
-    new_mount: Callable[..., Mount], server: str, cache: str, how: str
+    new_place: Callable[..., Place], server: str, cache: str, how: str
 ) -> None:
     """What write(2) has put into the cache is what whoever reads it sees, then and later.
 
     The first write makes the kernel ask for attributes, which then show it that the file has
     changed: so it drops the page, while the second write of it is on its way.
     """
-    mount = new_mount("-o", f"cache={cache}", *options_of(server), command=LATE)
-    path = mount.path / "file"
-    (mount.source / "file").write_bytes(b"0" * PAGE)
+    place = new_place("-o", f"cache={cache}", *options_of(server), command=LATE)
+    path = place.path / "file"
+    (place.source / "file").write_bytes(b"0" * PAGE)
     fd = os.open(path, os.O_RDONLY)
     mapped = mmap.mmap(fd, PAGE, prot=mmap.PROT_READ)
 
@@ -106,8 +125,7 @@ def test_a_page_that_is_dropped_during_a_write_is_read_as_written(
     try:
         assert seen() == b"0" * PAGE
         _write(path, b"1" * PAGE)
-        with Child(_write, path, b"2" * PAGE) as writer:
-            time.sleep(0.2)  # it is on its way
+        with _on_its_way(place.mount, _write, path, b"2" * PAGE) as writer:
             os.stat(path)
             during = seen()
             writer.result()
@@ -122,11 +140,10 @@ def test_a_page_that_is_dropped_during_a_write_is_read_as_written(
 @pytest.mark.parametrize("disturb", ["stat", "open"])
 @pytest.mark.parametrize("server", SERVERS)
 def test_readers_of_mapped_memory_see_what_write_has_finished(
-    new_mount: Callable[..., Mount], server: str, disturb: str
+    new_place: Callable[..., Place], server: str, disturb: str
 ) -> None:
     """One process writes, another one looks at the file or opens it, and one reads its mapping."""
-    mount = new_mount(*options_of(server))
-    path = mount.path / "file"
+    path = new_place(*options_of(server)).path / "file"
     path.write_bytes(bytes(PAGES * PAGE))
     finished, over = RawArray("q", PAGES), RawValue("i", 0)
     with (
@@ -141,7 +158,7 @@ def test_readers_of_mapped_memory_see_what_write_has_finished(
             finished[count % PAGES] = count
         os.close(fd)
         over.value = 1
-        assert reading.result() == (0, 0)
+        assert reading.result(PATIENCE + _SECONDS) == (0, 0)
         disturbing.result()
     assert count > PAGES
 
@@ -200,21 +217,20 @@ def _looks(path: Path) -> tuple[int, int, int]:
 @pytest.mark.parametrize("change", [_truncate, _append, _store])
 @pytest.mark.parametrize("server", SERVERS)
 def test_attributes_seen_during_a_change_do_not_stay(
-    new_mount: Callable[..., Mount], server: str, change: Callable[[Path], None]
+    new_place: Callable[..., Place], server: str, change: Callable[[Path], None]
 ) -> None:
     """A getattr overtakes a write, a truncation or the writing back of mapped pages."""
-    mount = new_mount("-o", "cache=loose", *options_of(server), command=LATE)
-    path = mount.path / "file"
-    (mount.source / "file").write_bytes(b"0" * PAGE)
-    os.link(mount.source / "file", mount.source / "other")
+    place = new_place("-o", "cache=loose", *options_of(server), command=LATE)
+    path = place.path / "file"
+    (place.source / "file").write_bytes(b"0" * PAGE)
+    os.link(place.source / "file", place.source / "other")
     _looks(path)
-    with Child(change, path) as child:
-        time.sleep(0.2)
-        during = [os.stat(name, follow_symlinks=False) for name in (path, mount.path / "other")]
+    with _on_its_way(place.mount, change, path) as child:
+        during = [os.stat(name, follow_symlinks=False) for name in (path, place.path / "other")]
         assert {a.st_ino for a in during} == {path.stat().st_ino}
         child.result()
-    assert _looks(path) == _looks(mount.source / "file")
-    assert path.read_bytes() == (mount.source / "file").read_bytes()
+    assert _looks(path) == _looks(place.source / "file")
+    assert path.read_bytes() == (place.source / "file").read_bytes()
 
 
 def test_attributes_from_before_a_write_do_not_stay(new_mount: Callable[..., Mount]) -> None:
@@ -225,8 +241,8 @@ def test_attributes_from_before_a_write_do_not_stay(new_mount: Callable[..., Mou
     fd = os.open(path, os.O_RDWR)
     try:
         os.pread(fd, 1, 0)
-        with Child(os.fstat, fd) as child:  # the access time has moved: the daemon is asked again
-            time.sleep(0.2)
+        # The access time has moved: the daemon is asked again.
+        with _on_its_way(mount, os.fstat, fd) as child:
             os.pwrite(fd, b"x" * PAGE, PAGE)
             assert not child.done(), "the kernel did not ask, or it was answered too soon"
             child.result()
@@ -238,24 +254,23 @@ def test_attributes_from_before_a_write_do_not_stay(new_mount: Callable[..., Mou
 @pytest.mark.parametrize("cache", ["none", "loose"])
 @pytest.mark.parametrize("server", SERVERS)
 def test_names_seen_during_a_change_do_not_stay(
-    new_mount: Callable[..., Mount], server: str, cache: str
+    new_place: Callable[..., Place], server: str, cache: str
 ) -> None:
     """A lookup or a listing overtakes a rename or an unlink; the kernel keeps them apart."""
-    mount = new_mount("-o", f"cache={cache}", *options_of(server), command=LATE)
+    place = new_place("-o", f"cache={cache}", *options_of(server), command=LATE)
     for name in ("a", "b", "c"):
-        (mount.source / name).write_text(name)
-    paths = {name: mount.path / name for name in "abcd"}
+        (place.source / name).write_text(name)
+    paths = {name: place.path / name for name in "abcd"}
     for change, left in (
         (lambda: os.rename(paths["a"], paths["b"]), "bc"),
         (lambda: os.rename(paths["b"], paths["d"]), "cd"),
         (lambda: os.unlink(paths["c"]), "d"),
     ):
-        with Child(change) as child:
-            time.sleep(0.2)
+        with _on_its_way(place.mount, change) as child:
             for path in paths.values():
                 os.path.lexists(path)
-            os.listdir(mount.path)
+            os.listdir(place.path)
             child.result()
-        assert "".join(sorted(os.listdir(mount.path))) == left
+        assert "".join(sorted(os.listdir(place.path))) == left
         assert "".join(name for name, path in paths.items() if path.exists()) == left
     assert paths["d"].read_text() == "a"

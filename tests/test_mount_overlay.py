@@ -13,9 +13,11 @@ from typing import NamedTuple
 
 import pytest
 from mounting import Mount, Place, errno_of, run
+from servers import SOME_MODELS
 
 from ninefuse.linux.syscalls import RENAME_WHITEOUT, rename
-from ninefuse.settings import MODELS
+
+pytestmark = pytest.mark.soak
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts an overlay")
 
@@ -123,7 +125,7 @@ def tree(top: Path) -> dict[str, Seen]:
 
 
 @needs_root
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", SOME_MODELS)
 def test_an_upper_directory_on_the_mount_is_as_one_on_the_source(
     new_mount: Callable[..., Mount], tmp_path: Path, model: str
 ) -> None:
@@ -185,7 +187,7 @@ def test_a_package_is_unpacked_and_removed_over_an_upper_on_the_mount(
 
 
 @needs_root
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", SOME_MODELS)
 def test_root_in_a_container_has_fewer_rights_than_who_mounted_the_overlay(
     new_mount: Callable[..., Mount], tmp_path: Path, model: str
 ) -> None:

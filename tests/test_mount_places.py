@@ -17,11 +17,14 @@ from pathlib import Path
 import pytest
 from file_systems import file_system, image, mounted
 from mounting import Child, Mount, errno_of, in_child, run, wait_until
+from servers import SOME_MODELS
 
-from ninefuse.settings import MODELS
 from ninefuse.tree.qids import is_on_own_device
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts in the source")
+pytestmark = [
+    pytest.mark.soak,
+    pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts in the source"),
+]
 
 EXACT = 1 << 53
 
@@ -77,7 +80,7 @@ def numbers_below(path: Path) -> dict[str, int]:
     return found
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", SOME_MODELS)
 def test_up_from_a_directory_leads_to_where_one_came_from(
     new_mount: Callable[..., Mount], twice: Path, model: str
 ) -> None:
@@ -207,7 +210,7 @@ def test_a_directory_from_beside_the_source_keeps_its_numbers(
         mount.end()
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", SOME_MODELS)
 def test_a_source_that_is_bound_in_itself(
     new_mount: Callable[..., Mount], source: Path, model: str
 ) -> None:

@@ -8,18 +8,21 @@ import shutil
 import signal
 import sqlite3
 import stat
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 
+import mounting
 import pytest
 from mounting import ENVIRONMENT, SOAK, Child, Place, in_child
-from test_mount_attributes import plant, tree
+from trees import plant, tree
 
 from ninefuse.settings import MODELS
+
+pytestmark = pytest.mark.soak
+
 
 SCALE = 8 if SOAK else 1
 NOTHING: Mapping[str, str] = {}
@@ -30,21 +33,10 @@ each_model = pytest.mark.parametrize("place", MODELS if SOAK else ["second"], in
 
 
 def call(*words: str | Path, cwd: Path | None = None, env: Mapping[str, str] = NOTHING) -> str:
-    """Run a program that must succeed; what it printed."""
-    done = subprocess.run(
-        [str(word) for word in words],
-        cwd=cwd,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        encoding="utf-8",
-        errors="surrogateescape",
-        # Also where make runs the tests: of one make below another it says more.
-        env={**OWN_ENVIRONMENT, "LC_ALL": "C", **env},
-        timeout=50 * SCALE,
-        check=False,
-    )
-    assert done.returncode == 0, f"{words} ended with {done.returncode}:\n{done.stderr[-3000:]}"
-    return done.stdout
+    """Run a program that must succeed; what it printed, in English."""
+    # Also where make runs the tests: of one make below another it says more.
+    env = {**OWN_ENVIRONMENT, "LC_ALL": "C", **env}
+    return mounting.call(*words, cwd=cwd, env=env, seconds=50 * SCALE)
 
 
 def need(program: str) -> None:
@@ -53,7 +45,10 @@ def need(program: str) -> None:
 
 
 def expire(place: Place) -> None:
-    """Have what the kernel believes of the files expire; with one model, it is all the same."""
+    """Have what the kernel believes of the files expire; with one model, it is all the same.
+
+    A mount that believes for less is asked much more by git, and is no quicker in all.
+    """
     if place.mount.model == "second":
         time.sleep(1.1)
 

@@ -31,9 +31,11 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from mounting import PATIENCE, SOAK, Child, Mount, become
+from servers import SERVERS, need_engine
 
-from ninefuse.driving.uring import Refused, Uring
 from ninefuse.linux import credentials, syscalls
+
+pytestmark = pytest.mark.soak
 
 # What a failure tells, to have it again.
 SEED = int(os.environ.get("NINEFUSE_SEED", random.SystemRandom().getrandbits(32) if SOAK else 0))
@@ -43,12 +45,6 @@ ROUND = 10
 AS_ROOT = os.geteuid() == 0
 NOBODY = 65534
 
-SERVERS = {
-    "none": ("--model", "none"),
-    "first": ("--model", "first"),
-    "second, threads": ("--model", "second", "--engine", "threads"),
-    "second, uring": ("--model", "second", "--engine", "uring"),
-}
 
 CASES = [(server, "oneself") for server in SERVERS]
 CASES += [(s, "another") for s in (SERVERS if SOAK else ("none", "second, uring"))]
@@ -687,11 +683,7 @@ def test_any_calls_do_what_they_do_on_a_plain_directory(
     new_mount: Callable[..., Mount], tmp_path: Path, server: str, who: str
 ) -> None:
     """Sixty sequences of each, fewer of another user; `make soak`, two thousand of each."""
-    if "uring" in server:
-        try:
-            Uring().close()
-        except Refused as reason:
-            pytest.skip(f"no io_uring here: {reason}")
+    need_engine(server)
     if who == "another" and not AS_ROOT:
         pytest.skip("needs root: acts as another user")
     options = ("-o", "allow_other") if who == "another" else ()

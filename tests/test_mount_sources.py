@@ -26,13 +26,14 @@ from mounting import (
     Place,
     Watchdog,
     become,
+    ending,
     errno_of,
     fresh_place,
     in_child,
     run,
     wait_until,
 )
-from test_mount_names import directory
+from streams import directory
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount file systems")
 
@@ -42,15 +43,6 @@ KINDS = ("tmpfs", "overlayfs", "overlayfs of two", "xfs", "btrfs")
 PAGE = mmap.PAGESIZE
 # What the kernel believes for as long as the rest of the defaults make it, but less time.
 BRIEFLY = "attr_timeout=0.2,entry_timeout=0.2,negative_timeout=0.2"
-
-
-@contextlib.contextmanager
-def ending(mount: Mount) -> Iterator[Mount]:
-    """End a daemon before its source goes."""
-    try:
-        yield mount
-    finally:
-        mount.end()
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -11,7 +11,6 @@ import errno
 import os
 import shutil
 import stat
-import struct
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,26 +18,13 @@ from pathlib import Path
 
 import pytest
 from mounting import Child, Mount, become, errno_of
+from rights import ACCESS, DEFAULT, acl_for, tree
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts for others")
 
 USER, OTHER, GROUP = 12345, 12346, 4321
 REFUSED = (errno.EACCES, errno.EPERM)
 HARDLINKS = Path("/proc/sys/fs/protected_hardlinks").read_text()
-ACCESS, DEFAULT = "system.posix_acl_access", "system.posix_acl_default"
-
-
-def acl(*entries: tuple[int, int, int]) -> bytes:
-    """An ACL of (tag, permissions, id), as the kernel has it (acl(5))."""
-    return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
-
-
-def acl_for(user: int, permissions: int) -> bytes:
-    """One that lets a user in and nobody else but the owner."""
-    nobody = 0xFFFFFFFF
-    return acl(
-        (1, 6, nobody), (2, permissions, user), (4, 0, nobody), (16, 7, nobody), (32, 0, nobody)
-    )
 
 
 @dataclass
@@ -340,13 +326,3 @@ def test_the_source_decides_again(new_mount: Callable[..., Mount], model: str) -
                 tree(mount.source / f"{s} {name}: {call}") for s in ("direct", "mounted")
             )
             assert mounted == direct, (name, call)
-
-
-def tree(top: Path) -> dict[str, tuple[object, ...]]:
-    """What is there, and whose."""
-    found: dict[str, tuple[object, ...]] = {}
-    for path in sorted(top.rglob("*")):
-        a = path.lstat()
-        labels = {} if path.is_symlink() else {x: os.getxattr(path, x) for x in os.listxattr(path)}
-        found[str(path.relative_to(top))] = (a.st_mode, a.st_uid, a.st_gid, a.st_nlink, labels)
-    return found

@@ -5,36 +5,14 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-import re
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
-from mounting import Mount, Place, errno_of, wait_until
+from mounting import Mount, Place, done, errno_of, flags_of_descriptors, wait_until
+
+pytestmark = pytest.mark.soak
 
 SYNC_FLAGS = [os.O_SYNC, os.O_DSYNC]
-
-
-def flags_of_descriptors(pid: int, file: Path) -> list[int]:
-    """The open(2) flags of each descriptor that a process has of a file, O_PATH ones not."""
-    found = []
-    for number in os.listdir(f"/proc/{pid}/fd"):
-        try:
-            if os.stat(f"/proc/{pid}/fd/{number}").st_ino != file.stat().st_ino:
-                continue
-            info = Path(f"/proc/{pid}/fdinfo/{number}").read_text()
-        except OSError:
-            continue  # closed meanwhile
-        flags = int(info.split("flags:")[1].split()[0], 8)
-        if not flags & os.O_PATH:
-            found.append(flags)
-    return found
-
-
-def done(mount: Mount, callback: str) -> int:
-    """How often a callback has been answered, as the daemon counts it."""
-    match = re.search(rf"operations:.*\b{callback} (\d+)", mount.counters().text)
-    return int(match[1]) if match else 0
 
 
 @pytest.mark.parametrize("sync", SYNC_FLAGS)

@@ -7,8 +7,7 @@ from collections.abc import Callable
 
 import pytest
 from mounting import Mount
-
-from ninefuse.driving.uring import Refused, Uring
+from servers import need_engine
 
 
 def affinities(mount: Mount) -> list[set[int]]:
@@ -28,10 +27,7 @@ def test_dispatcher_and_workers_share_one_processor(
 
 def test_with_io_uring_they_go_where_they_like(new_mount: Callable[..., Mount]) -> None:
     """The kernel's threads go with the dispatcher, and would share its processor, too."""
-    try:
-        Uring().close()
-    except Refused as reason:
-        pytest.skip(f"no io_uring here: {reason}")
+    need_engine("uring")
     for cpus in affinities(new_mount()):
         assert cpus == os.sched_getaffinity(0)
 

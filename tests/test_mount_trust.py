@@ -23,17 +23,20 @@ from mounting import (
     Mount,
     become,
     detach,
+    done,
     errno_of,
+    flags_of_descriptors,
     in_child,
     is_mounted,
     mount_ids,
     run,
     wait_until,
 )
-from test_mount_sync import done, flags_of_descriptors
 
 from ninefuse.exitcodes import ExitCode
 from ninefuse.linux.syscalls import RENAME_EXCHANGE, rename
+
+pytestmark = pytest.mark.soak
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts for others")
 

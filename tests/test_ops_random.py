@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import errno
 import inspect
-import itertools
 import os
 import stat
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +26,8 @@ from ninefuse.ops.directory import fitted, readdirplus
 from ninefuse.ops.io import report_close
 from ninefuse.ops.walk import KERNEL
 from ninefuse.tree.fids import FIRST_HANDLE
+
+pytestmark = pytest.mark.soak
 
 ME = Caller(os.geteuid(), os.getegid())
 
@@ -106,6 +106,11 @@ def step(operation: Callable[..., Any], *arguments: st.SearchStrategy[Any]) -> A
     return st.tuples(st.just(operation), st.tuples(*arguments))
 
 
+def any_of(steps: list[Any]) -> st.SearchStrategy[Any]:
+    """One of the steps, each as often as it stands there (st.one_of would take each for once)."""
+    return st.integers(0, len(steps) - 1).flatmap(steps.__getitem__)
+
+
 # What makes fids comes often, and what ends all of them seldom.
 MESSAGES = [
     *3 * [step(ops.walk, fids, handles, path)],
@@ -175,10 +180,6 @@ CALLBACKS = [
 class Run:
     """A client that makes any step and looks at what comes of it."""
 
-    tried: Counter[str] = Counter()  # by operation, in all runs
-    refused: Counter[str] = Counter()  # those of them that ended with an errno
-    errnos: Counter[int] = Counter()
-
     def __init__(self, client: Client) -> None:
         self.client = client
 
@@ -187,12 +188,9 @@ class Run:
         session = self.client.session
         arguments = tuple(resolved(self.client, argument) for argument in arguments)
         note(f"{operation.__name__}{arguments!r}")
-        self.tried[operation.__name__] += 1
         try:
             result = self.client.do(operation, *arguments)
         except OSError as failure:
-            self.refused[operation.__name__] += 1
-            self.errnos[failure.errno or 0] += 1
             note(f"    {failure!r}")
             assert failure.errno in errno.errorcode  # noqa: PT017
             result = None
@@ -225,7 +223,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, **options: Any) -> Iterator[Ru
 
 
 @settings(max_examples=400 * TIMES, derandomize=True, database=None, deadline=None)
-@given(steps=st.lists(st.one_of(MESSAGES), min_size=5, max_size=40))
+@given(steps=st.lists(any_of(MESSAGES), min_size=5, max_size=40))
 def test_any_messages(tmp_path_factory: pytest.TempPathFactory, steps: list[Step]) -> None:
     """9P messages, in any order, also ones that no client would send."""
     with run(tmp_path_factory) as it:
@@ -234,7 +232,7 @@ def test_any_messages(tmp_path_factory: pytest.TempPathFactory, steps: list[Step
 
 
 @settings(max_examples=300 * TIMES, derandomize=True, database=None, deadline=None)
-@given(steps=st.lists(st.one_of(MESSAGES + CALLBACKS), min_size=5, max_size=40))
+@given(steps=st.lists(any_of(MESSAGES + CALLBACKS), min_size=5, max_size=40))
 def test_any_messages_and_callbacks_with_few_descriptors(
     tmp_path_factory: pytest.TempPathFactory, steps: list[Step]
 ) -> None:
@@ -245,7 +243,7 @@ def test_any_messages_and_callbacks_with_few_descriptors(
 
 
 @settings(max_examples=100 * TIMES, derandomize=True, database=None, deadline=None)
-@given(steps=st.lists(st.one_of(MESSAGES + CALLBACKS), min_size=5, max_size=40))
+@given(steps=st.lists(any_of(MESSAGES + CALLBACKS), min_size=5, max_size=40))
 def test_any_messages_on_a_read_only_session(
     tmp_path_factory: pytest.TempPathFactory, steps: list[Step]
 ) -> None:
@@ -264,55 +262,85 @@ def test_any_messages_on_a_read_only_session(
         assert all(after[path].st_ctime_ns == found.st_ctime_ns for path, found in before.items())
 
 
-def test_what_is_left_to_luck_happens_once(
-    tmp_path_factory: pytest.TempPathFactory,
+# What is not left to luck: each operation succeeds, and fails
+
+NEW = FIRST_HANDLE + 1000
+
+
+def certain(client: Client, name: str) -> tuple[Any, ...]:
+    """Arguments with which an operation succeeds, on the files that a run begins with."""
+    rights: dict[str, Callable[[], tuple[Any, ...]]] = {
+        "attach": lambda: (NEW, str(client.source)),
+        "clunk": lambda: (client.walk("b"),),
+        "flush": lambda: (7,),
+        "fsync": lambda: (client.open("b", flags=os.O_RDWR), True),
+        "getattr": lambda: (client.walk("b"),),
+        "getlock": lambda: (client.open("b", flags=os.O_RDWR), LockRange(1, 0, 0)),
+        "lcreate": lambda: (client.walk(), b"new", os.O_RDWR, 0o644),
+        "link": lambda: (ROOT, client.walk("b"), b"new"),
+        "lock": lambda: (client.open("b", flags=os.O_RDWR), 0, LockRange(1, 0, 0)),
+        "lopen": lambda: (client.walk("b"), os.O_RDONLY),
+        "mkdir": lambda: (ROOT, b"new", 0o755),
+        "mknod": lambda: (ROOT, b"new", stat.S_IFIFO | 0o644),
+        "read": lambda: (client.open("b"), 0, 10),
+        "readdir": lambda: (client.open(), 0, 5000),
+        "readdirplus": lambda: (client.open(), 0),
+        "readlink": lambda: (client.walk("c"),),
+        "remove": lambda: (client.walk("b"),),
+        "rename": lambda: (client.walk("b"), ROOT, b"new"),
+        "renameat": lambda: (ROOT, b"b", ROOT, b"new"),
+        "setattr": lambda: (client.walk("b"), Changes(mode=0o600)),
+        "statfs": lambda: (ROOT,),
+        "symlink": lambda: (ROOT, b"new", b"a"),
+        "unlinkat": lambda: (ROOT, b"b"),
+        "version": lambda: (1 << 20, "9P2000.L"),
+        "walk": lambda: (ROOT, NEW, [b"a", b"a"]),
+        "walkgetattr": lambda: (ROOT, NEW, b"b"),
+        "write": lambda: (client.open("b", flags=os.O_RDWR), 0, b"new"),
+        "wstat": lambda: (client.walk("b"), Changes(mode=0o600), b"new"),
+        "xattrcreate": lambda: (client.walk("b"), b"user.new", 3),
+        "xattrwalk": lambda: (client.walk("b"), NEW, b""),
+    }
+    assert name in rights, f"say here how {name} succeeds"
+    return rights[name]()
+
+
+def failing(name: str, arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], int]:
+    """Arguments with which an operation fails, and how: most have no such fid."""
+    if name == "version":
+        return (0, "9P2000.L"), errno.EMSGSIZE
+    if name == "attach":
+        return (NEW, "/nowhere"), errno.ENOENT
+    return (UNKNOWN_NODEID, *arguments[1:]), errno.ESTALE
+
+
+OPERATIONS = sorted(
+    {name for name in ops.__all__ if inspect.iscoroutinefunction(getattr(ops, name))}
+    - {"stat"}  # getattr's other name
+)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_each_operation_succeeds_and_fails(
+    tmp_path_factory: pytest.TempPathFactory, name: str
 ) -> None:
-    """With arguments that are right: at random hardly any are."""
+    operation = getattr(ops, name)
     with run(tmp_path_factory) as made:
-        handle = itertools.count(FIRST_HANDLE + 1000)
-        steps: list[Step] = [
-            (ops.walk, (ROOT, next(handle))),
-            (ops.lcreate, (FIRST_HANDLE + 1000, b"new", os.O_RDWR, 0o644)),
-            (ops.xattrwalk, (ROOT, next(handle), b"")),
-            (ops.mknod, (ROOT, b"fifo", stat.S_IFIFO | 0o644)),
-            (ops.symlink, (ROOT, b"link", b"a")),
-            (ops.renameat, (ROOT, b"new", ROOT, b"newer")),
-            (ops.walkgetattr, (ROOT, next(handle), b"newer")),
-            (ops.rename, (FIRST_HANDLE + 1002, ROOT, b"newest")),
-            (ops.link, (ROOT, FIRST_HANDLE + 1002, b"other")),
-            (ops.unlinkat, (ROOT, b"other")),
-            (ops.walk, (ROOT, next(handle))),
-            (ops.lopen, (FIRST_HANDLE + 1003, os.O_RDONLY)),
-            (ops.readdir, (FIRST_HANDLE + 1003, 0, 5000)),
-        ]
-        for operation, arguments in steps:
-            made.client.do(operation, *arguments)
-            made.tried[operation.__name__] += 1
-        with fails(errno.EMSGSIZE):
-            made.client.do(ops.version, 0, "9P2000.L")
-        made.tried["version"] += 1
-        made.refused["version"] += 1
-        made.client.do(ops.attach, ROOT, str(made.client.source))
+        arguments = certain(made.client, name)
+        if name != "flush":  # which never does
+            wrong, code = failing(name, arguments)
+            with fails(code):
+                made.client.do(operation, *wrong)
+        made.client.do(operation, *arguments)
+        if name == "version":  # it ends all fids
+            made.client.do(ops.attach, ROOT, str(made.client.source))
 
 
 def test_every_operation_is_among_them() -> None:
-    """And all were tried, with success and without, where these tests have run."""
-    operations = {
-        name for name in ops.__all__ if inspect.iscoroutinefunction(getattr(ops, name))
-    } - {"stat"}  # getattr's other name
     sequences = {
         name
         for name, function in vars(callbacks).items()
         if inspect.iscoroutinefunction(function) and function.__module__ == callbacks.__name__
         if not name.startswith("_")
     }
-    assert operations | sequences <= drawn
-    tried, refused = Run.tried, Run.refused
-    if tried.total() < 5000:
-        return  # not all of the tests above were run
-    assert operations <= {*tried}
-    # Of these none can fail, or hardly.
-    assert operations - {*refused} <= {"flush"}
-    assert [name for name in operations if refused[name] == tried[name]] == []
-    codes = ", ".join(f"{errno.errorcode[code]} {n}" for code, n in Run.errnos.most_common())
-    print(f"{tried.total()} calls, {refused.total()} refused: {codes}")
+    assert {*OPERATIONS, *sequences} <= drawn

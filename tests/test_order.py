@@ -13,6 +13,7 @@ import pytest
 import trio
 import trio.testing
 from helpers_executor import answer, begin, bounded, drive, until
+from helpers_executor import engine as engine
 from ops_helpers import ROOT, Client, Stepper
 from ops_helpers import client as client
 from ops_helpers import leak_free as leak_free
@@ -20,7 +21,7 @@ from ops_helpers import source as source
 
 from ninefuse import ops
 from ninefuse.calls import Behind, Body, Call, Plain, Pwrite, blocking
-from ninefuse.driving.uring import Refused, Uring
+from ninefuse.driving.uring import Uring
 from ninefuse.executor import Executor, Request, SecondModel
 from ninefuse.linux import transfer
 from ninefuse.tree.order import END, Ranges
@@ -344,16 +345,6 @@ def late(monkeypatch: pytest.MonkeyPatch) -> Iterator[Late]:
     monkeypatch.setattr(transfer, "write_fully", it)
     yield it
     it.go_on.set()
-
-
-@pytest.fixture
-def engine() -> Iterator[Uring]:
-    try:
-        found = Uring()
-    except Refused as reason:
-        pytest.skip(f"no io_uring here: {reason}")
-    yield found
-    found.close()
 
 
 async def _session(executor: Executor, source: Path) -> Session:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mounting import PATIENCE
 from ops_helpers import descriptors
 from ops_helpers import leak_free as leak_free
 
@@ -44,8 +45,6 @@ else:
 pytestmark = pytest.mark.usefixtures("leak_free")
 
 Completion = tuple[object, int, bytes | None]
-
-PATIENCE = 30  # seconds
 
 
 @pytest.fixture

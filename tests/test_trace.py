@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 import trio
 from conftest import start
-from helpers_executor import answer, begin, drive, passed
+from helpers_executor import answer, begin, drive, passed, until
 from mounting import Mount, Watchdog, wait_until
-from trace_format import Event, check, number_of, read, requests
+from trace_format import Event, check, left_out, number_of, read, requests
 
 from ninefuse import executor, ops
 from ninefuse.calls import blocking
@@ -67,7 +67,7 @@ def do_everything(top: Path, source: Path) -> None:
     for name in os.listdir(directory):
         (directory / name).unlink()
     directory.rmdir()
-    time.sleep(1.1)  # the attributes of the root are old by now
+    time.sleep(0.15)  # the attributes of the root are old by now
     os.stat(top)
 
 
@@ -88,7 +88,7 @@ def trace(
     if model not in traces:
         file = tmp_path / "trace"
         # So that the model alone decides which calls are made where.
-        options = ("--model", model, "--trace", str(file), "-o", "inline=off")
+        options = ("--model", model, "--trace", str(file), "-o", "inline=off,attr_timeout=0.1")
         mount = start(guard, tmp_path, *options)
         try:
             do_everything(mount.path, mount.source)
@@ -220,8 +220,12 @@ def test_each_request_shows_its_way(trace: tuple[str, list[Event]]) -> None:
         assert any(e.get("cat") == "deferred" for e in events), "closes made by workers"
 
 
+@pytest.mark.limit(300.0)
 def test_ten_thousand_requests(guard: Watchdog, tmp_path: Path) -> None:
-    """Each is there once, and as a viewer wants it."""
+    """Each is there once, as a viewer wants it, or is among those that the file says it lacks.
+
+    A machine that has other work to do may leave the trace's thread behind.
+    """
     file = tmp_path / "trace"
     mount = start(guard, tmp_path, "--trace", str(file), "-o", "noxattr")
     try:
@@ -233,7 +237,11 @@ def test_ten_thousand_requests(guard: Watchdog, tmp_path: Path) -> None:
     mount.log.check()
     events = read(file)
     check(events)
-    assert sum(e["ph"] == "e" and e["name"] == "write" for e in events) == 10_000
+    # The end of a request tells its messages; the end of a wait does not.
+    done = Counter(e["name"] for e in events if e["ph"] == "e" and "messages" in e.get("args", {}))
+    lost = left_out(events)["requests"]
+    assert done["write"] <= 10_000 <= done["write"] + lost
+    assert done.total() + lost < 10_050, "no more are said to be left out than are"
 
 
 def test_a_killed_daemon_leaves_a_trace_that_can_be_read(guard: Watchdog, tmp_path: Path) -> None:
@@ -294,6 +302,7 @@ def traced(
 @pytest.mark.parametrize("model", ["first", "second"])
 def test_waits_for_the_rename_lock_are_shown_and_only_they(tmp_path: Path, model: str) -> None:
     lock, gate = RenameLock(), threading.Event()
+    meanwhile: list[float] = []
 
     async def holder() -> None:
         async with lock.reading:
@@ -308,13 +317,16 @@ def test_waits_for_the_rename_lock_are_shown_and_only_they(tmp_path: Path, model
         async with trio.open_nursery() as nursery:
             await begin(nursery, driver, "holder", holder())
             await begin(nursery, driver, "waiter", waiter())
-            await trio.sleep(0.05)
+            await until(lambda: lock.statistics().waiting)
+            meanwhile.append(time.perf_counter() * 1e6)
+            await trio.sleep(0.001)
+            meanwhile.append(time.perf_counter() * 1e6)
             gate.set()
 
     events = traced(tmp_path, model, scenario)
     waits = [e for e in events if e["ph"] in "be" and e["name"].startswith("waits")]
     assert [e["name"] for e in waits] == ["waits for rename lock (write)"] * 2
-    assert waits[1]["ts"] - waits[0]["ts"] >= 49_000, "microseconds"
+    assert waits[0]["ts"] <= meanwhile[0] < meanwhile[1] <= waits[1]["ts"]
     answers_ = {callback: args for _, callback, args in answers(events)}
     assert answers_["waiter"]["calls"] == 2
     assert "error" not in answers_["waiter"]
@@ -322,11 +334,13 @@ def test_waits_for_the_rename_lock_are_shown_and_only_they(tmp_path: Path, model
 
 def test_waits_for_the_fid_table_are_shown_in_the_call_they_hold_up(tmp_path: Path) -> None:
     table, held, gate = TableLock(), threading.Event(), threading.Event()
+    meanwhile: list[float] = []
 
     def hold() -> None:
         with table.writing:
             held.set()
-            time.sleep(0.05)
+            wait_until(lambda: table.statistics().waiting, "the call to wait")
+            meanwhile.append(time.perf_counter() * 1e6)
         gate.set()
 
     def look() -> None:
@@ -349,8 +363,7 @@ def test_waits_for_the_fid_table_are_shown_in_the_call_they_hold_up(tmp_path: Pa
     (call,) = (e for e in events if e.get("cat") == "call")
     assert wait["name"] == "waits for fid table (read)"
     assert wait["tid"] == call["tid"]
-    assert wait["dur"] > 30_000
-    assert call["ts"] <= wait["ts"]
+    assert call["ts"] <= wait["ts"] <= meanwhile[0] <= wait["ts"] + wait["dur"]
     assert wait["ts"] + wait["dur"] <= call["ts"] + call["dur"]
 
 
@@ -439,6 +452,37 @@ def test_what_cannot_be_written_in_time_is_dropped_and_told(
     limit = trace_file._MOST_WAITING // way(1).size()
     assert kept <= limit + 5000, "what was waiting, and what a pipe holds"
     assert f"lacks {count - kept} requests" in caplog.text
+    assert left_out(events)["requests"] == count - kept > 0
+
+
+def test_what_comes_too_late_is_left_out_and_told_in_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The end has a bound; what waits by then is counted, in the file too."""
+    monkeypatch.setattr(trace_file, "_PATIENCE", 0.05)
+    monkeypatch.setattr(trace_file, "_LAST_WORDS", 20.0)
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    file = TraceFile(str(path), "title")
+    lane = file.lane("dispatcher")
+    for tag in range(1, 5001):
+        file.put(way(tag))
+        file.put_deferred(lane, "close", tag * 1000 + 600, tag * 1000 + 700)
+    closing = threading.Thread(target=file.close)
+    closing.start()
+    # The pipe is full: nothing goes on before somebody reads, after the deadline.
+    wait_until(lambda: time.monotonic() > file._deadline, "the deadline")
+    os.set_blocking(reader, True)
+    with open(reader, encoding="utf-8") as lines:
+        events = json.load(lines)
+    closing.join(20)
+    assert not closing.is_alive()
+    check(events)
+    lost = left_out(events)
+    assert lost["requests"] == 5000 - sum(e["ph"] == "e" for e in events) > 0
+    assert lost["deferred"] == 5000 - sum(e.get("cat") == "deferred" for e in events) > 0
+    assert f"lacks {lost['requests']} requests" in caplog.text
 
 
 def test_a_file_that_is_full_ends_well(
@@ -453,8 +497,10 @@ def test_a_file_that_is_full_ends_well(
             file.put(way(tag))
             time.sleep(0.0005)
         file.close()
-    check(read(path))
-    assert path.stat().st_size <= 10_100
+    events = read(path)
+    check(events)
+    assert events[-1]["name"] == "the file is full: the rest is left out"
+    assert path.stat().st_size <= 10_200
     assert caplog.text.count("ends here") == 1
 
 
@@ -491,6 +537,7 @@ def test_closes_are_bounded_too_and_a_stuck_file_does_not_keep_the_daemon(
 ) -> None:
     monkeypatch.setattr(trace_file, "_MOST_WAITING", 1000)
     monkeypatch.setattr(trace_file, "_PATIENCE", 0.1)
+    monkeypatch.setattr(trace_file, "_LAST_WORDS", 0.0)
     path = tmp_path / "fifo"
     os.mkfifo(path)
     reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)

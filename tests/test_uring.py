@@ -8,7 +8,7 @@ import json
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +17,7 @@ import pytest
 import trio
 import trio.testing
 from helpers_executor import answer, drive
+from helpers_executor import engine as engine
 from mounting import Mount
 
 from ninefuse import ops
@@ -45,16 +46,6 @@ def would_wait(*args: object) -> bytes:
 async def body_of(call: Call[T]) -> T:
     """A body of one call."""
     return await call
-
-
-@pytest.fixture
-def engine() -> Iterator[Uring]:
-    try:
-        found = Uring()
-    except Refused as reason:
-        pytest.skip(f"no io_uring here: {reason}")
-    yield found
-    found.close()
 
 
 def through(

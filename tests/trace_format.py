@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ _FIELDS = {
     "e": {"name", "cat", "pid", "tid", "ts", "id"},
     "s": {"name", "cat", "pid", "tid", "ts", "id"},
     "f": {"name", "cat", "pid", "tid", "ts", "id"},
+    "i": {"name", "cat", "pid", "tid", "ts", "s"},
 }
 _ROUNDING = 0.0005  # us: times are whole nanoseconds, kept as fractions of microseconds
 _NEAR = 100  # slices of one lane
@@ -62,6 +63,8 @@ def check(events: list[Event]) -> None:
         if phase == "X":
             assert event["dur"] >= 0, event
             complete[event["tid"]].append(event)
+        elif phase == "i":
+            assert event["s"] == "g", "said of the whole trace"
         elif phase in "be":
             nested[event["cat"], event["id"]].append(event)
         else:
@@ -120,6 +123,15 @@ def _check_arrow(
             event["ts"] + event["dur"] + _ROUNDING >= end["ts"]
             for event in lane[max(0, last - _NEAR) : last]
         ), f"no slice for {end}"
+
+
+def left_out(events: list[Event]) -> Counter[str]:
+    """How many requests, and deferred calls, the trace says that it lacks."""
+    found = Counter({"requests": 0, "deferred": 0})
+    for event in events:
+        if event.get("cat") == "lost":
+            found.update(event.get("args", {}))
+    return found
 
 
 def number_of(event: Event) -> int | None:

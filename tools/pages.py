@@ -3,7 +3,8 @@
     .venv/bin/python tools/pages.py [DIRECTORY]
 
 writes them anew, below the checkout or another directory. They are committed, so that the wheel is
-built without the libraries that are needed here; tests/test_pages.py fails if they are out of date.
+built without the libraries that are needed here; tests/tools/test_pages.py fails if they are out
+of date.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python3 tools/pictures.py [DIRECTORY]
 
-writes them anew, into docs/pictures or another directory. They are committed; tests/test_site.py
-fails if they are out of date. Nothing but the standard library is needed.
+writes them anew, into docs/pictures or another directory. They are committed;
+tests/tools/test_site.py fails if they are out of date. Nothing but the standard library is needed.
 """
 
 from __future__ import annotations

@@ -8,8 +8,9 @@ daemon leaves can be read. A thread writes; what waits for it is bounded, and so
                       receive, reply, deferred
     hand-over         an arrow from one stretch to the next on another lane
     request           from its arrival to its reply, with its waits: an asynchronous event
+    lost              a mark where something is left out, with how much: an instant event
 
-Locks touched: its own mutex, for counting what waits.
+Locks touched: its own mutex, for counting what waits and what is left out.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import signal
 import stat
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from queue import SimpleQueue
 from typing import Any, NamedTuple
@@ -34,7 +36,8 @@ log = logging.getLogger(__name__)
 
 _MOST_WAITING = 100_000  # pieces (some 200 bytes each) that may wait to be written
 _MOST_BYTES = 1 << 30  # of a file: more than viewers open
-_PATIENCE = 5.0  # seconds for a file that takes no more, at the end
+_PATIENCE = 5.0  # seconds at the end: what is not written by then is left out
+_LAST_WORDS = 1.0  # seconds more, for saying so in the file
 _LINES = 500  # to write in one go
 _PID = 1
 
@@ -149,7 +152,10 @@ class TraceFile:
         self._queue: SimpleQueue[Way | list[Event] | None] = SimpleQueue()
         self._mutex = threading.Lock()
         self._waiting = 0  # events in the queue, by a generous estimate
-        self._lost = 0  # requests that found it full
+        self._lost = 0  # requests that found it full, or came too late
+        self._lost_calls = 0  # deferred calls that did
+        self._told = (0, 0)  # of these, how many the file tells of
+        self._deadline = sys.float_info.max  # after it nothing is written but what is left out
         self._hand_overs = itertools.count(1)
         # Signals are for others; see workers.py.
         unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
@@ -190,14 +196,18 @@ class TraceFile:
         self._queue.put(way)
 
     def put_deferred(self, lane: Lane, name: str, begin: int, end: int) -> None:
-        """Have a call written that belongs to no request any more; dropped if many wait."""
+        """Have a call written that belongs to no request any more. Any thread; never blocks."""
         if self._queue.qsize() < _MOST_WAITING:
             self._queue.put([_complete(lane, "deferred", name, begin, end)])
+        else:
+            with self._mutex:
+                self._lost_calls += 1
 
     def close(self) -> None:
         """Write what is left, and the end of the array; not if that takes seconds."""
+        self._deadline = time.monotonic() + _PATIENCE
         self._queue.put(None)
-        self._thread.join(_PATIENCE)
+        self._thread.join(_PATIENCE + _LAST_WORDS)
         if self._thread.is_alive():
             log.warning("%s: cannot be written to its end", self.path)
             return
@@ -214,18 +224,36 @@ class TraceFile:
         while (found := self._queue.get()) is not None:
             lines += [b",\n" + _json(event) for event in self._events(found)]
             if len(lines) >= _LINES or self._queue.empty():
-                self._write(b"".join(lines))
+                self._write(b"".join(lines) + self._missing())
                 lines = []
-        self._write(b"".join(lines))
+        self._write(b"".join(lines) + self._missing())
         if self._left > 0:
             self._write(b"\n]\n")
 
     def _events(self, found: Way | list[Event]) -> list[Event]:
+        is_late = time.monotonic() > self._deadline
         if isinstance(found, list):
-            return found
+            if not is_late or found[0]["ph"] == "M":
+                return found
+            with self._mutex:
+                self._lost_calls += len(found)
+            return []
         with self._mutex:
             self._waiting -= found.size()
-        return events(found, self._hand_overs)
+            self._lost += is_late
+        return [] if is_late else events(found, self._hand_overs)
+
+    def _missing(self) -> bytes:
+        """The line that tells what was left out since the last such line, if anything was."""
+        with self._mutex:
+            lost = self._lost, self._lost_calls
+        if lost == self._told:
+            return b""
+        requests, calls = lost[0] - self._told[0], lost[1] - self._told[1]
+        self._told = lost
+        mark = _mark(f"left out: {requests} requests, {calls} deferred calls")
+        mark["args"] = {"requests": requests, "deferred": calls}
+        return b",\n" + _json(mark)
 
     def _write(self, data: bytes) -> None:
         """Write whole lines, or none any more: the disk's or the file's limit is reached."""
@@ -235,7 +263,7 @@ class TraceFile:
         try:
             if self._left <= 0:
                 log.warning("%s ends here: it has %d bytes", self.path, _MOST_BYTES)
-                data = b"\n]\n"
+                data = b",\n" + _json(_mark("the file is full: the rest is left out")) + b"\n]\n"
             left = data
             while left:
                 left = left[os.write(self._fd, left) :]
@@ -373,6 +401,12 @@ def _asynchronous(way: Way, phase: str, name: str, when: int) -> Event:
 
 def _metadata(what: str, lane: int, **args: object) -> Event:
     return {"name": what, "ph": "M", "pid": _PID, "tid": lane, "args": args}
+
+
+def _mark(name: str) -> Event:
+    """Something that is said of the whole trace, at this time."""
+    now = _us(time.perf_counter_ns())  # the clock of the requests
+    return {"name": name, "cat": "lost", "ph": "i", "s": "g", "pid": _PID, "tid": 0, "ts": now}
 
 
 def _us(nanoseconds: int) -> float:

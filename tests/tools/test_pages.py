@@ -12,12 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+from mounting import PATIENCE
 
 from ninefuse.command import manual, options
 from ninefuse.command.cli import make_parser
 
-ROOT = Path(__file__).resolve().parent.parent
-PATIENCE = 20.0
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("ninefuse", "ninefuse-bench", "ninefuse-stat")
 PAGES = [
     "README.md",

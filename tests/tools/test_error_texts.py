@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ninefuse.exitcodes import ExitCode
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 # For whom the line is passed on, or what argparse says.
 _NOT_A_TEXT = re.compile(r"[…\W]*(\(see ninefuse --help\))?")

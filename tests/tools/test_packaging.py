@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
+import mounting
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -26,7 +27,7 @@ import ninefuse
 from ninefuse.command import cli
 from ninefuse.command.options import parse_options
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 OLDEST = "3.10"
 PYTHONS = (OLDEST, "3.11", "3.12", "3.13", "3.14")
 HAS_LIBURING = subprocess.call(["pkg-config", "--exists", "liburing >= 2.3"]) == 0
@@ -35,17 +36,8 @@ HAS_LIBURING = subprocess.call(["pkg-config", "--exists", "liburing >= 2.3"]) ==
 def run(
     *command: str | Path, cwd: Path, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end, whatever its exit code, and keep its output."""
-    return subprocess.run(
-        command,
-        cwd=cwd,
-        env=env,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    """Run a command in the caller's environment, without this checkout on PYTHONPATH."""
+    return mounting.run(*command, cwd=cwd, env=os.environ if env is None else env, seconds=120.0)
 
 
 def script(path: Path, text: str) -> Path:
@@ -606,7 +598,8 @@ def commands(tmp_path: Path) -> Path:
 
 def make(directory: Path, *words: str) -> subprocess.CompletedProcess[str]:
     # Not as part of the make that may run these tests.
-    passed_on = ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "MAKELEVEL", "SRC", "ARGS", "OUT", "FULL")
+    passed_on = {"MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "MAKELEVEL"}
+    passed_on |= {"SRC", "ARGS", "JOBS", "OUT", "FULL"}
     env = {name: value for name, value in os.environ.items() if name not in passed_on}
     return run("make", *words, cwd=directory, env=env)
 
@@ -614,8 +607,8 @@ def make(directory: Path, *words: str) -> subprocess.CompletedProcess[str]:
 def test_make_alone_lists_the_commands(commands: Path) -> None:
     done = make(commands)
     assert done.returncode == 0
-    for target in ("demo", "bench", "test", "check", "clean"):
-        assert f"\nmake {target} " in "\n" + done.stdout
+    for target in ("demo", "bench", "test", "test-fast", "test-tools", "check", "clean"):
+        assert re.search(rf"^make {target}(\s)", done.stdout, re.M), target
 
 
 def test_make_demo_hands_the_directory_on_as_it_is(commands: Path) -> None:
@@ -635,8 +628,29 @@ def test_make_bench_hands_directories_on_as_they_are(commands: Path) -> None:
 
 
 def test_make_test_runs_pytest_with_further_arguments(commands: Path) -> None:
-    done = make(commands, "test", "ARGS=-x -k 'a or b'")
-    assert done.stdout.splitlines() == ["setup", "<-m>", "<pytest>", "<-x>", "<-k>", "<a or b>"]
+    begin, more = ["<-m>", "<pytest>"], ["<-x>", "<-k>", "<a or b>"]
+    product, beside = ["<--ignore=tests/tools>"], ["<-n>", "<3>", "<--dist>", "<worksteal>"]
+    for target, expected in (
+        (
+            "test",
+            [*begin, *product, *beside, "<-m>", "<not alone>", *more]
+            + [*begin, *product, "<-m>", "<alone>", *more],
+        ),
+        ("test-fast", [*begin, *product, *beside, "<-m>", "<not mount>", *more]),
+        ("test-tools", [*begin, *beside, "<tests/tools>", *more]),
+    ):
+        done = make(commands, target, "JOBS=3", "ARGS=-x -k 'a or b'")
+        assert done.stdout.splitlines() == ["setup", *expected], target
+
+
+def test_every_test_is_run_by_one_command_of_ci() -> None:
+    """What `make test` leaves out, `make test-tools` runs."""
+    lines = (ROOT / ".ci/run").read_text().splitlines()
+    assert [line for line in lines if line.startswith("make ")] == [
+        "make check",
+        "make test",
+        "make test-tools",
+    ]
 
 
 def test_make_check_ends_at_the_first_failure(commands: Path) -> None:

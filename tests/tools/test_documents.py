@@ -11,18 +11,16 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from blocks import Key, block_of, blocks
 from mounting import ENVIRONMENT, PATIENCE, REPO, detach
 
 MOUNT = "ninefuse /tmp/src /tmp/mnt --log /tmp/log"
 UNMOUNT = "fusermount3 -u /tmp/mnt"
 KILL = "kill -9 $(ninefuse-stat --json /tmp/mnt | grep -Po '\"pid\": \\K\\d+')"
-
-Key = tuple[str, str]  # a page, and how a block of it begins
 
 
 @dataclass(frozen=True)
@@ -119,38 +117,9 @@ NOT_RUN: dict[Key, str] = {
 }
 
 
-def blocks(page: str) -> Iterator[tuple[str, str]]:
-    """Yield the language ("" for the shell) and the text of each block of a page."""
-    block: list[str] | None = None
-    language = ""
-    before = ""  # the line before, which is empty before an indented block
-    for line in [*(REPO / page).read_text().splitlines(), ""]:
-        if line.startswith("```"):
-            if block is None:
-                block, language = [], line.removeprefix("```")
-            else:
-                yield language, "\n".join(block)
-                block = None
-        elif block is not None and (language != "    " or line.startswith("    ")):
-            block.append(line.removeprefix("    ") if language == "    " else line)
-        else:
-            if block is not None:
-                yield "", "\n".join(block)
-                block = None
-            if line.startswith("    ") and not before and line[4:5] not in "*-":
-                block, language = [line[4:]], "    "
-        before = line.strip()
-
-
 def pages() -> list[str]:
     paths = [REPO / "README.md", *(REPO / "docs").glob("*.md")]
     return sorted(str(path.relative_to(REPO)) for path in paths)
-
-
-def block_of(key: Key) -> tuple[str, str]:
-    """The language and the text of the one block that begins so."""
-    (found,) = (one for one in blocks(key[0]) if one[1].lstrip().startswith(key[1]))
-    return found
 
 
 def test_every_block_is_run_or_it_is_said_why_not() -> None:

@@ -13,9 +13,10 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
-from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
+import mounting
 import pytest
 from mounting import ENVIRONMENT, REPO, SOAK, is_mounted, run, wait_until
 
@@ -35,21 +36,7 @@ exec {} "$@"
 """
 
 
-def call(*words: str | Path, cwd: Path, env: Mapping[str, str] | None = None) -> str:
-    """Run a command that takes long, and must succeed; what it prints."""
-    done = subprocess.run(
-        words,
-        cwd=cwd,
-        env=env,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+call = partial(mounting.call, seconds=280.0)
 
 
 def build(hook: str, into: Path, without_liburing: bool = False) -> Path:
@@ -172,6 +159,7 @@ long = pytest.mark.skipif(not SOAK, reason="downloads and compiles: make soak")
 
 
 @long
+@pytest.mark.soak
 @pytest.mark.limit(300)
 @pytest.mark.parametrize("io_uring", [True, False], ids=["io_uring", "no io_uring"])
 @pytest.mark.parametrize("version", PYTHONS)
@@ -192,6 +180,7 @@ def test_pip_installs_the_archive(
 
 
 @long
+@pytest.mark.soak
 @pytest.mark.limit(300)
 def test_pipx_installs_the_archive(archive: Path, tmp_path: Path, mountpoint: Path) -> None:
     call(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)

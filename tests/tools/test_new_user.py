@@ -13,8 +13,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from blocks import block_of
 from mounting import REPO, SOAK
-from test_documents import block_of
 
 SUITE = "bookworm"
 CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
@@ -33,6 +33,7 @@ exec chroot "$1" env -i HOME=/root TERM=dumb PIP_CERT={CERTIFICATES} \\
 """
 
 pytestmark = [
+    pytest.mark.soak,
     pytest.mark.skipif(not SOAK, reason="takes ten minutes: make soak"),
     pytest.mark.skipif(os.geteuid() != 0, reason="chroot and debootstrap are root's"),
 ]
@@ -81,5 +82,5 @@ def test_readme_works_in_an_empty_debian(debian: Path) -> None:
     assert "1000+0 records out" in shown
     assert (debian / "tmp/src/file").stat().st_size == 4096000
     # Of `make test`, what a new user runs; the rest is run by who runs this.
-    shown = inside(debian, "make check\nmake test ARGS='-q tests/test_documents.py'", 300)
+    shown = inside(debian, "make check\nmake test-tools ARGS='-q -k test_documents'", 300)
     assert " passed" in shown.splitlines()[-1]

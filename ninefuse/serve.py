@@ -32,6 +32,7 @@ from ninefuse.fuse.forgetting import Forgetter
 from ninefuse.linux import credentials, mountflags, syscalls
 from ninefuse.linux.mountinfo import MountsBelow, OwnMount
 from ninefuse.process import logs, memory, signals, unmount
+from ninefuse.process.loglines import ASKED_FOR
 from ninefuse.process.notify import notify
 from ninefuse.settings import FUSE_DEVICE, Settings
 from ninefuse.tree.leaving import Leaver
@@ -480,6 +481,6 @@ def _log_lines(lines: list[str]) -> None:
         # Somebody has asked for it, so it is said whatever the level is.
         log.handle(
             log.makeRecord(
-                log.name, logging.WARNING, __file__, 0, "%s", (line,), None, extra=logs.ASKED_FOR
+                log.name, logging.WARNING, __file__, 0, "%s", (line,), None, extra=ASKED_FOR
             )
         )

@@ -84,9 +84,10 @@ def test_launcher_is_the_helper_of_mount_8_by_the_helpers_name(tmp_path: Path) -
 def launcher(tmp_path: Path) -> Path:
     """Return the launcher of a scratch checkout, whose .venv has no pyfuse3 and no trio."""
     checkout = tmp_path / "a checkout"
-    package = checkout / "ninefuse"
+    package = checkout / "ninefuse" / "command"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
+    (package.parent / "__init__.py").touch()
     (package / "cli.py").write_text(
         "import sys\ndef main(argv):\n    print(sys.prefix, *argv, sep='|')\n    return 7\n"
     )
@@ -372,7 +373,7 @@ class Checkout:
         self.log = directory / "log"
         self.bin.mkdir()
         (self.root / "tools").mkdir(parents=True)
-        (self.root / "ninefuse").mkdir()
+        (self.root / "ninefuse" / "driving").mkdir(parents=True)
         for name in (*STAMPED, "tools/setup"):
             shutil.copy2(ROOT / name, self.root / name)
         for name in BASICS.split():

@@ -68,6 +68,18 @@ def kind_at(path: str) -> str:
     return os.fsdecode(kind)
 
 
+def connection_at(path: str) -> int | None:
+    """The number of the FUSE connection that is mounted on top at a real path; None: nothing is.
+
+    It is the device's minor number. The mount is not asked, which may be the caller's own.
+    """
+    on_top = None
+    for line in lines_of(_table()):
+        if line.point == os.fsencode(path):
+            on_top = int(line.device.partition(b":")[2])
+    return on_top
+
+
 def of_file(fd: int) -> MountLine | None:
     """The mount that an open file was reached by; None where the table does not show it."""
     with open(f"/proc/self/fdinfo/{fd}", "rb") as file:

@@ -21,6 +21,7 @@ import pyfuse3
 import trio
 
 from ninefuse import executor, ops
+from ninefuse.driving import plugin
 from ninefuse.driving.uring import Refused, Uring
 from ninefuse.exitcodes import ExitCode, Failure
 from ninefuse.fuse import device, rootmount
@@ -118,6 +119,10 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
 
 def _driver(settings: Settings) -> executor.Executor:
     try:
+        if ":" in settings.model:
+            own: executor.Executor
+            own = plugin.make(settings.model, settings.threads, executor.Executor)
+            return own
         by_user = _serves_several(settings)
         return executor.create(settings.model, settings.threads, by_user=by_user)
     except ValueError as error:
@@ -262,7 +267,7 @@ async def _serve(
     device.install(None if tracer is None else tracer.around_wait)
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_announce, settings, started, ready)
+            nursery.start_soon(_announce, settings, driver.model, started, ready)
             await pyfuse3.main(_MIN_TASKS, _MAX_TASKS)
             nursery.cancel_scope.cancel()
     finally:
@@ -308,11 +313,13 @@ def _mind_the_table(session: Session, settings: Settings) -> Forgetter:
     return forgetter
 
 
-async def _announce(settings: Settings, started: trio.Event, ready: Callable[[], None]) -> None:
+async def _announce(
+    settings: Settings, model: str, started: trio.Event, ready: Callable[[], None]
+) -> None:
     await started.wait()
     memory.settle()
     device.raise_limits(settings.mountpoint)
-    log.info("%s: mounted on %s, model %s", settings.source, settings.mountpoint, settings.model)
+    log.info("%s: mounted on %s, model %s", settings.source, settings.mountpoint, model)
     ready()
 
 

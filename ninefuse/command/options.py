@@ -72,18 +72,17 @@ class Option:
         Raises Failure(USAGE) that names the option when its value is bad.
         """
         text = word.partition("=")[2]
-        where = f"option -o {word}"
         if self.kind is Kind.CHOICE:
             if text not in self.values:
                 choices = ", ".join(self.values)
-                raise Failure(ExitCode.USAGE, f"{where}: choose one of {choices}")
+                raise Failure(ExitCode.USAGE, f"option -o {word}: choose one of {choices}")
             return self.values[text]
         if self.kind is Kind.TEXT and not text:
             raise Failure(ExitCode.USAGE, f"option -o {self.name}= needs a value")
         if self.kind is Kind.SECONDS:
-            return _seconds(text, where)
+            return _seconds(text, word)
         if self.parse is not None:
-            return self.parse(text, where)
+            return self.parse(text, word)
         return text if self.kind is Kind.TEXT else self.value
 
 
@@ -99,19 +98,25 @@ def parse_threads(text: str, where: str) -> int:
     raise Failure(ExitCode.USAGE, f"{where}: the number of threads is 1 to {MAX_THREADS}")
 
 
-def _whole(text: str, where: str) -> int:
+def _workers(text: str, word: str) -> int:
+    return parse_threads(text, f"option -o {word}")
+
+
+def _whole(text: str, word: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= 15):
-        raise Failure(ExitCode.USAGE, f"{where}: give a whole number, 0 for no limit")
+        raise Failure(ExitCode.USAGE, f"option -o {word}: give a whole number, 0 for no limit")
     return int(text)
 
 
-def _seconds(text: str, where: str) -> float:
+def _seconds(text: str, word: str) -> float:
     try:
         seconds = float(text)
     except ValueError:
         seconds = math.nan
     if not math.isfinite(seconds) or seconds < 0:
-        raise Failure(ExitCode.USAGE, f"{where}: give a number of seconds, zero or greater")
+        raise Failure(
+            ExitCode.USAGE, f"option -o {word}: give a number of seconds, zero or greater"
+        )
     return seconds
 
 
@@ -162,7 +167,7 @@ OPTIONS = (
     Option("xdev", Kind.SWITCH, "one_file_system"),
     Option("fsname", Kind.TEXT),
     Option("subtype", Kind.TEXT),
-    Option("threads", Kind.NUMBER, "threads", parse=parse_threads),
+    Option("threads", Kind.NUMBER, "threads", parse=_workers),
     Option("max_inodes", Kind.NUMBER, "max_inodes", parse=_whole),
     Option("attr_timeout", Kind.SECONDS, "attr_timeout"),
     Option("entry_timeout", Kind.SECONDS, "entry_timeout"),

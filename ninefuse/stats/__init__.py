@@ -8,7 +8,8 @@ only ever grow, and which is made anew once a second (report.py).
     table.py     the table
     command.py   the command line
 
-It looks at a daemon from outside: it may import process/, exitcodes.py and the attribute's name.
+It looks from outside: it may import process/, linux/ and exitcodes.py, and of driving/ the
+attribute's name; no daemon imports it.
 """
 
 from ninefuse.driving.counters import ATTRIBUTE as ATTRIBUTE

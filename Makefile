@@ -31,7 +31,8 @@ help:
 	@echo 'make conformance PJDFSTEST=/some/dir'
 	@echo '             pjdfstest, built there, on mounts of each model and engine; as root'
 	@echo '             ARGS="--rows second --only chmod/*.t": further arguments'
-	@echo 'make check   ruff check, ruff format --check, mypy --strict, and the site of docs/ in build/site'
+	@echo 'make check   ruff check, ruff format --check, mypy --strict, lint-imports (which district imports'
+	@echo '             which: setup.cfg), and the site of docs/ in build/site'
 	@echo 'make pages   write anew what follows from the options: man pages, completions; and pictures'
 	@echo 'make clean   remove .venv, caches and build leftovers'
 
@@ -75,6 +76,7 @@ check:
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy --strict
+	.venv/bin/lint-imports --no-cache --no-logo
 	.venv/bin/mkdocs build --strict
 
 pages:

@@ -29,7 +29,6 @@ Locks touched: whatever bodies ask for, and the pool's mutex.
 
 from __future__ import annotations
 
-import importlib
 import threading
 import time
 from collections.abc import Callable
@@ -37,6 +36,7 @@ from functools import partial
 from typing import TypeVar
 
 from ninefuse.calls import Body, Later
+from ninefuse.driving import plugin
 from ninefuse.driving.driver import Executor
 from ninefuse.driving.request import Request, Step
 from ninefuse.driving.uring import STUCK, Uring
@@ -338,24 +338,14 @@ def create(model: str, threads: int, *, by_user: bool = False) -> Executor:
             model's).
 
     Raises:
-        ValueError: there is no such class, or it is no `Executor`.
+        ValueError: there is no such class, or it cannot be a model.
     """
     if model == "none":
         return NoThreading()
     if ":" in model:
-        return _plugged_in(model)(threads)
+        own: Executor = plugin.make(model, threads, Executor)
+        return own
     return {"first": FirstModel, "second": SecondModel}[model](threads, by_user=by_user)
-
-
-def _plugged_in(model: str) -> Callable[[int], Executor]:
-    module, _, name = model.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(str(error)) from error
-    if not (isinstance(found, type) and issubclass(found, Executor)):
-        raise ValueError(f"{name} is no subclass of ninefuse.executor.Executor")
-    return found
 
 
 def _nobody(request: Request) -> None:

@@ -13,11 +13,8 @@ import dataclasses
 import logging
 import os
 import resource
-import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Callable, Iterator
 
 import pyfuse3
@@ -30,10 +27,11 @@ from ninefuse.exitcodes import ExitCode, Failure
 from ninefuse.fuse import device, rootmount
 from ninefuse.fuse.adapter import Adapter
 from ninefuse.fuse.forgetting import Forgetter
-from ninefuse.linux import credentials, mountflags, syscalls
+from ninefuse.linux import credentials, mountflags, mountinfo, syscalls
 from ninefuse.linux.mountinfo import MountsBelow, OwnMount
-from ninefuse.process import logs, memory, signals, unmount
-from ninefuse.process.notify import notify
+from ninefuse.process import logs, memory, signals
+from ninefuse.process.loglines import ASKED_FOR
+from ninefuse.process.stopper import Stopper
 from ninefuse.settings import FUSE_DEVICE, Settings
 from ninefuse.tree.leaving import Leaver
 from ninefuse.tree.qids import ROOT_NODEID, is_on_own_device
@@ -51,9 +49,6 @@ _MIN_TASKS = 32
 _MAX_TASKS = 20_000
 
 _MIN_STEP = 256  # fids by which the table grows until somebody minds it
-
-_BUSY_GRACE = 10.0  # seconds to go on serving a busy mount that was detached
-_END_GRACE = 5.0  # seconds after that until the process ends whatever hangs
 
 
 def serve(settings: Settings, ready: Callable[[], None]) -> int:
@@ -235,11 +230,12 @@ async def _serve(
     driver.answered.clear()  # what is counted are callbacks
     started = trio.Event()
     adapter = Adapter(session, awaiting, settings, started.set)
-    stopper = _Stopper(settings.mountpoint, session, trio.lowlevel.current_trio_token())
+    stopper = _stopper(settings, session)
     counters = report.Counters(settings, adapter, driver, session)
     adapter.statistics = counters.published
-    point = stopper.point = _mount(adapter, settings)
-    stopper.number = device.connection(settings.mountpoint) if point is None else point.number
+    point = _mount(adapter, settings)
+    stopper.point = point
+    stopper.number = mountinfo.connection_at(settings.mountpoint) if point is None else point.number
     if stopper.number is not None:
         if not settings.one_file_system:
             session.own_mount = OwnMount(mounts, stopper.number)
@@ -268,7 +264,7 @@ async def _serve(
     device.install(None if tracer is None else tracer.around_wait)
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_announce, settings, started, ready)
+            nursery.start_soon(_announce, settings, driver.model, started, ready)
             await pyfuse3.main(_MIN_TASKS, _MAX_TASKS)
             nursery.cancel_scope.cancel()
     finally:
@@ -286,6 +282,20 @@ async def _serve(
             stopper.abandon()
 
 
+def _stopper(settings: Settings, session: Session) -> Stopper:
+    token = trio.lowlevel.current_trio_token()
+
+    def end_loop() -> None:
+        with contextlib.suppress(trio.RunFinishedError):
+            token.run_sync_soon(device.terminate)
+
+    return Stopper(
+        settings.mountpoint,
+        is_used=lambda: bool(session.fids.statistics().files),
+        end_loop=end_loop,
+    )
+
+
 def _mind_the_table(session: Session, settings: Settings) -> Forgetter:
     """Have what a big table needs done as it grows."""
     most = settings.max_inodes or sys.maxsize
@@ -300,11 +310,13 @@ def _mind_the_table(session: Session, settings: Settings) -> Forgetter:
     return forgetter
 
 
-async def _announce(settings: Settings, started: trio.Event, ready: Callable[[], None]) -> None:
+async def _announce(
+    settings: Settings, model: str, started: trio.Event, ready: Callable[[], None]
+) -> None:
     await started.wait()
     memory.settle()
     device.raise_limits(settings.mountpoint)
-    log.info("%s: mounted on %s, model %s", settings.source, settings.mountpoint, settings.model)
+    log.info("%s: mounted on %s, model %s", settings.source, settings.mountpoint, model)
     ready()
 
 
@@ -364,124 +376,11 @@ def _captured_stderr() -> Iterator[Callable[[], str]]:
             os.close(before)
 
 
-class _Stopper:
-    """Ends the mount from outside the dispatcher, which may be stuck.
-
-    Attributes:
-        number: of the mount's FUSE connection, by which it is known from another mount at
-            the same place; None for a mount that was handed over open.
-        point: where it is, if root has made it.
-        ended: set once the dispatcher serves no more.
-    """
-
-    def __init__(self, mountpoint: str, session: Session, token: trio.lowlevel.TrioToken) -> None:
-        self.number: int | None = None
-        self.point: rootmount.MountPoint | None = None
-        self.ended = threading.Event()
-        self._mountpoint = mountpoint
-        self._session = session
-        self._token = token
-        self._is_announced = False
-        # Descriptors to end with, should there be no others left then.
-        self._spare = [os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC) for _ in range(8)]
-
-    def is_mounted(self) -> bool:
-        """Whether it is our mount that lies on top at the mount point."""
-        try:
-            if self.point is not None:
-                return self.point.is_ours()
-            return self.number is not None and device.connection(self._mountpoint) == self.number
-        except FileNotFoundError:  # nor is the mount point there any more
-            return False
-        except OSError as e:  # no descriptor left, say
-            log.warning("%s: cannot look whether it is mounted: %s", self._mountpoint, e)
-            return False
-
-    def announce(self) -> None:
-        """Tell the service manager, once, that this is the end."""
-        if not self._is_announced:
-            self._is_announced = True
-            notify("STOPPING=1")
-
-    def stop(self) -> None:
-        """Unmount while the mount goes on being served; then see that the loop ends."""
-        self.announce()
-        self._give_up_spare()
-        until = time.monotonic() + _BUSY_GRACE
-        helper = self._helper() if self.is_mounted() else None
-        # A busy mount is detached, and kept alive by the helper until nobody has a file
-        # open (or mapped) any more, or the time is up.
-        while not self.ended.wait(0.05) and time.monotonic() < until:
-            if not self._session.fids.statistics().files:
-                if helper is None:
-                    break
-                assert helper.stdin is not None
-                helper.stdin.close()
-                if helper.poll() is not None:
-                    break
-        if helper is not None:
-            assert helper.stdin is not None
-            helper.stdin.close()
-        if not self.ended.wait(_END_GRACE if helper is not None else 0):
-            log.warning("%s: ending though it may be in use", self._mountpoint)
-            with contextlib.suppress(trio.RunFinishedError):
-                self._token.run_sync_soon(device.terminate)
-            if not self.ended.wait(_END_GRACE):
-                log.error("%s: the dispatcher does not end; ending without", self._mountpoint)
-                self.abandon()
-                logs.finish()
-                os._exit(ExitCode.INTERNAL)
-
-    def abandon(self) -> None:
-        """Detach the mount without waiting for anything."""
-        self._give_up_spare()
-        if not self.is_mounted():
-            return
-        point = self.point
-        if point is None:
-            command = ["fusermount3", "-u", "-z", "--", self._mountpoint]
-        else:
-            command = self._unmounter("--detach")
-        with contextlib.suppress(OSError):
-            subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-                pass_fds=() if point is None else (point.parent,),
-            )
-
-    def _helper(self) -> subprocess.Popen[bytes] | None:
-        try:
-            return subprocess.Popen(
-                self._unmounter(),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                start_new_session=True,  # a second Ctrl-C is for us alone
-                pass_fds=() if self.point is None else (self.point.parent,),
-            )
-        except OSError as e:
-            log.error("%s: cannot start the helper that unmounts: %s", self._mountpoint, e)
-            return None
-
-    def _unmounter(self, *words: str) -> list[str]:
-        """The command that unmounts; the descriptor of `point` is to be passed on to it."""
-        command = [sys.executable, "-I", unmount.__file__, *words, self._mountpoint]
-        if self.point is not None:
-            command += [str(self.point.parent), str(self.point.number)]
-        return command
-
-    def _give_up_spare(self) -> None:
-        while self._spare:
-            os.close(self._spare.pop())
-
-
 def _log_lines(lines: list[str]) -> None:
     for line in lines:
         # Somebody has asked for it, so it is said whatever the level is.
         log.handle(
             log.makeRecord(
-                log.name, logging.WARNING, __file__, 0, "%s", (line,), None, extra=logs.ASKED_FOR
+                log.name, logging.WARNING, __file__, 0, "%s", (line,), None, extra=ASKED_FOR
             )
         )

@@ -62,7 +62,7 @@ RANKS = {
     ("ninefuse.tree.order", "Ranges"): INNERMOST,
     ("ninefuse.tree.qids", "QidPaths"): INNERMOST,
     ("ninefuse.watching.trace_file", "TraceFile"): INNERMOST,
-    ("ninefuse.process.logs", "RepeatFilter"): INNERMOST,
+    ("ninefuse.process.loglines", "RepeatFilter"): INNERMOST,
 }
 # Taken by the thread that waits and given back by the one that wakes it: no mutex.
 HAND_SHAKES = {("ninefuse.locks", "_BlockingSection")}

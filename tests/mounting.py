@@ -40,8 +40,8 @@ NINEFUSE = (sys.executable, "-m", "ninefuse")
 HASTY_NINEFUSE = (
     sys.executable,
     "-c",
-    "import sys; from ninefuse import serve; from ninefuse.command import cli;"
-    " serve._BUSY_GRACE, serve._END_GRACE = 1.0, 0.5; sys.exit(cli.main())",
+    "import sys; from ninefuse.command import cli; from ninefuse.process import stopper;"
+    " stopper.BUSY_GRACE, stopper.END_GRACE = 1.0, 0.5; sys.exit(cli.main())",
 )
 ENVIRONMENT = {
     **os.environ,

@@ -14,7 +14,7 @@ import pytest
 from misplaced import put_fifo, put_hard_link, put_symlink, put_their_own
 
 from ninefuse.exitcodes import ExitCode, Failure
-from ninefuse.process import logs
+from ninefuse.process import loglines, logoutputs, logs
 from ninefuse.settings import Settings
 from ninefuse.watching.trace_file import TraceFile
 
@@ -188,7 +188,7 @@ def test_what_is_no_file_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_closed_file_is_not_opened_anew(tmp_path: Path) -> None:
-    handler = logs.QueuedHandler(logs.LogFile(str(tmp_path / "log")))
+    handler = logoutputs.QueuedHandler(logoutputs.LogFile(str(tmp_path / "log")))
     handler.close()
     (tmp_path / "log").unlink()
     handler.handle(record("late"))
@@ -292,7 +292,7 @@ def test_in_a_directory_of_ones_own_a_symlink_is_followed(tmp_path: Path) -> Non
 def test_whoever_logs_does_not_wait_for_a_pipe_that_nobody_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logs, "_MOST_WAITING", 2000)
+    monkeypatch.setattr(logoutputs, "_MOST_WAITING", 2000)
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     logs.configure(with_log(tmp_path / "pipe", log_level="debug"), daemon=True)
@@ -415,7 +415,7 @@ def test_levels(tmp_path: Path, fields: dict[str, object], own: int, library: in
 
 def test_a_file_name_cannot_forge_a_line() -> None:
     name = os.fsdecode(b"a\nERROR ninefuse: forged\x1b[2J\xff")
-    line = logs.LineFormatter(with_time=False).format(record("lost %s", name))
+    line = loglines.LineFormatter(with_time=False).format(record("lost %s", name))
     assert line == r"INFO ninefuse.test: lost a\nERROR ninefuse: forged\x1b[2J\udcff"
 
 
@@ -425,7 +425,7 @@ def test_a_traceback_follows_indented_and_escaped() -> None:
         raise ValueError("one\ntwo\x1b")
     except ValueError:
         event.exc_info = sys.exc_info()
-    first, *rest = logs.LineFormatter(with_time=False).format(event).split("\n")
+    first, *rest = loglines.LineFormatter(with_time=False).format(event).split("\n")
     assert first == "INFO ninefuse.test: went wrong"
     assert rest[0] == "    Traceback (most recent call last):"
     assert rest[-2:] == ["    ValueError: one", r"    two\x1b"]
@@ -448,9 +448,9 @@ class Repeats(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.clock = Clock()
-        self.repeats = logs.RepeatFilter(self, limit=2, seconds=10, clock=self.clock)
+        self.repeats = loglines.RepeatFilter(self, limit=2, seconds=10, clock=self.clock)
         self.addFilter(self.repeats)
-        self.setFormatter(logs.LineFormatter(with_time=False))
+        self.setFormatter(loglines.LineFormatter(with_time=False))
         self._lines: list[str] = []
 
     def emit(self, event: logging.LogRecord) -> None:
@@ -548,7 +548,7 @@ def test_what_was_asked_for_is_never_held_back() -> None:
     log = Repeats()
     for _ in range(50):
         event = record("counters")
-        event.__dict__.update(logs.ASKED_FOR)
+        event.__dict__.update(loglines.ASKED_FOR)
         log.handle(event)
     log.repeats.tell(all_of_them=True)
     assert log.lines() == ["counters"] * 50
@@ -638,7 +638,7 @@ def test_daemon_without_a_file_logs_to_syslog(syslog_socket: socket.socket) -> N
 def test_a_full_or_ended_syslog_stops_nobody(
     syslog_socket: socket.socket, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    handler = logs.SyslogHandler("syslog")
+    handler = logoutputs.SyslogHandler("syslog")
 
     def fill() -> None:
         for number in range(5000):

@@ -22,18 +22,19 @@ def test_mounts_below_a_directory_are_noticed_as_they_come_and_go(
     beside = tmp_path.with_name(f"{tmp_path.name}-beside")  # whose name begins in the same way
     beside.mkdir()
     below, others = MountsBelow(str(tmp_path)), MountsBelow(str(beside))
-    assert below.none()
+    changes: list[MountsBelow] = []
+    below.on_change = lambda: changes.append(below)
     mount = new_mount()
-    assert not below.none()
-    assert not below.none(), "also when the table has not changed since"
-    [device] = mount_ids(mount.path)
-    assert below.has(device.encode())
-    assert not below.has(device.encode() + b"1")
-    assert not others.has(device.encode())
-    assert others.none()
-    assert not MountsBelow(str(tmp_path)).none()
+    [text] = mount_ids(mount.path)
+    device = text.encode()
+    assert below.has(device)
+    assert below.has(device), "also when the table has not changed since"
+    assert not below.has(device + b"1")
+    assert not others.has(device)
+    assert MountsBelow(str(tmp_path)).has(device)
+    assert changes
     mount.end()
-    assert below.none()
+    assert not below.has(device)
 
 
 def test_names_in_the_mount_table_are_unescaped() -> None:

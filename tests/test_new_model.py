@@ -17,6 +17,7 @@ import test_executor
 from mounting import ENVIRONMENT, NINEFUSE, REPO, Mount, run
 
 from ninefuse import executor
+from ninefuse.driving import plugin
 from ninefuse.exitcodes import ExitCode
 from ninefuse.stats import ATTRIBUTE
 
@@ -104,7 +105,64 @@ def test_a_mount_with_it(directory: Path, new_mount: Callable[..., Mount]) -> No
 )
 def test_a_model_that_is_not_there(model: str, reason: str, directory: Path) -> None:
     with pytest.raises(ValueError, match=reason):
-        executor.create(model, 1)
+        plugin.make(model, 1, executor.Executor)
+
+
+WHOLE = """
+from ninefuse.executor import NoThreading as Base
+class Model(Base):
+    model = "mine"
+    def __init__(self, threads):
+        super().__init__()
+"""
+BARE = WHOLE.replace("NoThreading", "Executor")  # all else is abstract
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("def Model(threads): pass", "Model is no subclass of ninefuse.executor.Executor"),
+        ("class Model: pass", "Model is no subclass of ninefuse.executor.Executor"),
+        ("raise LookupError('where?')", "own cannot be imported: LookupError: where?"),
+        ("class Model(: pass", "own cannot be imported: SyntaxError: "),
+        ("import no_such_module", "No module named 'no_such_module'"),
+        (BARE, "Model lacks close, drive, resume"),
+        (f"{BARE}    def drive(self, request): pass", "Model lacks close, resume"),
+        (
+            WHOLE + "    async def drive(self, request): pass",
+            "Model.drive is a coroutine: begin it with def",
+        ),
+        (
+            WHOLE.replace('"mine"', "None"),
+            "Model lacks model, its name for the log and for ninefuse-stat",
+        ),
+        (WHOLE.replace("__init__(self", "begin(self"), "Model lacks __init__(self, threads)"),
+        (WHOLE.replace(", threads", ""), "Model(3) fails: TypeError: "),
+        (WHOLE.replace("super().__init__()", "1 / 0"), "Model(3) fails: ZeroDivisionError: "),
+        (
+            WHOLE.replace("super().__init__()", "pass"),
+            "Model.statistics() fails: AttributeError: ",
+        ),
+    ],
+)
+def test_what_is_no_model_is_refused_before_the_mount(
+    text: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "own", raising=False)
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        plugin.make("own:Model", 3, executor.Executor)
+    sys.modules.pop("own", None)
+
+
+def test_what_is_no_model_is_a_usage_error_in_one_line(directory: Path, mountpoint: Path) -> None:
+    (directory / "own.py").write_text(BARE)
+    done = run(*NINEFUSE, "--model", "own:Model", directory, mountpoint)
+    assert (done.returncode, done.stderr) == (
+        ExitCode.USAGE,
+        "ninefuse: --model own:Model: Model lacks close, drive, resume\n",
+    )
 
 
 def test_a_model_that_is_not_there_is_a_usage_error(directory: Path, mountpoint: Path) -> None:

@@ -5,15 +5,23 @@ import os
 
 import pytest
 
+from ninefuse.command import manual
 from ninefuse.command.options import (
     MAX_THREADS,
+    OPTIONS,
+    Kind,
     MountOptions,
+    Option,
     make_settings,
     parse_options,
     split_words,
 )
 from ninefuse.exitcodes import ExitCode, Failure
 from ninefuse.settings import DEFAULT_THREADS, Settings
+
+# What the command line sets, or the words of all options together.
+BESIDE = {"source", "mountpoint", "foreground", "log_file", "log_level", "trace_file"}
+BESIDE |= {"mount_options", "remount"}
 
 
 def settings(*words: str, source: str = "/src") -> Settings:
@@ -64,6 +72,47 @@ def test_defaults() -> None:
 def test_the_number_of_inodes(number: int) -> None:
     assert settings(f"max_inodes={number}") == dataclasses.replace(settings(), max_inodes=number)
     assert settings("max_inodes=3", f"max_inodes={number}").max_inodes == number
+
+
+def test_every_option_has_a_field_of_the_settings_and_every_field_an_option() -> None:
+    fields = {one.name for one in dataclasses.fields(Settings)}
+    several = {
+        name
+        for one in OPTIONS
+        if one.sets is None
+        for value in one.values.values()
+        for name in value
+    }
+    assert {one.sets for one in OPTIONS} - {None} | several == fields - BESIDE
+    # The others are for libfuse or the kernel alone, or say what is so anyway.
+    none = {one.name for one in OPTIONS if not (one.sets or one.values or one.for_libfuse)}
+    assert none == {
+        "rw",
+        "exec",
+        "async",
+        "atime",
+        "diratime",
+        "default_permissions",
+        "fsname",
+        "subtype",
+    }
+
+
+def test_every_option_has_one_text() -> None:
+    explained = [word.partition("=")[0] for text in manual.MOUNT for word in text.words.split(", ")]
+    assert sorted(explained) == sorted(one.name for one in OPTIONS)
+
+
+@pytest.mark.parametrize("option", [one for one in OPTIONS if one.sets], ids=lambda one: one.name)
+def test_an_option_sets_its_field(option: Option) -> None:
+    values = {Kind.NUMBER: "7", Kind.SECONDS: "7"}
+    for word in option.words():
+        text = word + values.get(option.kind, "")
+        given = settings("engine=threads", text) if option.name != "engine" else settings(text)
+        assert option.sets is not None
+        expected = option.read(text)
+        assert getattr(given, option.sets) == expected, text
+        assert type(getattr(given, option.sets)) is type(expected)
 
 
 def test_settings_cannot_be_changed() -> None:

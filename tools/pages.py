@@ -1,4 +1,4 @@
-"""The pages that follow from the options: manual pages, completions, README's table.
+"""The pages that follow from the options: manual pages, completions, the table of docs/options.md.
 
     .venv/bin/python tools/pages.py [DIRECTORY]
 
@@ -71,7 +71,7 @@ _PREAMBLE = {"bash": _BASH_WORDS, "zsh": _ZSH_WORDS}
 
 def pages() -> dict[str, str]:
     """Return all texts, by their paths in the checkout."""
-    made = {"README.md": readme((ROOT / "README.md").read_text())}
+    made = {"docs/options.md": with_table((ROOT / "docs/options.md").read_text())}
     for name in PARSERS:
         made[f"share/man/man1/{name}.1"] = manual_page(name)
         made[f"share/bash-completion/completions/{name}"] = completion(name, "bash")
@@ -162,15 +162,15 @@ def completion(name: str, shell: str) -> str:
     return made
 
 
-def readme(text: str) -> str:
-    """Return README.md with the table of options as they are now."""
+def with_table(text: str) -> str:
+    """Return docs/options.md with the table of options as they are now."""
     rows = [(one.words.replace("|", "\\|"), one.text()) for one in manual.COMMAND_LINE[1:]]
     rows += [("-o " + one.words.replace("|", "\\|"), one.text()) for one in manual.MOUNT]
     lines = "".join(f"| `{words}` | {text} |\n" for words, text in rows)
     table = "| option | |\n|---|---|\n" + lines
     made, count = re.subn(r"^\| option \| \|\n(\|.*\n)*", lambda _: table, text, flags=re.M)
     if count != 1:
-        raise ValueError(f"README.md has {count} tables of options")
+        raise ValueError(f"docs/options.md has {count} tables of options")
     return made
 
 

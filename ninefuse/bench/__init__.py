@@ -6,6 +6,8 @@ with a limit, and the benchmark's own process stays free to end the daemon.
 
 Signals are noted, and raised as Interrupted only where something is waited for: nothing is ever
 interrupted between making a thing (a process, a mount, a directory) and seeing to its removal.
+
+It looks from outside: it may import linux/, settings.py and exitcodes.py, and no daemon imports it.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shutil
 import sys
 import time
@@ -20,6 +19,7 @@ from types import TracebackType
 import ninefuse
 from ninefuse.bench import BenchError, Process, Processes
 from ninefuse.exitcodes import one_line
+from ninefuse.linux import mountinfo
 
 log = logging.getLogger(__name__)
 
@@ -207,17 +207,4 @@ def file_system(path: Path) -> str:
 
 def _mounts() -> list[tuple[Path, str]]:
     """Return all mount points with the types of their file systems; see proc(5)."""
-    mounts = []
-    with open("/proc/self/mountinfo", "rb") as file:
-        for line in file.read().splitlines():
-            fields = line.split(b" ")
-            # The optional fields end with a dash; then come type, source and options.
-            kind = fields[fields.index(b"-", 6) + 1]
-            mounts.append((Path(_unescape(fields[4])), os.fsdecode(kind)))
-    return mounts
-
-
-def _unescape(field: bytes) -> str:
-    r"""Return a path of mountinfo as it is: space, tab, newline and backslash come as \ooo."""
-    plain = re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), field)
-    return os.fsdecode(plain)
+    return [(Path(os.fsdecode(a.point)), os.fsdecode(a.kind)) for a in mountinfo.lines()]

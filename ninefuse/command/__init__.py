@@ -1,4 +1,5 @@
-"""The command line: options, their manual, checks before mounting, mount(8)'s helper.
+"""The command line: options, their texts, the checks before mounting, mount(8)'s helper.
 
-It builds on process/ and linux/, and on serve.py once the checks are done.
+It stands at the top: it may import all but bench/ and stats/, and serve.py late, once the checks
+are done. Nothing imports it.
 """

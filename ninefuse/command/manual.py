@@ -1,8 +1,10 @@
 """What each option of the ninefuse command says of itself.
 
 Each text stands here once. `--help` shows its first part, `--help-options` the whole; the manual
-page and README's table are made of it by tools/pages.py. It is Markdown, with code in backticks
-and links as README has them.
+page and docs/options.md are made of it by tools/pages.py (`make pages`). It is Markdown, with code
+in backticks and links as they are in docs/.
+
+Locks touched: none.
 """
 
 import re
@@ -13,8 +15,12 @@ from ninefuse.command.options import IGNORED, MAX_THREADS
 from ninefuse.settings import DEFAULT_MAX_INODES, DEFAULT_THREADS
 
 
-class Option(NamedTuple):
-    """One option. words: as one writes it. brief: its line of --help. more: what follows that."""
+class Text(NamedTuple):
+    """What one option says, or several together.
+
+    words: the options as one writes them, of -o without it. brief: the line of --help. more: what
+    follows that.
+    """
 
     words: str
     brief: str
@@ -26,102 +32,102 @@ class Option(NamedTuple):
 
 
 COMMAND_LINE = (
-    Option("-o OPT,...", "mount options: ro, allow_other, ...", "; as often as you like"),
-    Option("-f", "stay in the foreground"),
-    Option("-d", "stay in the foreground, with debug messages"),
-    Option("-s", "same as --model none", ", under which one caller can keep all others waiting"),
-    Option(
+    Text("-o OPT,...", "mount options: ro, allow_other, ...", "; as often as you like"),
+    Text("-f", "stay in the foreground"),
+    Text("-d", "stay in the foreground, with debug messages"),
+    Text("-s", "same as --model none", ", under which one caller can keep all others waiting"),
+    Text(
         "--model none|first|second",
-        "[threading model](docs/models.md) (second)",
-        "; `package.module:Class` is [one of your own](docs/new-model.md)",
+        "[threading model](models.md) (second)",
+        "; `package.module:Class` is [one of your own](new-model.md)",
     ),
-    Option(
+    Text(
         "--engine auto|threads|uring",
         "what makes calls beneath the model (auto)",
-        ", if it is the second: [io_uring](docs/models.md#io_uring) where there is one (`auto`; "
+        ", if it is the second: [io_uring](models.md#io_uring) where there is one (`auto`; "
         "not with `inline=off`), or workers only",
     ),
-    Option(
+    Text(
         "--threads N",
         f"workers ({DEFAULT_THREADS})",
         f", to begin with: more are started where all are stuck; from 1 to {MAX_THREADS}",
     ),
-    Option(
+    Text(
         "--log FILE",
         "log to FILE; a daemon otherwise logs to syslog",
         ", if there is one, and `-f` to stderr",
     ),
-    Option("--log-level LEVEL", "error, warning, info (default) or debug"),
-    Option(
+    Text("--log-level LEVEL", "error, warning, info (default) or debug"),
+    Text(
         "--trace FILE",
-        "write the way of requests to FILE, for [Perfetto](docs/observing.md#traces)",
+        "write the way of requests to FILE, for [Perfetto](observing.md#traces)",
     ),
-    Option("--help-options", "explain all options, those of -o too"),
-    Option("-V, --version", "print versions"),
+    Text("--help-options", "explain all options, those of -o too"),
+    Text("-V, --version", "print versions"),
 )
 
 MOUNT = (
-    Option(
+    Text(
         "ro, rw, dev, nodev, suid, nosuid, exec, noexec, sync, async, dirsync, atime, noatime, "
         "diratime, nodiratime",
         "as in mount(8), but `nodev` and `nosuid` unless told otherwise",
         "; and what the mount that the source lies on forbids, is forbidden whatever is said",
     ),
-    Option(
+    Text(
         "allow_other",
         "let other users in",
         "; needs `user_allow_other` in /etc/fuse.conf unless root mounts",
     ),
-    Option(
+    Text(
         "acl",
         "have the kernel evaluate POSIX ACLs",
         "; on with allow_other unless `noxattr`",
     ),
-    Option(
+    Text(
         "xdev",
         "hide what is mounted in the source, and show what it covers",
         "; as root. By default file systems in the source are part of the mount",
     ),
-    Option(
+    Text(
         "cache=none|auto|loose",
-        "[what the kernel may remember](docs/caching.md)",
+        "[what the kernel may remember](caching.md)",
         ": nothing, for 1 second (default), or for a day (for exclusive use of the source). "
         "v9fs's names for these are taken too: `readahead` and `mmap` for `auto`, "
         "`fscache` for `loose`",
     ),
-    Option("attr_timeout=, entry_timeout=, negative_timeout=", "seconds, each for itself"),
-    Option(
+    Text("attr_timeout=, entry_timeout=, negative_timeout=", "seconds, each for itself"),
+    Text(
         "noxattr",
         "no extended attributes, and no question for one before each write",
         ": faster",
     ),
-    Option(
+    Text(
         "osync=direct|cached",
         "writes of O_SYNC and O_DSYNC opens",
         ": one durable write past the page cache (default), or a cached write and an fsync, for "
         "programs that map such a file shared (default with `cache=none`)",
     ),
-    Option(
+    Text(
         "inline=auto|off",
         "whether the dispatcher makes calls itself",
         " that wait for nobody, under the second model (default), "
-        "[or not](docs/models.md#until-it-would-block)",
+        "[or not](models.md#until-it-would-block)",
     ),
-    Option(
+    Text(
         "cpus=one|all",
         "keep the daemon's threads on one processor",
         ", which is faster where workers make the calls (default without io_uring), or not",
     ),
-    Option(
+    Text(
         "max_inodes=",
         "how many files the kernel may know",
         " before it is asked to forget those long unused, from Linux 6.18 on "
         f"({DEFAULT_MAX_INODES:,}; each takes some 500 bytes in the daemon, and more in the "
         "kernel); 0: no limit",
     ),
-    Option("fsname=, subtype=, auto_unmount", "as in mount.fuse3(8)"),
-    Option("debug, default_permissions", "the first as `-d`; the second is on anyway"),
-    Option(
+    Text("fsname=, subtype=, auto_unmount", "as in mount.fuse3(8)"),
+    Text("debug, default_permissions", "the first as `-d`; the second is on anyway"),
+    Text(
         "model=, threads=, engine=",
         "as above, for /etc/fstab",
         ": `/src /mnt fuse.ninefuse model=first,nofail 0 0`, with `ninefuse` in /usr/local/bin",

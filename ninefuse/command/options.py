@@ -1,90 +1,199 @@
-"""What the user asked for: the parser of -o options, and what it makes settings of.
+"""What the user asked for: the -o options, one table, and the settings that are made of them.
 
-The option names follow mount(8), mount.fuse3(8) and, for cache=, v9fs.
+An option is a row of OPTIONS here, a field of Settings, and a text in manual.py; parser, help,
+manual page and completions follow from these. The names are those of mount(8), mount.fuse3(8)
+and, for cache=, v9fs.
+
+Locks touched: none.
 """
+
+from __future__ import annotations
 
 import math
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import Any
 
 from ninefuse.exitcodes import ExitCode, Failure
-from ninefuse.settings import (
-    DEFAULT_ENGINE,
-    DEFAULT_LOG_LEVEL,
-    DEFAULT_MAX_INODES,
-    DEFAULT_MODEL,
-    DEFAULT_THREADS,
-    ENGINES,
-    MODELS,
-    Settings,
-)
+from ninefuse.settings import DEFAULT_LOG_LEVEL, ENGINES, MODELS, Settings
 
 _PLUG_IN = re.compile(r"\w+(\.\w+)*:\w+")  # a driver of the user's own, package.module:Class
 MAX_THREADS = 1024
 
-# The kernel's mount flags. Of the words of one group the last one given wins; the second
-# member says whether libfuse has to hear of it. It mounts nodev and nosuid for root too unless
-# told otherwise (mo->flags in its lib/mount.c), hence dev and suid are passed on, while rw,
-# exec, async and atime are what it does anyway. nodiratime is not passed on: libfuse 3.14
-# does not know the word, and the kernel never updates access times on a FUSE mount by itself:
-# the source's are moved by our own reads, or not (Session.noatime).
-_KERNEL_FLAGS = {
-    "ro": ("write", True),
-    "rw": ("write", False),
-    "dev": ("dev", True),
-    "nodev": ("dev", True),
-    "suid": ("suid", True),
-    "nosuid": ("suid", True),
-    "exec": ("exec", False),
-    "noexec": ("exec", True),
-    "sync": ("sync", True),
-    "async": ("sync", False),
-    "dirsync": ("dirsync", True),
-    "atime": ("atime", False),
-    "noatime": ("atime", True),
-    "diratime": ("diratime", False),
-    "nodiratime": ("diratime", False),
-}
 
-_SWITCHES = (
-    "acl",
-    "allow_other",
-    "auto_unmount",
-    "debug",
-    "default_permissions",
-    "noxattr",
-    "xdev",
+# ---- the table ------------------------------------------------------------------------------
+
+
+class Kind(Enum):
+    """How an option is written, and what may stand behind its name."""
+
+    FLAG = "a word, for the kernel; of the words of one group the last one given counts"
+    SWITCH = "a word"
+    CHOICE = "name=value, of a few"
+    NUMBER = "name=, a whole number"
+    SECONDS = "name=, a number of seconds"
+    TEXT = "name=, any text but none"
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One -o option.
+
+    name: as it is written, without the =. kind: of its value. sets: a field of Settings; None: it
+    sets none. value: of a flag or switch, what the field becomes. values: of a choice, what the
+    field becomes for each word; where sets is None, a dict of fields, each of which another option
+    may set instead. parse: of a number, returns what the field becomes; its
+    arguments are the value and the option as it was written, it raises Failure(USAGE).
+    group: of a flag. for_libfuse: whether libfuse hears of it.
+    """
+
+    name: str
+    kind: Kind
+    sets: str | None = None
+    value: Any = True
+    values: Mapping[str, Any] = field(default_factory=dict)
+    parse: Callable[[str, str], Any] | None = None
+    group: str = ""
+    for_libfuse: bool = False
+
+    def words(self) -> list[str]:
+        """What may stand after -o: ``name``, ``name=``, or a ``name=value`` for each value."""
+        if self.kind in (Kind.FLAG, Kind.SWITCH):
+            return [self.name]
+        return [f"{self.name}={value}" for value in self.values or ("",)]
+
+    def read(self, word: str) -> Any:
+        """What an option that was given is to set.
+
+        Argument: word, the option as it was written.
+        Raises Failure(USAGE) that names the option when its value is bad.
+        """
+        text = word.partition("=")[2]
+        if self.kind is Kind.CHOICE:
+            if text not in self.values:
+                choices = ", ".join(self.values)
+                raise Failure(ExitCode.USAGE, f"option -o {word}: choose one of {choices}")
+            return self.values[text]
+        if self.kind is Kind.TEXT and not text:
+            raise Failure(ExitCode.USAGE, f"option -o {self.name}= needs a value")
+        if self.kind is Kind.SECONDS:
+            return _seconds(text, word)
+        if self.parse is not None:
+            return self.parse(text, word)
+        return text if self.kind is Kind.TEXT else self.value
+
+
+def parse_threads(text: str, where: str) -> int:
+    """Return the number of worker threads that text gives.
+
+    Arguments: text, a whole number from 1 to MAX_THREADS; where, the option as the user wrote
+    it, for the message. Raises Failure(USAGE).
+    """
+    # Checked as text first: int() would take "1_6", " 16" and digits of other scripts too.
+    if text.isascii() and text.isdigit() and len(text) <= 9 and 1 <= int(text) <= MAX_THREADS:
+        return int(text)
+    raise Failure(ExitCode.USAGE, f"{where}: the number of threads is 1 to {MAX_THREADS}")
+
+
+def _workers(text: str, word: str) -> int:
+    return parse_threads(text, f"option -o {word}")
+
+
+def _whole(text: str, word: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= 15):
+        raise Failure(ExitCode.USAGE, f"option -o {word}: give a whole number, 0 for no limit")
+    return int(text)
+
+
+def _seconds(text: str, word: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not math.isfinite(seconds) or seconds < 0:
+        raise Failure(
+            ExitCode.USAGE, f"option -o {word}: give a number of seconds, zero or greater"
+        )
+    return seconds
+
+
+def _flag(name: str, group: str, sets: str | None = None, *, for_libfuse: bool = True) -> Option:
+    return Option(name, Kind.FLAG, sets, group=group, for_libfuse=for_libfuse)
+
+
+def _cached(seconds: float, *, keep_cache: bool = False, direct_sync: bool = True) -> Any:
+    """What a kind of cache sets. seconds: how long the kernel may believe names and attributes."""
+    times = dict.fromkeys(("attr_timeout", "entry_timeout", "negative_timeout"), seconds)
+    return {**times, "keep_cache": keep_cache, "direct_sync": direct_sync}
+
+
+# cache=none is for those who want the kernel's ordinary way with everything.
+_NO_CACHE, _CACHE, _LOOSE = (
+    _cached(0.0, direct_sync=False),
+    _cached(1.0),
+    _cached(86400.0, keep_cache=True),
 )
-_TIMEOUTS = ("attr_timeout", "entry_timeout", "negative_timeout")
 
-# cache= with v9fs's names as aliases.
-_CACHE_NAMES = {
-    "none": "none",
-    "auto": "auto",
-    "readahead": "auto",
-    "mmap": "auto",
-    "loose": "loose",
-    "fscache": "loose",
-}
-
-# Options with one of a few values.
-_CHOICES = {
-    "model": MODELS,
-    "engine": ENGINES,
-    "cache": tuple(_CACHE_NAMES),
+OPTIONS = (
+    # Libfuse mounts nodev and nosuid for root too unless told otherwise (mo->flags in its
+    # lib/mount.c), hence dev and suid are for it, while rw, exec, async and atime are what it does
+    # anyway. nodiratime is not: libfuse 3.14 does not know the word, and the kernel never updates
+    # access times on a FUSE mount by itself: the source's are moved by our own reads, or not
+    # (Session.noatime).
+    _flag("ro", "write", "read_only"),
+    _flag("rw", "write", for_libfuse=False),
+    _flag("dev", "dev"),
+    _flag("nodev", "dev"),
+    _flag("suid", "suid"),
+    _flag("nosuid", "suid"),
+    _flag("exec", "exec", for_libfuse=False),
+    _flag("noexec", "exec"),
+    _flag("sync", "sync", "sync"),
+    _flag("async", "sync", for_libfuse=False),
+    _flag("dirsync", "dirsync", "dirsync"),
+    _flag("atime", "atime", for_libfuse=False),
+    _flag("noatime", "atime", "noatime"),
+    _flag("diratime", "diratime", for_libfuse=False),
+    _flag("nodiratime", "diratime", "nodiratime", for_libfuse=False),
+    Option("acl", Kind.SWITCH, "acl"),
+    Option("allow_other", Kind.SWITCH, "allow_other", for_libfuse=True),
+    Option("auto_unmount", Kind.SWITCH, for_libfuse=True),
+    Option("debug", Kind.SWITCH, "debug"),
+    Option("default_permissions", Kind.SWITCH),  # which every mount has
+    Option("noxattr", Kind.SWITCH, "xattr", value=False),
+    Option("xdev", Kind.SWITCH, "one_file_system"),
+    Option("fsname", Kind.TEXT),
+    Option("subtype", Kind.TEXT),
+    Option("threads", Kind.NUMBER, "threads", parse=_workers),
+    Option("max_inodes", Kind.NUMBER, "max_inodes", parse=_whole),
+    Option("attr_timeout", Kind.SECONDS, "attr_timeout"),
+    Option("entry_timeout", Kind.SECONDS, "entry_timeout"),
+    Option("negative_timeout", Kind.SECONDS, "negative_timeout"),
+    Option("model", Kind.CHOICE, "model", values={name: name for name in MODELS}),
+    Option("engine", Kind.CHOICE, "engine", values={name: name for name in ENGINES}),
+    Option(
+        "cache",
+        Kind.CHOICE,
+        values={
+            "none": _NO_CACHE,
+            "auto": _CACHE,
+            "readahead": _CACHE,  # v9fs's names, from here on
+            "mmap": _CACHE,
+            "loose": _LOOSE,
+            "fscache": _LOOSE,
+        },
+    ),
     # One durable write for each write(2) of an O_SYNC open, or a cached one and an fsync.
-    "osync": ("direct", "cached"),
+    Option("osync", Kind.CHOICE, "direct_sync", values={"direct": True, "cached": False}),
     # Whether the dispatcher makes calls itself that do not block, or are soon over.
-    "inline": ("auto", "off"),
+    Option("inline", Kind.CHOICE, "inline", values={"auto": True, "off": False}),
     # Whether the daemon's threads share one processor.
-    "cpus": ("one", "all"),
-}
-_NAMES = ("fsname", "subtype")
-
-# How long the kernel may believe names and attributes, in seconds, for each kind of cache.
-_CACHE_SECONDS = {"none": 0.0, "auto": 1.0, "loose": 86400.0}
+    Option("cpus", Kind.CHOICE, "one_cpu", values={"one": True, "all": False}),
+)
+_BY_NAME = {option.name: option for option in OPTIONS}
 
 # Written in fstab for mount(8), systemd and the boot scripts, or left over from FUSE 2
 # (nonempty): they say nothing to the file system.
@@ -119,38 +228,40 @@ _ACCESS_TIMES = ("atime", "noatime", "relatime", "norelatime", "strictatime", "n
 _SHOWN = ("user_id", "group_id", "rootmode", "fd", "max_read", "blksize")
 
 
+# ---- the parser -----------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, slots=True)
 class MountOptions:
-    """What the -o options said. None stands for "not given".
+    """What the -o options said.
 
-    flags: the kernel's flags in force, as words. The timeouts are in seconds. ignored: words that
-    mean nothing to us, which only a sloppy parse lets pass. remount: whether a mount that is there
-    is to be changed. access_times: when that is to note them, a word of mount(8).
+    given: by name, what each option that was given is to set (Option.read); of the flags, those
+    in force. ignored: words that mean nothing to us, which only a sloppy parse lets pass. remount:
+    whether a mount that is there is to be changed. access_times: when that is to note them, a word
+    of mount(8); None: not given.
     """
 
-    flags: tuple[str, ...] = ()
+    given: Mapping[str, Any] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
     remount: bool = False
     access_times: str | None = None
-    ignored: tuple[str, ...] = ()
-    allow_other: bool = False
-    auto_unmount: bool = False
-    debug: bool = False
-    xattr: bool = True
-    model: str | None = None
-    engine: str | None = None
-    threads: int | None = None
-    fsname: str | None = None
-    subtype: str | None = None
-    attr_timeout: float = 1.0
-    entry_timeout: float = 1.0
-    negative_timeout: float = 1.0
-    keep_cache: bool = False
-    direct_sync: bool = True
-    one_cpu: bool | None = None
-    inline: bool = True
-    acl: bool = False
-    one_file_system: bool = False
-    max_inodes: int = DEFAULT_MAX_INODES
+
+    def flags(self) -> list[str]:
+        """The kernel's flags in force, as words."""
+        return [name for name in self.given if _BY_NAME[name].kind is Kind.FLAG]
+
+    def fields(self) -> dict[str, Any]:
+        """The fields of Settings that the options set; what was not given is not among them."""
+        fields: dict[str, Any] = {}
+        named: dict[str, Any] = {}
+        for name, value in self.given.items():
+            option = _BY_NAME[name]
+            if option.sets is not None:
+                named[option.sets] = value
+            elif option.kind is Kind.CHOICE:
+                fields |= value
+        # What was given by its own name holds whether it comes before or after.
+        return fields | named
 
 
 def split_words(text: str) -> list[str]:
@@ -183,87 +294,42 @@ def parse_options(words: Iterable[str], *, sloppy: bool = False) -> MountOptions
     noted (mount(8), -s).
     Raises Failure(USAGE) that names the option when it is unknown or has a bad value.
     """
-    flags: dict[str, str] = {}
+    flags: dict[str, Option] = {}  # by group
+    given: dict[str, Any] = {}
     ignored: list[str] = []
-    switches: set[str] = set()
-    values: dict[str, str] = {}
-    timeouts: dict[str, float] = {}
-    threads: int | None = None
-    max_inodes = DEFAULT_MAX_INODES
     access_times: str | None = None
-    given = [word for text in words for word in split_words(text)]
-    remount = "remount" in given
-    for word in given:
-        name, _, value = word.partition("=")
+    all_words = [word for text in words for word in split_words(text)]
+    remount = "remount" in all_words
+    for word in all_words:
+        name, equals, _ = word.partition("=")
+        option = _BY_NAME.get(name)
         if word in _ACCESS_TIMES:
             access_times = word
-        if word in _KERNEL_FLAGS:
-            flags[_KERNEL_FLAGS[word][0]] = word
-        elif word in _SWITCHES:
-            switches.add(word)
-        elif word in IGNORED or word.startswith(_IGNORED_PREFIXES):
-            pass
-        elif name in _NAMES:
-            if not value:
-                raise Failure(ExitCode.USAGE, f"option -o {name}= needs a value")
-            values[name] = value
-        elif name in _CHOICES:
-            values[name] = _choice(word, value, _CHOICES[name])
-        elif name == "threads":
-            threads = parse_threads(value, f"option -o {word}")
-        elif name == "max_inodes":
-            max_inodes = _whole(word, value)
-        elif name in _TIMEOUTS:
-            timeouts[name] = _seconds(word, value)
-        elif word == "remount" or (remount and name in _SHOWN):
+        if option is not None and not (equals and option.kind in (Kind.FLAG, Kind.SWITCH)):
+            if option.kind is Kind.FLAG:
+                flags[option.group] = option
+            else:
+                given[name] = option.read(word)
+        elif _means_nothing(word) or word == "remount" or (remount and name in _SHOWN):
             pass
         elif sloppy:
             ignored.append(word)
         else:
             raise Failure(ExitCode.USAGE, f"unknown option -o {word}")
 
-    if {"acl", "noxattr"} <= switches:
+    if {"acl", "noxattr"} <= given.keys():
         raise Failure(ExitCode.USAGE, "-o acl needs what -o noxattr takes away: choose one")
-    cache = _CACHE_NAMES[values.get("cache", "auto")]
-    seconds = _CACHE_SECONDS[cache]
-    return MountOptions(
-        flags=tuple(flags.values()),
-        remount=remount,
-        access_times=access_times,
-        ignored=tuple(ignored),
-        allow_other="allow_other" in switches,
-        auto_unmount="auto_unmount" in switches,
-        debug="debug" in switches,
-        xattr="noxattr" not in switches,
-        model=values.get("model"),
-        engine=values.get("engine"),
-        threads=threads,
-        fsname=values.get("fsname"),
-        subtype=values.get("subtype"),
-        # Looked up last, so that a timeout given by name holds whether it comes before or
-        # after cache=.
-        attr_timeout=timeouts.get("attr_timeout", seconds),
-        entry_timeout=timeouts.get("entry_timeout", seconds),
-        negative_timeout=timeouts.get("negative_timeout", seconds),
-        keep_cache=cache == "loose",
-        # cache=none is for those who want the kernel's ordinary way with everything.
-        direct_sync=values.get("osync", "cached" if cache == "none" else "direct") == "direct",
-        one_cpu={"one": True, "all": False, None: None}[values.get("cpus")],
-        inline=values.get("inline", "auto") == "auto",
-        acl="acl" in switches,
-        one_file_system="xdev" in switches,
-        max_inodes=max_inodes,
-    )
+    given |= {flag.name: flag.value for flag in flags.values()}
+    return MountOptions(given, tuple(ignored), remount, access_times)
+
+
+def _means_nothing(word: str) -> bool:
+    return word in IGNORED or word.startswith(_IGNORED_PREFIXES)
 
 
 def known_words() -> list[str]:
     """Return what may stand after -o, one `name`, `name=` or `name=value` each."""
-    return [
-        *_KERNEL_FLAGS,
-        *_SWITCHES,
-        *(f"{name}=" for name in (*_NAMES, "threads", "max_inodes", *_TIMEOUTS)),
-        *(f"{name}={value}" for name, values in _CHOICES.items() for value in values),
-    ]
+    return [word for option in OPTIONS for word in option.words()]
 
 
 def parse_model(text: str) -> str:
@@ -279,16 +345,7 @@ def parse_model(text: str) -> str:
     )
 
 
-def parse_threads(text: str, where: str) -> int:
-    """Return the number of worker threads that text gives.
-
-    Arguments: text, a whole number from 1 to MAX_THREADS; where, the option as the user wrote
-    it, for the message. Raises Failure(USAGE).
-    """
-    # Checked as text first: int() would take "1_6", " 16" and digits of other scripts too.
-    if text.isascii() and text.isdigit() and len(text) <= 9 and 1 <= int(text) <= MAX_THREADS:
-        return int(text)
-    raise Failure(ExitCode.USAGE, f"{where}: the number of threads is 1 to {MAX_THREADS}")
+# ---- the settings ---------------------------------------------------------------------------
 
 
 def make_settings(
@@ -324,92 +381,47 @@ def make_settings(
         if path == "":
             raise Failure(ExitCode.USAGE, f"{name} is empty: give a path")
     source = os.path.abspath(source)
-    debug = debug or options.debug
-    model = model or options.model or DEFAULT_MODEL
-    engine = engine or options.engine or DEFAULT_ENGINE
-    if engine == "uring" and (model != "second" or not options.inline):
-        text = "--engine uring is beneath the second model only, with -o inline=auto"
-        raise Failure(ExitCode.USAGE, text)
-    return Settings(
+    fields = options.fields()
+    flags = {"model": model, "engine": engine, "threads": threads, "debug": debug or None}
+    fields |= {name: value for name, value in flags.items() if value is not None}
+    settings = Settings(
         source=source,
         mountpoint=os.path.abspath(mountpoint),
-        model=model,
-        engine=engine,
-        threads=threads or options.threads or DEFAULT_THREADS,
-        foreground=foreground or debug,
-        debug=debug,
+        foreground=foreground or fields.get("debug", False),
         log_file=None if log_file is None else os.path.abspath(log_file),
         log_level=log_level,
         trace_file=None if trace_file is None else os.path.abspath(trace_file),
-        read_only="ro" in options.flags,
-        dirsync="dirsync" in options.flags,
-        noatime="noatime" in options.flags,
-        nodiratime="nodiratime" in options.flags,
-        sync="sync" in options.flags,
-        xattr=options.xattr,
-        allow_other=options.allow_other,
-        attr_timeout=options.attr_timeout,
-        entry_timeout=options.entry_timeout,
-        negative_timeout=options.negative_timeout,
-        keep_cache=options.keep_cache,
-        direct_sync=options.direct_sync,
-        one_cpu=options.one_cpu,
-        inline=options.inline,
-        # The group bits of a file with an ACL hold its mask: a kernel that looks at mode bits
-        # alone would let people in whom the source keeps out.
-        acl=options.acl or (options.allow_other and options.xattr),
-        one_file_system=options.one_file_system,
-        max_inodes=options.max_inodes,
         mount_options=_words_for_libfuse(source, options),
         remount=_words_to_change(options) if options.remount else None,
+        **fields,
     )
+    if settings.engine == "uring" and not (settings.model == "second" and settings.inline):
+        text = "--engine uring is beneath the second model only, with -o inline=auto"
+        raise Failure(ExitCode.USAGE, text)
+    # The group bits of a file with an ACL hold its mask: a kernel that looks at mode bits
+    # alone would let people in whom the source keeps out.
+    acl = settings.acl or (settings.allow_other and settings.xattr)
+    return replace(settings, acl=acl)
 
 
 def _words_to_change(options: MountOptions) -> tuple[str, ...]:
-    words = [word for word in options.flags if word not in _ACCESS_TIMES]
+    words = [word for word in options.flags() if word not in _ACCESS_TIMES]
     return (*words, options.access_times) if options.access_times else tuple(words)
 
 
 def _words_for_libfuse(source: str, options: MountOptions) -> tuple[str, ...]:
     """Return libfuse's share of the options. Their order has no meaning."""
+    given = options.given
     # A comma or backslash in the subtype gets lost between libfuse and fusermount3, however
     # it is escaped (libfuse 3.14, for users other than root).
-    subtype = _ascii(options.subtype or "ninefuse").replace(",", "?").replace("\\", "?")
-    fsname = _ascii(options.fsname or source).replace("\\", "\\\\").replace(",", "\\,")
+    subtype = _ascii(given.get("subtype", "ninefuse")).replace(",", "?").replace("\\", "?")
+    fsname = _ascii(given.get("fsname", source)).replace("\\", "\\\\").replace(",", "\\,")
     # Without default_permissions a daemon of root with allow_other would let everybody in.
     words = ["default_permissions", f"subtype={subtype}", f"fsname={fsname}"]
-    if options.allow_other:
-        words.append("allow_other")
-    if options.auto_unmount:
-        words.append("auto_unmount")
-    words += [flag for flag in options.flags if _KERNEL_FLAGS[flag][1]]
+    words += [name for name in given if _BY_NAME[name].for_libfuse]
     return tuple(words)
 
 
 def _ascii(text: str) -> str:
     """Return text with ? for all but printable ASCII: pyfuse3 encodes options as us-ascii."""
     return "".join(char if " " <= char <= "~" else "?" for char in text)
-
-
-def _choice(word: str, value: str, choices: tuple[str, ...]) -> str:
-    if value not in choices:
-        raise Failure(ExitCode.USAGE, f"option -o {word}: choose one of {', '.join(choices)}")
-    return value
-
-
-def _whole(word: str, value: str) -> int:
-    if not (value.isascii() and value.isdigit() and len(value) <= 15):
-        raise Failure(ExitCode.USAGE, f"option -o {word}: give a whole number, 0 for no limit")
-    return int(value)
-
-
-def _seconds(word: str, value: str) -> float:
-    try:
-        seconds = float(value)
-    except ValueError:
-        seconds = math.nan
-    if not math.isfinite(seconds) or seconds < 0:
-        raise Failure(
-            ExitCode.USAGE, f"option -o {word}: give a number of seconds, zero or greater"
-        )
-    return seconds

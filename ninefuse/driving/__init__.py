@@ -1,4 +1,5 @@
 """What the drivers (executor.py) make calls with: workers, shares, io_uring, patience, counters.
 
-It builds on calls.py alone; it knows neither operations nor FUSE.
+It may import calls.py and locks.py, but neither ops/, tree/ nor executor.py, nor pyfuse3 or trio:
+it knows no operation.
 """

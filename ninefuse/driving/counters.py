@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from math import log2
 
+# The extended attribute of a mount's root in which the counters are published.
+ATTRIBUTE = "user.ninefuse.stats"
+
 _AN_OCTAVE = 4  # buckets; the bounds of one are 19 % apart
 
 

@@ -1,4 +1,5 @@
 """The FUSE side: sessions, what each callback does, the device, mounting.
 
-It builds on ops/, tree/, linux/ and executor.py; nothing but serve.py and watching/ builds on it.
+It may import executor.py, ops/, tree/ and all below them, and pyfuse3 and trio; above it are only
+watching/, serve.py and the command line.
 """

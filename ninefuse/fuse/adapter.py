@@ -26,6 +26,7 @@ import pyfuse3
 from ninefuse import ops
 from ninefuse.awaiting import Awaiting
 from ninefuse.calls import Body
+from ninefuse.driving.counters import ATTRIBUTE
 from ninefuse.fuse import callbacks
 from ninefuse.linux.credentials import Caller
 from ninefuse.linux.syscalls import Attributes
@@ -33,7 +34,6 @@ from ninefuse.ops.directory import fitted
 from ninefuse.ops.io import is_live
 from ninefuse.ops.names import AT_REMOVEDIR
 from ninefuse.settings import Settings
-from ninefuse.stats import ATTRIBUTE
 from ninefuse.tree.fids import FIRST_HANDLE, Fid
 from ninefuse.tree.qids import ROOT_NODEID
 from ninefuse.tree.session import Session

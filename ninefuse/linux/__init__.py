@@ -1,4 +1,5 @@
 """What Linux is asked beyond the os module: system calls, credentials, mounts.
 
-It builds on nothing else of ninefuse but exitcodes.py.
+It may import of ninefuse what stands below it (settings.py, exitcodes.py), but neither trio nor
+pyfuse3.
 """

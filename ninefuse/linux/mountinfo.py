@@ -17,7 +17,7 @@ import re
 import select
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 from ninefuse.linux.syscalls import PollFd, device_behind, is_ready
@@ -47,6 +47,12 @@ def lines_of(table: bytes) -> Iterator[MountLine]:
         yield MountLine(device, point, kind, options, number, root, flags)
 
 
+def lines() -> Iterator[MountLine]:
+    """The lines of the mount table of this process's mount namespace, as it is now."""
+    with open(_MOUNTINFO, "rb") as file:
+        return lines_of(file.read())
+
+
 def _unescaped(path: bytes) -> bytes:
     if b"\\" not in path:
         return path
@@ -62,18 +68,33 @@ def fields_of(table: bytes) -> Iterator[tuple[bytes, bytes]]:
 def kind_at(path: str) -> str:
     """The type of what is mounted on top at a real path; "" where nothing is."""
     kind = b""
-    for line in lines_of(_table()):
+    for line in lines():
         if line.point == os.fsencode(path):
             kind = line.kind
     return os.fsdecode(kind)
 
 
+def connection_at(path: str) -> int | None:
+    """The number of the FUSE connection that is mounted on top at a real path; None: nothing is.
+
+    It is the device's minor number. The mount is not asked, which may be the caller's own.
+    """
+    on_top = None
+    for line in lines():
+        if line.point == os.fsencode(path):
+            on_top = int(line.device.partition(b":")[2])
+    return on_top
+
+
 def of_file(fd: int) -> MountLine | None:
-    """The mount that an open file was reached by; None where the table does not show it."""
+    """The mount that an open file was reached by; None where the table does not show it.
+
+    It is found by its number: names and devices may be ambiguous (bind mounts, mounts on top of
+    each other).
+    """
     with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
         found = re.search(rb"^mnt_id:\t(\d+)$", file.read(), re.M)
-    lines = (line for line in lines_of(_table()) if found and line.number == found[1])
-    return next(lines, None)
+    return next((line for line in lines() if found and line.number == found[1]), None)
 
 
 def of_device(fd: int) -> tuple[str, frozenset[str]] | None:
@@ -85,12 +106,12 @@ def of_device(fd: int) -> tuple[str, frozenset[str]] | None:
     try:
         with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
             found = re.search(rb"^fuse_connection:\t(\d+)$", file.read(), re.M)
-        table = _table()
+        table = lines()
     except OSError:
         return None
     if found is None:
         return None
-    for line in lines_of(table):
+    for line in table:
         if line.device == b"0:" + found[1]:
             return os.fsdecode(line.point), frozenset(os.fsdecode(line.options).split(","))
     return None
@@ -110,18 +131,18 @@ def place_of(fd: int, device: tuple[int, int], source: bytes) -> bytes:
         that a single mount shows, as of an overlayfs's layers, their distance from the mount's
         own is added.
     """
-    lines = list(lines_of(_table()))
+    table = list(lines())
     prefix = source.rstrip(b"/") + b"/"
     distance = 0
-    points = [(line.root, line.point) for line in lines if line.device == b"%d:%d" % device]
+    points = [(line.root, line.point) for line in table if line.device == b"%d:%d" % device]
     if not points:
         with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
             found = re.search(rb"^mnt_id:\t(\d+)$", file.read(), re.M)
         number = found[1] if found else b""
-        for line in lines:
+        for line in table:
             if line.number == number:
                 distance = device[1] - int(line.device.partition(b":")[2])
-                points = [(one.root, one.point) for one in lines if one.device == line.device]
+                points = [(one.root, one.point) for one in table if one.device == line.device]
     below = [(len(root), point) for root, point in points if point.startswith(prefix)]
     _, point = min(below, default=(0, b""))
     return b"%s +%d" % (point.removeprefix(prefix), distance)
@@ -132,11 +153,6 @@ def _all_of(table: int) -> bytes:
     while part := os.pread(table, 1 << 16, len(found)):
         found += part
     return found
-
-
-def _table() -> bytes:
-    with open(_MOUNTINFO, "rb") as file:
-        return file.read()
 
 
 class MountTable:
@@ -185,23 +201,18 @@ class MountsBelow:
     def __init__(self, directory: str) -> None:
         real = os.fsencode(os.path.realpath(directory))
         self._prefix = real if real.endswith(b"/") else real + b"/"
-        # Kept open: a change of the table makes it ready for POLLPRI, until it is read.
-        self._table = os.open(_MOUNTINFO, os.O_RDONLY | os.O_CLOEXEC)
-        self._pollfd = PollFd(self._table, select.POLLPRI, 0)
-        self._address = ctypes.byref(self._pollfd)
+        self._table = MountTable()
+        self._version = 0  # of the table, that was looked at
         # Asking tells of a change once: whoever asks next waits for what was read then.
         self._lock = threading.Lock()
         self._writable: frozenset[bytes] = frozenset()
         self._flags: dict[bytes, frozenset[bytes]] = {}
         self.on_change: Callable[[], None] = _nothing
-        self._devices = self._look()
-
-    def none(self) -> bool:
-        """Whether nothing is mounted below it. Costs a microsecond."""
-        return not self._now()
+        self._devices: frozenset[bytes] = frozenset()
+        self._now()
 
     def has(self, device: bytes) -> bool:
-        """Whether a file system of this device (major:minor) is. Costs as much."""
+        """Whether a file system of this device (major:minor) is below it. Costs a microsecond."""
         return device in self._now()
 
     def is_writable(self, device: bytes) -> bool:
@@ -215,20 +226,20 @@ class MountsBelow:
 
     def _now(self) -> frozenset[bytes]:
         with self._lock:
-            if is_ready(self._address):
-                self._devices = self._look()
+            table = self._table.lines()
+            if self._version != self._table.version:
+                self._version = self._table.version
+                self._look(table.values())
             return self._devices
 
-    def _look(self) -> frozenset[bytes]:
-        prefix = self._prefix
-        lines = list(lines_of(_all_of(self._table)))
-        self._writable = frozenset(a.device for a in lines if a.options.split(b",")[0] == b"rw")
+    def _look(self, table: Collection[MountLine]) -> None:
+        self._writable = frozenset(a.device for a in table if a.options.split(b",")[0] == b"rw")
         self._flags = {}
-        for line in lines:
+        for line in table:
             words = frozenset(line.flags.split(b","))
             self._flags[line.device] = words & self._flags.get(line.device, words)
+        self._devices = frozenset(a.device for a in table if a.point.startswith(self._prefix))
         self.on_change()
-        return frozenset(line.device for line in lines if line.point.startswith(prefix))
 
 
 class OwnMount:

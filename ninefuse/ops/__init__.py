@@ -2,8 +2,10 @@
 
 Each is straight-line code on a `Session`: it looks fids up, marks its blocking calls
 with `blocking`, takes the rename lock at its entry where it uses a remembered name,
-and raises OSError with the errno of the reply. None knows of threads, trio or pyfuse3;
-a driver from executor.py runs it.
+and raises OSError with the errno of the reply. A driver from executor.py runs it.
+
+It may import tree/, linux/, locks.py and calls.py, but neither fuse/, driving/ and executor.py
+nor threading, trio and pyfuse3.
 
     attach.py      version, attach, flush
     walk.py        walk, walkgetattr, clunk, remove

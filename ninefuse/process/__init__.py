@@ -1,4 +1,5 @@
-"""The daemon as a process: background, log, signals, service manager, its own files.
+"""The daemon as a process: background, log, signals, its end, service manager, its own files.
 
-It builds on linux/, exitcodes.py and settings.py; it knows neither files nor FUSE.
+It may import linux/, settings.py and exitcodes.py, but neither trio nor pyfuse3; it knows neither
+files of the source nor FUSE.
 """

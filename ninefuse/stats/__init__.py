@@ -7,11 +7,13 @@ only ever grow, and which is made anew once a second (report.py).
     snapshot.py  what it says; what is shown of a time is the difference of two snapshots
     table.py     the table
     command.py   the command line
+
+It looks from outside: it may import process/, linux/ and exitcodes.py, and of driving/ the
+attribute's name; no daemon imports it.
 """
 
+from ninefuse.driving.counters import ATTRIBUTE as ATTRIBUTE
 from ninefuse.exitcodes import ExitCode, one_line
-
-ATTRIBUTE = "user.ninefuse.stats"
 
 
 class Problem(Exception):

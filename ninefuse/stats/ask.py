@@ -10,12 +10,12 @@ import contextlib
 import errno
 import json
 import os
-import re
 import select
 import signal
 import time
 from typing import NamedTuple
 
+from ninefuse.linux import mountinfo
 from ninefuse.stats import ATTRIBUTE, Problem
 
 _KILL_SECONDS = 0.2  # for a killed child to be gone
@@ -122,22 +122,14 @@ def mount_of(path: str) -> tuple[str, str]:
 
     Raises OSError (FileNotFoundError if the mount is not in the list of mounts).
     """
-    # Its number says which mount it is: names and devices may be ambiguous (bind mounts, mounts
-    # on top of each other).
     descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
-        with open(f"/proc/self/fdinfo/{descriptor}", encoding="ascii") as info:
-            number = next(line.split()[1] for line in info if line.startswith("mnt_id:"))
+        line = mountinfo.of_file(descriptor)
     finally:
         os.close(descriptor)
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
-        for line in mounts:
-            fields = line.split(" ")
-            if fields[0] == number:
-                # The optional fields end with a dash; then come type, source and options.
-                kind = fields[fields.index("-", 6) + 1]
-                return kind, re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), fields[4])
-    raise FileNotFoundError(errno.ENOENT, "no such mount", path)
+    if line is None:
+        raise FileNotFoundError(errno.ENOENT, "no such mount", path)
+    return os.fsdecode(line.kind), os.fsdecode(line.point)
 
 
 def explain(path: str, reply: Reply) -> Problem:

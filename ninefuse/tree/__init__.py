@@ -1,4 +1,5 @@
 """The tree of the source as clients know it: nodes, fids, qids, places, listings.
 
-It builds on linux/ and on locks.py and calls.py; it knows neither FUSE nor trio nor any thread.
+It may import linux/, locks.py and calls.py; it knows neither operations nor FUSE nor drivers, and
+neither trio nor pyfuse3.
 """

@@ -1,4 +1,4 @@
 """What is seen of a running daemon: reports, counters as published, traces.
 
-It builds on all that it looks at; nothing but serve.py builds on it.
+It may import what it looks at, fuse/ and all below, but not pyfuse3; only serve.py imports it.
 """

@@ -85,6 +85,7 @@ NOT_RUN: dict[Key, str] = {
     ("README.md", "dd if=/dev/zero of=/tmp/mnt/file     "): PICTURE,
     ("README.md", "source            none"): TABLE,
     ("README.md", "ninefuse [options] SRC MNT"): "how the command is written",
+    ("docs/options.md", "ninefuse [options] SRC MNT"): "how the command is written",
     ("docs/architecture.md", "dd if=/dev/zero of=/mnt/file     "): PICTURE,
     ("docs/architecture.md", "echo 16000 > /sys/fs/fuse/"): "test_mount_slow.py writes there",
     ("docs/conformance.md", "make conformance"): "needs pjdfstest, built: test_conformance.py",

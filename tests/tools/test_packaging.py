@@ -703,4 +703,4 @@ def test_ninefuse_takes_what_the_units_say(units: Path) -> None:
     unit = configparser.ConfigParser(interpolation=None)
     unit.read(units / "mnt-data.mount")
     options = parse_options([unit["Mount"]["Options"]])
-    assert (options.model, options.allow_other) == ("second", True)
+    assert (options.given["model"], options.given["allow_other"]) == ("second", True)

@@ -1,4 +1,4 @@
-"""What follows from the options: help, manual pages, completions, README's table."""
+"""What follows from the options: help, manual pages, completions, the table of docs/options.md."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ninefuse.command.cli import make_parser
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("ninefuse", "ninefuse-bench", "ninefuse-stat")
 PAGES = [
-    "README.md",
+    "docs/options.md",
     *(f"share/man/man1/{name}.1" for name in NAMES),
     *(f"share/bash-completion/completions/{name}" for name in NAMES),
     *(f"share/zsh/site-functions/_{name}" for name in NAMES),
@@ -48,6 +48,14 @@ def test_every_page_is_looked_at(made: Path) -> None:
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_is_up_to_date(made: Path, name: str) -> None:
     assert (ROOT / name).read_text() == (made / name).read_text(), "run: make pages"
+
+
+def test_the_options_are_listed_once() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    listed = [
+        path.name for path in pages if re.search(r"^\| `(-o )?cache=", path.read_text(), re.M)
+    ]
+    assert listed == ["options.md"]
 
 
 def test_every_option_of_the_command_line_is_explained_and_none_else() -> None:

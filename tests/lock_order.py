@@ -52,7 +52,7 @@ RANKS = {
     ("ninefuse.tree.places", "Mounts"): LISTING,  # likewise
     ("ninefuse.fuse.forgetting", "Forgetter"): INNERMOST,
     ("ninefuse.tree.leaving", "Leaver"): INNERMOST,
-    ("ninefuse.tree.fids", "FidTable"): COUNTS,
+    ("ninefuse.tree.counts", "Counts"): COUNTS,
     ("ninefuse.locks", "RWLock"): INNERMOST,  # the state of a read-write lock
     ("ninefuse.executor", "Executor"): INNERMOST,  # the registry of requests
     ("ninefuse.driving.workers", "WorkerPool"): INNERMOST,

@@ -30,9 +30,11 @@ from ninefuse.calls import Acquire, Behind, Body, Call, Release
 from ninefuse.executor import NoThreading
 from ninefuse.linux.syscalls import Attributes, DirectoryEntry, next_entry, read_records
 from ninefuse.ops.walk import KERNEL
-from ninefuse.tree.fids import Fid, Node, OpenDirectory, OpenFile
+from ninefuse.tree.nodes import Node
+from ninefuse.tree.opened import OpenDirectory, OpenFile
 from ninefuse.tree.qids import ROOT_NODEID
 from ninefuse.tree.session import Session
+from ninefuse.tree.table import Fid
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -118,7 +120,7 @@ class Client:
 
     def new(self) -> int:
         """A fid number that is free."""
-        return self.session.fids.new_number()
+        return self.session.kernel.new_number()
 
     def walk(self, *names: bytes | str, start: int = ROOT) -> int:
         """A new fid for what names lead to."""
@@ -148,7 +150,7 @@ class Client:
 
     def forget(self, fid: Fid, count: int = 1) -> None:
         """Take lookups back."""
-        self.session.fids.forget([(fid.number, count)])
+        self.session.kernel.forget([(fid.number, count)])
         self.rest()
 
     def rest(self) -> None:

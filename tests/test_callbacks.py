@@ -35,8 +35,9 @@ from ninefuse.fuse import callbacks
 from ninefuse.linux.credentials import Caller
 from ninefuse.linux.syscalls import Attributes
 from ninefuse.ops import Changes
-from ninefuse.tree.fids import FIRST_HANDLE, Fid
+from ninefuse.tree.kernel import FIRST_HANDLE
 from ninefuse.tree.session import Session
+from ninefuse.tree.table import Fid
 
 pytestmark = pytest.mark.usefixtures("leak_free")
 

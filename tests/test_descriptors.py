@@ -34,8 +34,10 @@ from ninefuse.linux.syscalls import Attributes
 from ninefuse.ops.directory import fitted, readdirplus
 from ninefuse.tree import descriptors
 from ninefuse.tree.descriptors import Descriptors
-from ninefuse.tree.fids import Fid, Node, OpenDirectory, OpenFile
+from ninefuse.tree.nodes import Node
+from ninefuse.tree.opened import OpenDirectory, OpenFile
 from ninefuse.tree.qids import is_on_own_device
+from ninefuse.tree.table import Fid
 
 pytestmark = pytest.mark.usefixtures("leak_free")
 

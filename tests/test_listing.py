@@ -23,8 +23,8 @@ from ops_helpers import leak_free as leak_free
 
 from ninefuse.linux.syscalls import DirectoryEntry, FileSystem, file_system_of, read_records
 from ninefuse.tree import listing as listing_module
-from ninefuse.tree.fids import OpenDirectory
 from ninefuse.tree.listing import Listing
+from ninefuse.tree.opened import OpenDirectory
 
 pytestmark = pytest.mark.usefixtures("leak_free")
 

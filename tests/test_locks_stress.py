@@ -41,7 +41,7 @@ from ninefuse.linux.credentials import Caller
 from ninefuse.linux.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
 from ninefuse.locks import RenameLock
 from ninefuse.ops.directory import fitted, readdirplus
-from ninefuse.tree.fids import Node
+from ninefuse.tree.nodes import Node
 from ninefuse.tree.session import Session
 
 T = TypeVar("T")
@@ -203,7 +203,7 @@ class World:
 
     async def end(self) -> None:
         """Forget the directories; nothing is left but the root, and nobody uses that."""
-        self.session.fids.forget([(number, 1) for number in self.directories])
+        self.session.kernel.forget([(number, 1) for number in self.directories])
         await self.run("flush", ops.flush(self.session, 0))  # the last closes come after it
         await until(lambda: not self.driver.requests and self.session.fids.descriptors == 1)
         assert set(self.session.fids._fids) == {ROOT}

@@ -24,8 +24,8 @@ from ninefuse.linux.syscalls import RENAME_EXCHANGE
 from ninefuse.ops import Changes, LockRange
 from ninefuse.ops.directory import readdirplus
 from ninefuse.ops.io import report_close
-from ninefuse.tree.fids import Fid
 from ninefuse.tree.session import Session
+from ninefuse.tree.table import Fid
 
 pytestmark = pytest.mark.usefixtures("leak_free")
 

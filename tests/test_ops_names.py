@@ -30,8 +30,8 @@ from ninefuse.ops import Changes
 from ninefuse.ops.directory import readdirplus
 from ninefuse.ops.names import AT_REMOVEDIR
 from ninefuse.ops.walk import KERNEL
-from ninefuse.tree.fids import Fid
 from ninefuse.tree.qids import QTDIR, QTFILE, QTSYMLINK, Qid
+from ninefuse.tree.table import Fid
 
 pytestmark = pytest.mark.usefixtures("leak_free")
 

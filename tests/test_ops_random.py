@@ -27,7 +27,7 @@ from ninefuse.ops import Changes, LockRange
 from ninefuse.ops.directory import fitted, readdirplus
 from ninefuse.ops.io import report_close
 from ninefuse.ops.walk import KERNEL
-from ninefuse.tree.fids import FIRST_HANDLE
+from ninefuse.tree.kernel import FIRST_HANDLE
 
 ME = Caller(os.geteuid(), os.getegid())
 

@@ -35,7 +35,7 @@ from ninefuse.executor import create
 from ninefuse.linux.mountinfo import OwnMount
 from ninefuse.ops.directory import readdirplus
 from ninefuse.ops.walk import KERNEL, MAXWELEM
-from ninefuse.tree.fids import FIRST_HANDLE
+from ninefuse.tree.kernel import FIRST_HANDLE
 from ninefuse.tree.qids import QTDIR, QTFILE, QTSYMLINK
 from ninefuse.tree.session import Session
 

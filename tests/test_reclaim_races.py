@@ -1,4 +1,4 @@
-"""Descriptors that are taken away and opened again while others use them (session.py, fids.py).
+"""Descriptors that are taken away and opened again while others use them (session.py, counts.py).
 
 First in order: between any two steps of one who uses, looks for, removes or reclaims a file,
 somebody else does one of these, or changes the source. Then at random, on threads.
@@ -28,10 +28,11 @@ from ops_helpers import leak_free as leak_free
 from ops_helpers import source as source
 
 from ninefuse import ops
+from ninefuse.errors import error
 from ninefuse.locks import table_lock_held
 from ninefuse.ops.walk import KERNEL
 from ninefuse.tree.descriptors import Descriptors, _Look
-from ninefuse.tree.fids import Node, error
+from ninefuse.tree.nodes import Node
 from ninefuse.tree.session import Session
 
 pytestmark = pytest.mark.usefixtures("leak_free")

@@ -25,7 +25,7 @@ from ninefuse.executor import Executor, Request, SecondModel
 from ninefuse.fuse import callbacks
 from ninefuse.linux.credentials import Caller
 from ninefuse.ops import io
-from ninefuse.tree.fids import OpenFile
+from ninefuse.tree.opened import OpenFile
 from ninefuse.tree.session import Session
 
 ME = Caller(os.geteuid(), os.getegid())

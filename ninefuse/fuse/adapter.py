@@ -34,9 +34,10 @@ from ninefuse.ops.io import is_live
 from ninefuse.ops.names import AT_REMOVEDIR
 from ninefuse.settings import Settings
 from ninefuse.stats import ATTRIBUTE
-from ninefuse.tree.fids import FIRST_HANDLE, Fid
+from ninefuse.tree.kernel import FIRST_HANDLE
 from ninefuse.tree.qids import ROOT_NODEID
 from ninefuse.tree.session import Session
+from ninefuse.tree.table import Fid
 
 log = logging.getLogger(__name__)
 

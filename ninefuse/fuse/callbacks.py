@@ -23,14 +23,16 @@ from typing import TypeVar
 
 from ninefuse import ops
 from ninefuse.calls import blocking
+from ninefuse.errors import error
 from ninefuse.linux.credentials import Caller
 from ninefuse.linux.mountflags import NOSUID
 from ninefuse.linux.syscalls import Attributes
 from ninefuse.ops.io import report_close
 from ninefuse.ops.walk import KERNEL
-from ninefuse.tree.fids import Fid, Node, error
+from ninefuse.tree.nodes import Node
 from ninefuse.tree.qids import ROOT_NODEID
 from ninefuse.tree.session import Session
+from ninefuse.tree.table import Fid
 
 T = TypeVar("T")
 
@@ -44,7 +46,7 @@ async def lookup(session: Session, parent: int, name: bytes) -> tuple[Fid, Attri
 
 async def forget(session: Session, forgets: Sequence[tuple[int, int]]) -> int:
     """clunk each fid whose lookups have all been taken back; how many these were."""
-    return session.fids.forget(forgets)
+    return session.kernel.forget(forgets)
 
 
 async def setattr(
@@ -165,7 +167,7 @@ async def rename(
 
 async def open_fid(session: Session, nodeid: int, flags: int, caller: Caller | None = None) -> int:
     """walk to a clone, lopen it; its number is the file handle."""
-    handle = session.fids.new_number()
+    handle = session.kernel.new_number()
     await ops.walk(session, nodeid, handle)
     return await _or_clunk(session, handle, _lopen(session, handle, flags, caller))
 
@@ -178,7 +180,7 @@ async def create(
     The second walk starts from the file just made, not from its name: whatever has the
     name by then is none of its business.
     """
-    handle = session.fids.new_number()
+    handle = session.kernel.new_number()
     await ops.walk(session, parent, handle)
     made = await _or_clunk(session, handle, _lcreate(session, handle, name, flags, mode, caller))
     session.attributes_changed(parent)
@@ -260,7 +262,7 @@ async def setxattr(
     session: Session, nodeid: int, name: bytes, value: bytes, caller: Caller | None = None
 ) -> None:
     """walk to a clone, xattrcreate, write, clunk: which sets it."""
-    clone = session.fids.new_number()
+    clone = session.kernel.new_number()
     await ops.walk(session, nodeid, clone)
     await _or_clunk(session, clone, _fill_attribute(session, clone, name, value, caller))
     await ops.clunk(session, clone)
@@ -271,7 +273,7 @@ async def removexattr(
     session: Session, nodeid: int, name: bytes, caller: Caller | None = None
 ) -> None:
     """walk to a clone, xattrcreate to remove, clunk: which removes it."""
-    clone = session.fids.new_number()
+    clone = session.kernel.new_number()
     await ops.walk(session, nodeid, clone)
     removing = ops.xattrcreate(session, clone, name, 0, remove=True, caller=caller)
     await _or_clunk(session, clone, removing)
@@ -306,7 +308,7 @@ async def _note_lost_bits(session: Session, handle: int) -> None:
 async def _read_attribute(
     session: Session, nodeid: int, name: bytes, caller: Caller | None = None
 ) -> bytes:
-    attribute = session.fids.new_number()
+    attribute = session.kernel.new_number()
     size = await ops.xattrwalk(session, nodeid, attribute, name, caller)
     try:
         return await ops.read(session, attribute, 0, size)
@@ -342,5 +344,5 @@ async def _attributes(session: Session, fid: Fid) -> Attributes:
     try:
         return await ops.getattr(session, fid.number, on=place[0].path if place else None)
     except BaseException:
-        session.fids.forget([(fid.number, 1)])
+        session.kernel.forget([(fid.number, 1)])
         raise

@@ -20,6 +20,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from ninefuse.errors import error
 from ninefuse.linux.syscalls import PollFd, device_behind, is_ready
 
 _MOUNTINFO = "/proc/self/mountinfo"
@@ -251,4 +252,4 @@ class OwnMount:
         but programs know it from locks alone.
         """
         if self._below.has(self._text) and device_behind(directory, name) == self._device:
-            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+            raise error(errno.ELOOP)

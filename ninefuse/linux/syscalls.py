@@ -16,6 +16,8 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Any, NamedTuple
 
+from ninefuse.errors import error
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 _AT_FDCWD = -100
@@ -122,7 +124,7 @@ def _function(name: str, *argtypes: Any) -> Callable[..., int]:
                 return result
             code = ctypes.get_errno()
             if code != errno.EINTR:
-                raise OSError(code, os.strerror(code))
+                raise error(code)
 
     return call
 
@@ -303,7 +305,7 @@ def open_cached(directory: int, name: bytes) -> int:
     code = ctypes.get_errno()
     if code in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EINTR):
         code = errno.EAGAIN  # a mount point, an older kernel, or a container's rules
-    raise OSError(code, os.strerror(code))
+    raise error(code)
 
 
 def device_behind(directory: int, name: bytes) -> tuple[int, int]:
@@ -447,7 +449,7 @@ def set_times(fd: int, atime_ns: int | SetTime, mtime_ns: int | SetTime) -> None
     try:
         times = _Timespecs.pack(*_timespec(atime_ns), *_timespec(mtime_ns))
     except struct.error:
-        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL)) from None
+        raise error(errno.EINVAL) from None
     _utimensat(_AT_FDCWD, b"/proc/self/fd/%d" % fd, times, 0)
 
 

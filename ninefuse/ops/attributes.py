@@ -12,11 +12,12 @@ import time
 from typing import NamedTuple
 
 from ninefuse.calls import blocking, brief
+from ninefuse.errors import error
 from ninefuse.linux.credentials import CHANGE, ENTER, OWN, Caller, acting_as
 from ninefuse.linux.syscalls import Attributes, SetTime, may_write, set_times, stat_descriptor
 from ninefuse.ops.io import sync_path
 from ninefuse.ops.names import rename_within
-from ninefuse.tree.fids import OpenFile, error
+from ninefuse.tree.opened import OpenFile
 from ninefuse.tree.order import END
 from ninefuse.tree.session import PERMISSIONS, Session, Use, check_offset, path_of, patiently
 

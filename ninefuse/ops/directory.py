@@ -13,10 +13,12 @@ import sys
 from typing import NamedTuple
 
 from ninefuse.calls import blocking, brief
+from ninefuse.errors import error
 from ninefuse.linux.syscalls import Attributes, DirectoryEntry, stat_descriptor
-from ninefuse.tree.fids import Fid, OpenDirectory, error
 from ninefuse.tree.identity import Mark
+from ninefuse.tree.opened import OpenDirectory
 from ninefuse.tree.session import MOST_TRIES, Session
+from ninefuse.tree.table import Fid
 
 _MOST_ENTRIES = 1024  # in a reply with attributes
 _AT_ONCE = 64  # of which so many are noted while the rename lock is held
@@ -91,7 +93,7 @@ async def readdirplus(session: Session, fid: int, offset: int) -> list[EntryPlus
 
 def fitted(session: Session, fid: int, entries: list[EntryPlus], fit: int) -> None:
     """Note how many entries found room in the reply; take the others' lookups back."""
-    session.fids.forget([(e.fid.number, 1) for e in entries[fit:] if e.fid is not None])
+    session.kernel.forget([(e.fid.number, 1) for e in entries[fit:] if e.fid is not None])
     try:
         use = session.fids.get(fid)
     except OSError:
@@ -129,7 +131,7 @@ async def _entries_plus(
                         break
     except BaseException:
         # No reply will tell of the lookups counted so far.
-        session.fids.forget([(e.fid.number, 1) for e in entries if e.fid is not None])
+        session.kernel.forget([(e.fid.number, 1) for e in entries if e.fid is not None])
         raise
     return entries
 
@@ -187,7 +189,7 @@ def _entry_plus(session: Session, use: Fid, look: _Look) -> EntryPlus:
         return EntryPlus(name, offset, session.fids.number_apart(device, ino), kind, None, None)
     node = session.fids.new_node(attributes, -1, (use.node, name), mark)
     try:
-        found = session.fids.intern(node)
+        found = session.kernel.intern(node)
     finally:
         session.fids.drop(node)
     return EntryPlus(name, offset, ino, stat.S_IFMT(attributes.mode) >> 12, attributes, found)

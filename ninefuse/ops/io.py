@@ -16,6 +16,7 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from ninefuse.calls import blocking, blocking_unless, brief
+from ninefuse.errors import error
 from ninefuse.linux.credentials import (
     ENTER,
     MAKE,
@@ -27,16 +28,9 @@ from ninefuse.linux.credentials import (
     spending_as,
 )
 from ninefuse.linux.syscalls import Attributes, check_execution, stat_descriptor
-from ninefuse.tree.fids import (
-    AttributeRead,
-    AttributeWrite,
-    Fid,
-    Node,
-    OpenDirectory,
-    OpenFile,
-    error,
-)
 from ninefuse.tree.identity import Mark
+from ninefuse.tree.nodes import Node
+from ninefuse.tree.opened import AttributeRead, AttributeWrite, OpenDirectory, OpenFile
 from ninefuse.tree.order import END
 from ninefuse.tree.qids import Qid
 from ninefuse.tree.session import (
@@ -48,6 +42,7 @@ from ninefuse.tree.session import (
     path_of,
     patiently,
 )
+from ninefuse.tree.table import Fid
 
 # What a server keeps of a client's flags. Creating has been decided already; O_NOFOLLOW
 # would refuse the way through /proc; O_DIRECT asks for an alignment that buffers here

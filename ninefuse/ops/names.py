@@ -12,6 +12,7 @@ import stat
 from collections.abc import Callable
 
 from ninefuse.calls import blocking
+from ninefuse.errors import error
 from ninefuse.linux.credentials import ENTER, MAKE, OWN, PASS, TAKE, Caller, acting_as
 from ninefuse.linux.syscalls import (
     RENAME_EXCHANGE,
@@ -21,7 +22,7 @@ from ninefuse.linux.syscalls import (
     stat_name,
 )
 from ninefuse.linux.syscalls import rename as rename_names
-from ninefuse.tree.fids import Node, error
+from ninefuse.tree.nodes import Node
 from ninefuse.tree.qids import Qid
 from ninefuse.tree.session import (
     PERMISSIONS,

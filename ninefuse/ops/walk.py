@@ -10,12 +10,15 @@ import os
 import stat
 
 from ninefuse.calls import blocking, blocking_unless
+from ninefuse.errors import error
 from ninefuse.linux.credentials import LABEL, Caller, acting_as
 from ninefuse.linux.syscalls import Attributes, open_cached, open_step, stat_descriptor
-from ninefuse.tree.fids import AttributeWrite, Fid, Node, error
 from ninefuse.tree.identity import Mark
+from ninefuse.tree.nodes import Node
+from ninefuse.tree.opened import AttributeWrite
 from ninefuse.tree.qids import Qid, qid_of
 from ninefuse.tree.session import MOST_TRIES, Session, Use, check_component, check_directory
+from ninefuse.tree.table import Fid
 
 MAXWELEM = 16  # names in one walk
 KERNEL = None  # a walk to the fid by which the kernel knows the file, counting a lookup
@@ -264,7 +267,7 @@ def _found(
 def _arrive(session: Session, start: Fid, newfid: int | None, node: Node) -> Fid | None:
     """Give the node its fid."""
     if newfid is KERNEL:
-        return session.fids.intern(node)
+        return session.kernel.intern(node)
     if newfid == start.number:
         if start.opened is not None:
             raise error(errno.EINVAL)

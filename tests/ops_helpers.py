@@ -28,7 +28,8 @@ import pytest
 from ninefuse import ops
 from ninefuse.calls import Acquire, Behind, Body, Call, Release
 from ninefuse.executor import NoThreading
-from ninefuse.linux.syscalls import Attributes, DirectoryEntry, next_entry, read_records
+from ninefuse.linux.records import DirectoryEntry, next_entry, read_records
+from ninefuse.linux.syscalls import Attributes
 from ninefuse.ops.walk import KERNEL
 from ninefuse.tree.nodes import Node
 from ninefuse.tree.opened import OpenDirectory, OpenFile

@@ -18,7 +18,7 @@ import pytest
 from mounting import SOAK, Child, Mount, Place, errno_of, in_child, run
 from ops_helpers import read_entries
 
-from ninefuse.linux.syscalls import file_system_of
+from ninefuse.linux.filesystems import file_system_of
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.opendir.restype = ctypes.c_void_p

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from ninefuse.calls import blocking, brief
 from ninefuse.errors import error
-from ninefuse.linux.syscalls import Attributes, DirectoryEntry, stat_descriptor
+from ninefuse.linux.records import DirectoryEntry
+from ninefuse.linux.syscalls import Attributes, stat_descriptor
 from ninefuse.tree.identity import Mark
 from ninefuse.tree.opened import OpenDirectory
 from ninefuse.tree.session import MOST_TRIES, Session

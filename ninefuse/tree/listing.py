@@ -21,9 +21,9 @@ import threading
 from array import array
 
 from ninefuse.errors import error
-from ninefuse.linux.syscalls import (
+from ninefuse.linux.filesystems import file_system_of
+from ninefuse.linux.records import (
     DirectoryEntry,
-    file_system_of,
     next_entry,
     next_record,
     place_after,

@@ -30,7 +30,6 @@ from ninefuse.calls import Acquire, Behind, Body, Call, Release
 from ninefuse.executor import NoThreading
 from ninefuse.linux.records import DirectoryEntry, next_entry, read_records
 from ninefuse.linux.syscalls import Attributes
-from ninefuse.ops.walk import KERNEL
 from ninefuse.tree.nodes import Node
 from ninefuse.tree.opened import OpenDirectory, OpenFile
 from ninefuse.tree.qids import ROOT_NODEID
@@ -132,7 +131,9 @@ class Client:
 
     def know(self, *names: bytes | str, start: int = ROOT) -> Fid:
         """The kernel's fid for what names lead to, a lookup counted."""
-        _, fid = self.do(ops.walk, start, KERNEL, [os.fsencode(name) for name in names])
+        _, fid = self.do(
+            ops.walk, start, self.session.kernel.intern, [os.fsencode(name) for name in names]
+        )
         assert fid is not None, "the walk ended early"
         return fid
 

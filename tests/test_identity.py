@@ -17,9 +17,9 @@ from ops_helpers import leak_free as leak_free
 
 from ninefuse import ops
 from ninefuse.fuse import callbacks
+from ninefuse.fuse.entries import fitted, readdirplus
 from ninefuse.linux.filesystems import FileSystem
 from ninefuse.linux.syscalls import Attributes, stat_descriptor, stat_name
-from ninefuse.ops.directory import fitted, readdirplus
 from ninefuse.tree.identity import Devices
 from ninefuse.tree.places import hashed
 from ninefuse.tree.table import Fid

@@ -32,9 +32,9 @@ from ninefuse import executor, locks, ops
 from ninefuse.calls import blocking
 from ninefuse.driving import workers
 from ninefuse.executor import Executor, NoThreading
+from ninefuse.fuse.entries import fitted, readdirplus
 from ninefuse.linux import syscalls
 from ninefuse.locks import RenameLock
-from ninefuse.ops.directory import fitted, readdirplus
 from ninefuse.tree import counts, listing, qids, session
 
 

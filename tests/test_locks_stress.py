@@ -37,10 +37,10 @@ from ninefuse.calls import Body, blocking
 from ninefuse.driving.uring import Refused, Uring
 from ninefuse.executor import Executor, SecondModel
 from ninefuse.fuse import callbacks
+from ninefuse.fuse.entries import fitted, readdirplus
 from ninefuse.linux.credentials import Caller
 from ninefuse.linux.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
 from ninefuse.locks import RenameLock
-from ninefuse.ops.directory import fitted, readdirplus
 from ninefuse.tree.nodes import Node
 from ninefuse.tree.session import Session
 
@@ -309,9 +309,9 @@ class Client:
         body = callbacks.create(self.session, parent, place[1], flags, 0o600, ME)
         handle, fid, _ = await self.run("create", body)
         self.lookups[fid.number] += 1
-        body_of_write = ops.write(self.session, handle, 0, token)
+        body_of_write = ops.write(self.session, handle.number, 0, token)
         assert await self.run("write", body_of_write) == len(token)
-        await self.run("release", ops.clunk(self.session, handle))
+        await self.run("release", ops.clunk(self.session, handle.number))
         return token
 
     async def rename(self, old: tuple[int, bytes], new: tuple[int, bytes], flags: int = 0) -> bool:
@@ -340,11 +340,11 @@ class Client:
         token = self.own[place]
         nodeid, attributes = await self.look_up(place)
         assert attributes.size == len(token)
-        handle = await self.run("open", callbacks.open_fid(self.session, nodeid, os.O_RDONLY))
-        assert await self.run("read", ops.read(self.session, handle, 0, 100)) == token
+        handle = await self.run("open", callbacks.open(self.session, nodeid, os.O_RDONLY))
+        assert await self.run("read", ops.read(self.session, handle.number, 0, 100)) == token
         again = await self.run("getattr", ops.getattr(self.session, nodeid))
         assert (again.ino, again.size) == (attributes.ino, len(token))
-        await self.run("release", ops.clunk(self.session, handle))
+        await self.run("release", ops.clunk(self.session, handle.number))
 
     async def move(self) -> None:
         """To another name, or over a file; that is nothing if both are the same file."""
@@ -396,7 +396,7 @@ class Client:
         """A directory has, of one's own names, those that one knows of."""
         directory = self.any_directory()
         parent = self.world.number_of(directory)
-        handle = await self.run("opendir", callbacks.open_fid(self.session, parent, os.O_RDONLY))
+        handle = await self.run("opendir", callbacks.opendir(self.session, parent))
         found, offset = [], 0
         while entries := await self.run("readdir", readdirplus(self.session, handle, offset)):
             fit = self.rng.randrange(1, len(entries) + 1)

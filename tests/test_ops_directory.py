@@ -22,8 +22,8 @@ from ops_helpers import leak_free as leak_free
 from ops_helpers import source as source
 
 from ninefuse import ops
+from ninefuse.fuse.entries import EntryPlus, fitted, readdirplus
 from ninefuse.linux.records import DirectoryEntry
-from ninefuse.ops.directory import EntryPlus, fitted, readdirplus
 from ninefuse.tree.opened import OpenDirectory
 
 pytestmark = pytest.mark.usefixtures("leak_free")

@@ -30,7 +30,6 @@ from ops_helpers import source as source
 from ninefuse import ops
 from ninefuse.errors import error
 from ninefuse.locks import table_lock_held
-from ninefuse.ops.walk import KERNEL
 from ninefuse.tree.descriptors import Descriptors, _Look
 from ninefuse.tree.nodes import Node
 from ninefuse.tree.session import Session
@@ -70,7 +69,7 @@ class Tree:
         assert self.client.do(ops.getattr, self.d.number).ino == self.d.number
 
     def look_up(self) -> None:
-        body = ops.walk(self.session, ROOT, KERNEL, [b"d", b"e", b"f"])
+        body = ops.walk(self.session, ROOT, self.session.kernel.intern, [b"d", b"e", b"f"])
         _, found = self.client.run(body)
         if found is None:
             raise error(errno.ENOENT)

@@ -46,7 +46,7 @@ class KernelTable(FidTable):
         """A fid number for a file handle: 2**64 and up, never given twice."""
         return next(self._handles)
 
-    def intern(self, node: Node) -> Fid:
+    def intern(self, node: Node, place: tuple[Node, bytes] | None = None) -> Fid:
         """Find or make the fid by which the kernel knows a node's file; count a lookup.
 
         The kernel's number for a file is its qid path (the root's is 1), so that there
@@ -55,6 +55,7 @@ class KernelTable(FidTable):
         Args:
             node: found or made by the caller, who keeps its reference. Another node of
                 the same file may be the one in the table; it learns this one's name.
+            place: the parent and name that it was found at just now.
 
         Returns:
             The fid, not referenced: the lookup just counted keeps it in the table.
@@ -80,6 +81,8 @@ class KernelTable(FidTable):
                 if fid.node.mark is None or (type(fid.node.mark) is Rights and is_sure):
                     fid.node.mark = node.mark
                 self._share_descriptor(node, fid.node)
+            if place is not None and fid.node.place is not None:
+                fid.node.place = place
             fid.lookups += 1
             grown = len(self._fids) >= self._told + self.step
             if grown:

@@ -26,7 +26,8 @@ class Node:
     __slots__ = (
         "aside",
         "asked",
-        "bare",
+        "bare_asked",
+        "bare_until",
         "device",
         "fd",
         "inode",
@@ -66,9 +67,9 @@ class Node:
         self.pins = 0  # operations that use its descriptor
         self.recent = False  # used since the reclaimer last came by
         self.uses = 0  # so often, modulo 256: tells whether it was used in between
-        # Monotonic seconds until which it is known to have no security.capability; while
-        # that is asked, minus the time of asking.
-        self.bare = 0.0
+        # Monotonic seconds until which it is known to have no security.capability, and when that
+        # was asked last, if nobody has changed an attribute since.
+        self.bare_until = self.bare_asked = 0.0
 
     def __repr__(self) -> str:
         name = self.place[1] if self.place else b"/"

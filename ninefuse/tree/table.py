@@ -23,7 +23,7 @@ from ninefuse.locks import TableLock
 from ninefuse.tree.counts import Counts
 from ninefuse.tree.identity import Device, Mark, Rights
 from ninefuse.tree.nodes import Node
-from ninefuse.tree.opened import Opened, OpenFile
+from ninefuse.tree.opened import OpenDirectory, Opened, OpenFile
 from ninefuse.tree.qids import Qid, QidPaths, qid_of
 
 _MANY = 10_000  # fids, of which a table that has gone empty is worth making anew
@@ -46,6 +46,17 @@ class Fid:
     def __repr__(self) -> str:
         state = type(self.opened).__name__ if self.opened else "unopened"
         return f"<fid {self.number} {state} refs {self.refs} lookups {self.lookups}>"
+
+
+def open_file_of(fid: Fid) -> OpenFile:
+    """The file that a fid has open.
+
+    Raises:
+        OSError: EISDIR, a directory; EINVAL, unopened, or an extended attribute.
+    """
+    if isinstance(fid.opened, OpenFile):
+        return fid.opened
+    raise error(errno.EISDIR if isinstance(fid.opened, OpenDirectory) else errno.EINVAL)
 
 
 class TableStatistics(NamedTuple):
@@ -150,6 +161,14 @@ class FidTable(Counts):
         if fid.opened is not None and fid.opened.fd >= 0:
             self._defer(self.close_open, fid.opened.fd, fid.opened.owner)
         self.drop(fid.node)
+
+    def owner_of(self, number: int) -> int | None:
+        """The user id of who opened a fid, if that is known. Takes no lock.
+
+        For whom a request is counted: an answer from a moment ago is as good.
+        """
+        fid = self._fids.get(number)
+        return None if fid is None or fid.opened is None else fid.opened.owner
 
     def new_node(
         self, a: Attributes, fd: int, place: tuple[Node, bytes] | None, mark: Mark = None

@@ -34,7 +34,7 @@ from unittest import mock
 
 import ninefuse
 from ninefuse import executor, locks
-from ninefuse.linux import syscalls
+from ninefuse.linux import filesystems, records, syscalls
 from ninefuse.locks import RenameLock
 from ninefuse.tree import session
 from ninefuse.watching import report
@@ -52,7 +52,7 @@ RANKS = {
     ("ninefuse.tree.places", "Mounts"): LISTING,  # likewise
     ("ninefuse.fuse.forgetting", "Forgetter"): INNERMOST,
     ("ninefuse.tree.leaving", "Leaver"): INNERMOST,
-    ("ninefuse.tree.fids", "FidTable"): COUNTS,
+    ("ninefuse.tree.counts", "Counts"): COUNTS,
     ("ninefuse.locks", "RWLock"): INNERMOST,  # the state of a read-write lock
     ("ninefuse.driving.driver", "Executor"): INNERMOST,  # the registry of requests
     ("ninefuse.driving.clock", "Clock"): INNERMOST,
@@ -74,8 +74,9 @@ _SYSTEM_CALLS = re.findall(
     " removexattr rename rmdir scandir setxattr stat symlink sync truncate unlink utime write",
 )
 _OUR_SYSTEM_CALLS = (
-    *("device_behind", "file_handle", "open_step", "read_records", "rename"),
-    *("stat_descriptor", "stat_name"),
+    *(syscalls.device_behind, syscalls.open_step, syscalls.rename),
+    *(syscalls.stat_descriptor, syscalls.stat_name),
+    *(filesystems.file_handle, records.read_records),
 )
 
 
@@ -440,8 +441,7 @@ def _put_in_place(watch: Watch, patches: contextlib.ExitStack) -> None:
         patches.enter_context(mock.patch.object(target, name, value))
 
     replaced: dict[Any, Any] = {threading: _Threading(watch), os: _Os(watch)}
-    for name in _OUR_SYSTEM_CALLS:
-        function = getattr(syscalls, name)
+    for function in _OUR_SYSTEM_CALLS:
         replaced[function] = watch.put_around_system_call(function)
     for module in modules():
         for name, value in list(vars(module).items()):

@@ -28,11 +28,13 @@ from helpers_executor import at_once, eager_switches
 from ninefuse import ops
 from ninefuse.calls import Acquire, Behind, Body, Call, Plain, Release
 from ninefuse.executor import NoThreading
-from ninefuse.linux.syscalls import Attributes, DirectoryEntry, next_entry, read_records
-from ninefuse.ops.walk import KERNEL
-from ninefuse.tree.fids import Fid, Node, OpenDirectory, OpenFile
+from ninefuse.linux.records import DirectoryEntry, next_entry, read_records
+from ninefuse.linux.syscalls import Attributes
+from ninefuse.tree.nodes import Node
+from ninefuse.tree.opened import OpenDirectory, OpenFile
 from ninefuse.tree.qids import ROOT_NODEID
 from ninefuse.tree.session import Session
+from ninefuse.tree.table import Fid
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -118,7 +120,7 @@ class Client:
 
     def new(self) -> int:
         """A fid number that is free."""
-        return self.session.fids.new_number()
+        return self.session.kernel.new_number()
 
     def walk(self, *names: bytes | str, start: int = ROOT) -> int:
         """A new fid for what names lead to."""
@@ -129,7 +131,9 @@ class Client:
 
     def know(self, *names: bytes | str, start: int = ROOT) -> Fid:
         """The kernel's fid for what names lead to, a lookup counted."""
-        _, fid = self.do(ops.walk, start, KERNEL, [os.fsencode(name) for name in names])
+        _, fid = self.do(
+            ops.walk, start, self.session.kernel.intern, [os.fsencode(name) for name in names]
+        )
         assert fid is not None, "the walk ended early"
         return fid
 
@@ -148,7 +152,7 @@ class Client:
 
     def forget(self, fid: Fid, count: int = 1) -> None:
         """Take lookups back."""
-        self.session.fids.forget([(fid.number, count)])
+        self.session.kernel.forget([(fid.number, count)])
         self.rest()
 
     def rest(self) -> None:

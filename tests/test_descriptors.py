@@ -29,13 +29,16 @@ from ops_helpers import leak_free as leak_free
 from ops_helpers import source as source
 
 from ninefuse import ops
+from ninefuse.fuse import callbacks
+from ninefuse.fuse.entries import fitted, readdirplus
 from ninefuse.linux.credentials import Caller
 from ninefuse.linux.syscalls import Attributes
-from ninefuse.ops.directory import fitted, readdirplus
 from ninefuse.tree import descriptors
 from ninefuse.tree.descriptors import Descriptors
-from ninefuse.tree.fids import Fid, Node, OpenDirectory, OpenFile
+from ninefuse.tree.nodes import Node
+from ninefuse.tree.opened import OpenDirectory, OpenFile
 from ninefuse.tree.qids import is_on_own_device
+from ninefuse.tree.table import Fid
 
 pytestmark = pytest.mark.usefixtures("leak_free")
 
@@ -144,8 +147,8 @@ def test_whoever_opened_a_file_has_its_descriptor_counted(
         assert table._claimed == {STRANGER: 3}
         with fails(errno.ENOTDIR):
             client.do(ops.lopen, client.walk("file"), os.O_WRONLY | os.O_DIRECTORY, caller)
-        with fails(errno.ESTALE):
-            client.do(ops.lcreate, client.walk(), b"file", os.O_RDWR, 0o644, caller)
+        with fails(errno.EEXIST):
+            client.do(ops.lcreate, client.walk(), b"file", os.O_RDWR | os.O_EXCL, 0o644, caller)
         with monkeypatch.context() as patch, fails(errno.EIO):
             patch.setattr(module_of(ops.lopen), "_open_directory", broken)
             client.do(ops.lopen, client.walk(), os.O_RDONLY, caller)
@@ -734,7 +737,8 @@ def test_files_that_were_linked_and_unlinked_are_reclaimed(source: Path) -> None
             handle = client.create("temporary", b"x")
             fid = client.know(start=handle)
             client.do(ops.clunk, handle)
-            client.do(ops.link, ROOT, fid.number, b"%d" % number, remember=True)
+            linked, _ = client.do(callbacks.link, fid.number, ROOT, b"%d" % number)
+            client.forget(linked)
             client.do(ops.unlinkat, ROOT, b"temporary")
             assert in_use(client) <= 61
 

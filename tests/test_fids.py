@@ -27,8 +27,10 @@ from ops_helpers import source as source
 
 from ninefuse import ops
 from ninefuse.linux.syscalls import Attributes
-from ninefuse.tree.fids import FIRST_HANDLE, Fid, FidTable, Node, OpenDirectory, OpenFile
 from ninefuse.tree.identity import Device, Devices, _By
+from ninefuse.tree.kernel import FIRST_HANDLE, KernelTable
+from ninefuse.tree.nodes import Node
+from ninefuse.tree.opened import OpenDirectory, OpenFile
 from ninefuse.tree.places import hashed
 from ninefuse.tree.qids import (
     QTDIR,
@@ -39,6 +41,7 @@ from ninefuse.tree.qids import (
     is_on_own_device,
     qid_of,
 )
+from ninefuse.tree.table import Fid
 
 pytestmark = pytest.mark.usefixtures("leak_free")
 
@@ -47,7 +50,7 @@ OTHER_DEVICE = (9, 1)
 EXACT = 1 << 53  # whole numbers below it are apart in a double, too
 
 
-class Table(FidTable):
+class Table(KernelTable):
     """A table of made-up files, whose descriptors are never really closed."""
 
     def __init__(self) -> None:

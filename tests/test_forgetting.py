@@ -21,12 +21,12 @@ from ninefuse import ops
 from ninefuse.fuse import forgetting
 from ninefuse.fuse.forgetting import Forgetter
 from ninefuse.process import memory
-from ninefuse.tree.fids import FidTable
+from ninefuse.tree.kernel import KernelTable
 
 THE_ROOT = made_up(2, kind=stat.S_IFDIR)
 
 
-class Table(FidTable):
+class Table(KernelTable):
     """A table of made-up files in one directory, the root."""
 
     def __init__(self) -> None:
@@ -103,7 +103,7 @@ def test_files_are_offered_in_turn() -> None:
 @pytest.mark.usefixtures("leak_free")
 def test_what_is_in_use_is_not_offered(client: Client) -> None:
     """And what was used since the last look is passed over once."""
-    table = client.session.fids
+    table = client.session.kernel
     for name in ("open", "cloned", "idle", "used"):
         (client.source / name).touch()
     opened = client.know("open")

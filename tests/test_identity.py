@@ -17,11 +17,12 @@ from ops_helpers import leak_free as leak_free
 
 from ninefuse import ops
 from ninefuse.fuse import callbacks
-from ninefuse.linux.syscalls import Attributes, FileSystem, stat_descriptor, stat_name
-from ninefuse.ops.directory import fitted, readdirplus
-from ninefuse.tree.fids import Fid
+from ninefuse.fuse.entries import fitted, readdirplus
+from ninefuse.linux.filesystems import FileSystem
+from ninefuse.linux.syscalls import Attributes, stat_descriptor, stat_name
 from ninefuse.tree.identity import Devices
 from ninefuse.tree.places import hashed
+from ninefuse.tree.table import Fid
 
 pytestmark = [pytest.mark.usefixtures("leak_free"), needs_root]
 

@@ -21,10 +21,11 @@ from mounting import SOAK
 from ops_helpers import fails, in_threads, read_entries
 from ops_helpers import leak_free as leak_free
 
-from ninefuse.linux.syscalls import DirectoryEntry, FileSystem, file_system_of, read_records
+from ninefuse.linux.filesystems import FileSystem, file_system_of
+from ninefuse.linux.records import DirectoryEntry, read_records
 from ninefuse.tree import listing as listing_module
-from ninefuse.tree.fids import OpenDirectory
 from ninefuse.tree.listing import Listing
+from ninefuse.tree.opened import OpenDirectory
 
 pytestmark = pytest.mark.usefixtures("leak_free")
 

@@ -32,10 +32,10 @@ from ninefuse import executor, locks, ops
 from ninefuse.calls import blocking
 from ninefuse.driving import workers
 from ninefuse.executor import Executor, NoThreading
+from ninefuse.fuse.entries import fitted, readdirplus
 from ninefuse.linux import syscalls
 from ninefuse.locks import RenameLock
-from ninefuse.ops.directory import fitted, readdirplus
-from ninefuse.tree import fids, listing, qids, session
+from ninefuse.tree import counts, listing, qids, session
 
 
 def test_operations_keep_the_order(source: Path) -> None:
@@ -61,7 +61,7 @@ def use_all(client: Client) -> None:
     fitted(client.session, handle, entries, 1)
     # Two files of one number: the table gives the second one apart, in its own section.
     known = client.know("d", "4")
-    fids, a = client.session.fids, client.do(ops.getattr, known.number)
+    fids, a = client.session.kernel, client.do(ops.getattr, known.number)
     for number in (998, 999):
         node = fids.new_node(a._replace(dev_minor=number), -1, (directory.node, b"stranger"))
         node.device.base = 7
@@ -112,7 +112,7 @@ class Broken:
 
     def system_call_inside_table(self) -> None:
         with self.table.reading:
-            vars(fids)["os"].stat("/")
+            vars(counts)["os"].stat("/")
 
     def our_own_system_call_inside_counts(self) -> None:
         with self.counts:

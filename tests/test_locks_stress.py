@@ -38,11 +38,11 @@ from ninefuse.calls import Body, blocking
 from ninefuse.driving.uring import Uring
 from ninefuse.executor import Executor, SecondModel
 from ninefuse.fuse import callbacks
+from ninefuse.fuse.entries import fitted, readdirplus
 from ninefuse.linux.credentials import Caller
 from ninefuse.linux.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
 from ninefuse.locks import RenameLock
-from ninefuse.ops.directory import fitted, readdirplus
-from ninefuse.tree.fids import Node
+from ninefuse.tree.nodes import Node
 from ninefuse.tree.qids import is_on_own_device
 from ninefuse.tree.session import Session
 
@@ -214,7 +214,7 @@ class World:
 
     async def end(self) -> None:
         """Forget the directories; nothing is left but the root, and nobody uses that."""
-        self.session.fids.forget([(number, 1) for number in self.directories])
+        self.session.kernel.forget([(number, 1) for number in self.directories])
         await self.run("flush", ops.flush(self.session, 0))  # the last closes come after it
         await until(lambda: not self.driver.requests and self.session.fids.descriptors == 1)
         assert set(self.session.fids._fids) == {ROOT}
@@ -320,9 +320,9 @@ class Client:
         body = callbacks.create(self.session, parent, place[1], flags, 0o600, ME)
         handle, fid, _ = await self.run("create", body)
         self.lookups[fid.number] += 1
-        body_of_write = ops.write(self.session, handle, 0, token)
+        body_of_write = ops.write(self.session, handle.number, 0, token)
         assert await self.run("write", body_of_write) == len(token)
-        await self.run("release", ops.clunk(self.session, handle))
+        await self.run("release", ops.clunk(self.session, handle.number))
         return token
 
     async def rename(self, old: tuple[int, bytes], new: tuple[int, bytes], flags: int = 0) -> bool:
@@ -351,11 +351,11 @@ class Client:
         token = self.own[place]
         nodeid, attributes = await self.look_up(place)
         assert attributes.size == len(token)
-        handle = await self.run("open", callbacks.open_fid(self.session, nodeid, os.O_RDONLY))
-        assert await self.run("read", ops.read(self.session, handle, 0, 100)) == token
+        handle = await self.run("open", callbacks.open(self.session, nodeid, os.O_RDONLY))
+        assert await self.run("read", ops.read(self.session, handle.number, 0, 100)) == token
         again = await self.run("getattr", ops.getattr(self.session, nodeid))
         assert (again.ino, again.size) == (attributes.ino, len(token))
-        await self.run("release", ops.clunk(self.session, handle))
+        await self.run("release", ops.clunk(self.session, handle.number))
 
     async def move(self) -> None:
         """To another name, or over a file; that is nothing if both are the same file."""
@@ -407,7 +407,7 @@ class Client:
         """A directory has, of one's own names, those that one knows of."""
         directory = self.any_directory()
         parent = self.world.number_of(directory)
-        handle = await self.run("opendir", callbacks.open_fid(self.session, parent, os.O_RDONLY))
+        handle = await self.run("opendir", callbacks.opendir(self.session, parent))
         found, offset = [], 0
         while entries := await self.run("readdir", readdirplus(self.session, handle, offset)):
             fit = self.rng.randrange(1, len(entries) + 1)

@@ -353,7 +353,7 @@ def _use_in_every_way(client: Client, name: bytes) -> Counter[str]:
     for number in (fid, nodeid):
         for flags in (os.O_RDONLY, os.O_WRONLY, os.O_RDWR, os.O_RDWR | os.O_TRUNC, os.O_NONBLOCK):
             attempt(ops.lopen, number, flags)
-            attempt(callbacks.open_fid, number, flags)
+            attempt(callbacks.open, number, flags)
         for changes in (
             Changes(mode=0o640),
             Changes(uid=os.geteuid(), gid=os.getegid()),
@@ -363,8 +363,8 @@ def _use_in_every_way(client: Client, name: bytes) -> Counter[str]:
         ):
             attempt(ops.setattr, number, changes)
         for operation, *args in (
-            (ops.getattr,), (ops.statfs,), (ops.readlink,), (ops.wstat, Changes()),
-            (ops.wstat, Changes(mode=0o600), name), (ops.read, 0, 10), (ops.write, 0, b"x"),
+            (ops.getattr,), (ops.statfs,), (ops.readlink,),
+            (ops.read, 0, 10), (ops.write, 0, b"x"),
             (ops.fsync,), (ops.readdir, 0, 1000), (ops.lock, 0, LockRange(1, 0, 0)),
             (ops.getlock, LockRange(1, 0, 0)), (ops.xattrwalk, client.new()),
             (ops.xattrwalk, client.new(), b"user.x"), (callbacks.listxattr,),

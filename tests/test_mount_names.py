@@ -17,7 +17,7 @@ from mounting import SOAK, Child, Mount, Place, errno_of, in_child, run
 from ops_helpers import read_entries
 from streams import directory
 
-from ninefuse.linux.syscalls import file_system_of
+from ninefuse.linux.filesystems import file_system_of
 
 pytestmark = pytest.mark.soak
 

@@ -18,7 +18,7 @@ import pytest
 from file_systems import SBIN, mounted, overlay
 from mounting import Mount, run, wait_until
 
-from ninefuse.linux.syscalls import uuid_of_file_system
+from ninefuse.linux.filesystems import uuid_of_file_system
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount file systems")
 

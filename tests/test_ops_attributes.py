@@ -1,4 +1,4 @@
-"""getattr, setattr, wstat, readlink and statfs."""
+"""getattr, setattr, readlink and statfs."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from ops_helpers import (
-    ILLEGAL_NAMES,
-    ROOT,
     Client,
     Stepper,
     client_of,
@@ -27,6 +24,7 @@ from ops_helpers import leak_free as leak_free
 from ops_helpers import source as source
 
 from ninefuse import ops
+from ninefuse.fuse import callbacks
 from ninefuse.linux.syscalls import SetTime
 from ninefuse.ops import Changes
 
@@ -58,19 +56,19 @@ def test_attributes_are_the_files_own(kinds: Client, kind: str) -> None:
     path = kinds.source / kind
     os.utime(path, ns=(1_234_567_890_123_456_789, -987_654_321), follow_symlinks=False)
     expected = path.lstat()
-    for a in (kinds.do(ops.getattr, kinds.walk(kind)), kinds.do(ops.stat, kinds.walk(kind))):
-        assert a.ino == expected.st_ino
-        assert a.dev == expected.st_dev
-        assert a.mode == expected.st_mode
-        assert a.kind == stat.S_IFMT(expected.st_mode)
-        assert a.nlink == expected.st_nlink
-        assert (a.uid, a.gid) == (expected.st_uid, expected.st_gid)
-        assert a.size == expected.st_size
-        assert (a.blocks, a.blksize) == (expected.st_blocks, expected.st_blksize)
-        assert a.mtime_ns == expected.st_mtime_ns == -987_654_321
-        assert a.ctime_ns == expected.st_ctime_ns
-        assert a.atime_ns == expected.st_atime_ns
-        assert a.rdev == expected.st_rdev
+    a = kinds.do(ops.getattr, kinds.walk(kind))
+    assert a.ino == expected.st_ino
+    assert a.dev == expected.st_dev
+    assert a.mode == expected.st_mode
+    assert a.kind == stat.S_IFMT(expected.st_mode)
+    assert a.nlink == expected.st_nlink
+    assert (a.uid, a.gid) == (expected.st_uid, expected.st_gid)
+    assert a.size == expected.st_size
+    assert (a.blocks, a.blksize) == (expected.st_blocks, expected.st_blksize)
+    assert a.mtime_ns == expected.st_mtime_ns == -987_654_321
+    assert a.ctime_ns == expected.st_ctime_ns
+    assert a.atime_ns == expected.st_atime_ns
+    assert a.rdev == expected.st_rdev
 
 
 def test_a_device_node_says_which_device(client: Client) -> None:
@@ -277,10 +275,12 @@ def test_who_is_not_the_owner_sets_both_times_to_now_only(
         (SetTime.NOW, now),
     ):
         with fails(errno.EPERM):
-            kinds.do(ops.setattr, fid, Changes(atime=atime, mtime=mtime))
+            kinds.do(callbacks.setattr, fid, None, Changes(atime=atime, mtime=mtime))
     assert (path.stat().st_atime_ns, path.stat().st_mtime_ns) == (11, 22)
     now = time.time_ns()
-    kinds.do(ops.setattr, fid, Changes(atime=now, mtime=now))
+    with fails(errno.EPERM):
+        kinds.do(ops.setattr, fid, Changes(atime=now, mtime=now))  # a moment like any other to 9P
+    kinds.do(callbacks.setattr, fid, None, Changes(atime=now, mtime=now))
     for found in (path.stat().st_atime_ns, path.stat().st_mtime_ns):
         assert abs(found - now) < 60 * SECOND
 
@@ -356,7 +356,7 @@ def test_steps_before_one_that_fails_stay_done(kinds: Client) -> None:
 
 
 def test_nothing_changes_on_a_read_only_session(source: Path) -> None:
-    """EROFS, for wstat too, a sync included."""
+    """EROFS, also for what changes nothing."""
     (source / "file").write_bytes(b"data")
     before = (source / "file").stat()
     with client_of(source, read_only=True) as client:
@@ -364,91 +364,8 @@ def test_nothing_changes_on_a_read_only_session(source: Path) -> None:
         for changes in (Changes(mode=0o777), Changes(size=0), Changes(mtime=0), Changes()):
             with fails(errno.EROFS):
                 client.do(ops.setattr, fid, changes)
-            with fails(errno.EROFS):
-                client.do(ops.wstat, fid, changes, b"new")
         assert client.do(ops.getattr, fid).mtime_ns == before.st_mtime_ns
     assert (source / "file").stat() == before
-
-
-# wstat
-
-
-def test_wstat_changes_name_and_attributes(kinds: Client) -> None:
-    """The new name is in the same directory; the fid goes on with the file."""
-    (kinds.source / "file").rename(kinds.source / "directory" / "file")
-    fid = kinds.walk("directory", "file")
-    kinds.do(ops.wstat, fid, Changes(mode=0o600, size=3), b"renamed")
-    path = kinds.source / "directory" / "renamed"
-    assert path.read_bytes() == b"012"
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert os.listdir(kinds.source / "directory") == ["renamed"]
-    assert kinds.place(fid)[1] == b"renamed"
-    kinds.do(ops.wstat, fid, Changes(), b"again")
-    kinds.do(ops.remove, fid)
-    assert os.listdir(kinds.source / "directory") == []
-
-
-@pytest.mark.parametrize("taken", KINDS)
-def test_wstat_overwrites_no_name(kinds: Client, taken: str) -> None:
-    """EEXIST, and nothing is changed, the attributes neither."""
-    (kinds.source / "mine").write_bytes(b"mine")
-    before = (kinds.source / "mine").stat(), (kinds.source / taken).lstat()
-    with fails(errno.EEXIST):
-        kinds.do(ops.wstat, kinds.walk("mine"), Changes(size=0), os.fsencode(taken))
-    assert ((kinds.source / "mine").stat(), (kinds.source / taken).lstat()) == before
-
-
-def test_wstat_refuses_what_is_not_a_new_name(kinds: Client) -> None:
-    """EINVAL, EEXIST for dot and dot-dot, ENAMETOOLONG; EBUSY for the root."""
-    fid = kinds.walk("file")
-    for name in ILLEGAL_NAMES:
-        with fails(errno.EINVAL):
-            kinds.do(ops.wstat, fid, Changes(), name)
-    for name in (b".", b".."):
-        with fails(errno.EEXIST):
-            kinds.do(ops.wstat, fid, Changes(), name)
-    with fails(errno.ENAMETOOLONG):
-        kinds.do(ops.wstat, fid, Changes(), b"x" * 256)
-    with fails(errno.EBUSY):
-        kinds.do(ops.wstat, ROOT, Changes(), b"new")
-    assert (kinds.source / "file").exists()
-
-
-def test_wstat_of_a_file_that_is_elsewhere(kinds: Client) -> None:
-    """ENOENT where it has gone; ESTALE where another has its name, which is not renamed."""
-    fid = kinds.walk("file")
-    (kinds.source / "file").rename(kinds.source / "moved")
-    with fails(errno.ENOENT):
-        kinds.do(ops.wstat, fid, Changes(), b"new")
-    (kinds.source / "file").mkdir()
-    with fails(errno.ESTALE):
-        kinds.do(ops.wstat, fid, Changes(), b"new")
-    assert (kinds.source / "file").is_dir()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_wstat_of_nothing_syncs(kinds: Client, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    """Files and directories are made durable; nothing else is as much as opened."""
-    synced: list[int] = []
-    opened: list[str] = []
-    real_fsync, real_open = os.fsync, os.open
-
-    def fsync(fd: int) -> None:
-        synced.append(os.fstat(fd).st_ino)
-        real_fsync(fd)
-
-    def recording(path: str, *args: Any, **more: Any) -> int:
-        opened.append(path)
-        return real_open(path, *args, **more)
-
-    fid = kinds.walk(kind)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", fsync)
-        patch.setattr(os, "open", recording)
-        kinds.do(ops.wstat, fid, Changes())
-    has_data = kind in ("file", "directory")
-    assert synced == ([(kinds.source / kind).stat().st_ino] if has_data else [])
-    assert len(opened) == len(synced)
 
 
 # readlink and statfs
@@ -497,9 +414,6 @@ EACH: dict[str, Callable[[Client, int], object]] = {
     "getattr": lambda client, fid: client.do(ops.getattr, fid),
     "setattr": lambda client, fid: client.do(ops.setattr, fid, Changes(mode=0o600, mtime=5)),
     "setattr of the size": lambda client, fid: client.do(ops.setattr, fid, Changes(size=1)),
-    "wstat": lambda client, fid: client.do(ops.wstat, fid, Changes(mode=0o600)),
-    "wstat of a name": lambda client, fid: client.do(ops.wstat, fid, Changes(), b"other"),
-    "sync by wstat": lambda client, fid: client.do(ops.wstat, fid, Changes()),
     "statfs": lambda client, fid: client.do(ops.statfs, fid),
 }
 
@@ -515,7 +429,7 @@ def test_a_node_without_descriptor_is_opened_again(kinds: Client, operation: str
     EACH[operation](kinds, inner.number)
     assert inner.node.fd >= 0
     kinds.lose_descriptor(inner)
-    name = "other" if operation == "wstat of a name" else "inner"
+    name = "inner"
     (kinds.source / "directory" / name).rename(kinds.source / "moved")
     (kinds.source / "directory" / name).write_bytes(b"another")
     with fails(errno.ESTALE):

@@ -22,9 +22,9 @@ from ops_helpers import leak_free as leak_free
 from ops_helpers import source as source
 
 from ninefuse import ops
-from ninefuse.linux.syscalls import DirectoryEntry
-from ninefuse.ops.directory import EntryPlus, fitted, readdirplus
-from ninefuse.tree.fids import OpenDirectory
+from ninefuse.fuse.entries import EntryPlus, fitted, readdirplus
+from ninefuse.linux.records import DirectoryEntry
+from ninefuse.tree.opened import OpenDirectory
 
 pytestmark = pytest.mark.usefixtures("leak_free")
 
@@ -341,7 +341,7 @@ def test_lookups_are_counted_for_what_found_room(client: Client, room: int) -> N
     assert once_each([entry.name for entry in entries]) == expected
     for entry in entries:
         assert entry.fid is None or entry.fid.lookups == 1
-    client.session.fids.forget([(e.fid.number, 1) for e in entries if e.fid is not None])
+    client.session.kernel.forget([(e.fid.number, 1) for e in entries if e.fid is not None])
     assert set(client.session.fids._fids) == {ROOT, fid}
 
 

@@ -18,14 +18,13 @@ from ops_helpers import source as source
 from ninefuse import ops
 from ninefuse.calls import Body
 from ninefuse.fuse import callbacks
-from ninefuse.linux import syscalls
+from ninefuse.fuse.entries import readdirplus
+from ninefuse.linux import filesystems, records, syscalls
 from ninefuse.linux.credentials import Caller
 from ninefuse.linux.syscalls import RENAME_EXCHANGE
 from ninefuse.ops import Changes, LockRange
-from ninefuse.ops.directory import readdirplus
-from ninefuse.ops.io import report_close
-from ninefuse.tree.fids import Fid
 from ninefuse.tree.session import Session
+from ninefuse.tree.table import Fid
 
 pytestmark = pytest.mark.usefixtures("leak_free")
 
@@ -39,10 +38,10 @@ _OF_PYTHON = [
     *("chmod", "chown", "truncate", "ftruncate", "pread", "pwrite", "fsync", "fdatasync"),
     *("lseek", "statvfs", "getxattr", "setxattr", "listxattr", "removexattr"),
 ]
-_OF_OURS = ["_statx", "_renameat2", "_utimensat", "_getdents64", "_fstatfs"]
 CALLS: list[tuple[object, str]] = [
     *((os, name) for name in _OF_PYTHON),
-    *((syscalls, name) for name in _OF_OURS),
+    *((syscalls, name) for name in ("_statx", "_renameat2", "_utimensat")),
+    *((records, "_getdents64"), (filesystems, "_fstatfs")),
 ]
 
 
@@ -110,7 +109,7 @@ OPERATIONS: dict[str, Callable[[Session, Scene], Body[Any]]] = {
     "attach": lambda s, c: ops.attach(s, NEW, str(c.client.source)),
     "walk": lambda s, c: ops.walk(s, ROOT, NEW, [b"d", b"..", b"d", b"inner"]),
     "walk to itself": lambda s, c: ops.walk(s, c.clone, c.clone, [b"d", b".", b"inner"]),
-    "walk for the kernel": lambda s, c: ops.walk(s, ROOT, None, [b"d", b"inner"]),
+    "walk for the kernel": lambda s, c: ops.walk(s, ROOT, s.kernel.intern, [b"d", b"inner"]),
     "walk of a clone": lambda s, c: ops.walk(s, c.file, NEW),
     "walk up": lambda s, c: ops.walk(s, c.below.number, NEW),
     "clunk": lambda s, c: ops.clunk(s, c.reading),
@@ -121,8 +120,6 @@ OPERATIONS: dict[str, Callable[[Session, Scene], Body[Any]]] = {
     "getattr without descriptor": lambda s, c: ops.getattr(s, c.below.number),
     "setattr": lambda s, c: ops.setattr(s, c.file, Changes(0o600, *ME[:2], 2, 1, 1)),
     "setattr of an open file": lambda s, c: ops.setattr(s, c.writing, Changes(size=1)),
-    "wstat": lambda s, c: ops.wstat(s, c.file, Changes(mode=0o600), b"new"),
-    "wstat of nothing": lambda s, c: ops.wstat(s, c.file, Changes()),
     "readlink": lambda s, c: ops.readlink(s, c.link),
     "statfs": lambda s, c: ops.statfs(s, c.lost.number),
     "lopen": lambda s, c: ops.lopen(s, c.file, os.O_RDWR | os.O_TRUNC),
@@ -133,7 +130,6 @@ OPERATIONS: dict[str, Callable[[Session, Scene], Body[Any]]] = {
     "write": lambda s, c: ops.write(s, c.writing, 0, b"new"),
     "fsync": lambda s, c: ops.fsync(s, c.writing),
     "fdatasync": lambda s, c: ops.fsync(s, c.listing, True),
-    "report_close": lambda s, c: report_close(s, c.writing),
     "lock": lambda s, c: ops.lock(s, c.writing, 0, LockRange(1, 0, 0)),
     "readdir": lambda s, c: ops.readdir(s, c.listing, 0, 4096),
     "readdirplus": lambda s, c: readdirplus(s, c.listing, 0),
@@ -154,7 +150,10 @@ OPERATIONS: dict[str, Callable[[Session, Scene], Body[Any]]] = {
     "callback mknod": lambda s, c: callbacks.mknod(s, ROOT, b"new", 0o100600, 0, ME),
     "callback symlink": lambda s, c: callbacks.symlink(s, ROOT, b"new", b"target", ME),
     "callback link": lambda s, c: callbacks.link(s, c.below.number, ROOT, b"new"),
-    "callback open": lambda s, c: callbacks.open_fid(s, c.below.number, os.O_RDONLY),
+    "callback open": lambda s, c: callbacks.open(s, c.below.number, os.O_RDONLY),
+    "callback flush": lambda s, c: callbacks.flush(s, c.writing),
+    "callback opendir": lambda s, c: callbacks.opendir(s, c.d),
+    "lcreate of a file": lambda s, c: ops.lcreate(s, c.clone, b"file", os.O_RDWR, 0o600, ME),
     "callback create": lambda s, c: callbacks.create(s, ROOT, b"new", os.O_RDWR, 0o600, ME),
     "callback setattr": lambda s, c: callbacks.setattr(
         s, c.known.number, c.writing, Changes(mtime=1)
@@ -172,7 +171,6 @@ MAY_GO_ON = {
     "rename over the lost",
     "renameat",
     "exchange",
-    "wstat",
     "reclaiming",
     "readdir",
     "readdirplus",

@@ -27,8 +27,8 @@ from ops_helpers import leak_free as leak_free
 from ops_helpers import source as source
 
 from ninefuse import ops
+from ninefuse.fuse import callbacks
 from ninefuse.ops import LockRange, LockStatus
-from ninefuse.ops.io import report_close
 from ninefuse.tree.qids import QTDIR, QTFILE
 
 pytestmark = pytest.mark.usefixtures("leak_free")
@@ -299,7 +299,10 @@ def test_lcreate_turns_the_directory_into_the_file(client: Client) -> None:
 
 @pytest.mark.parametrize("kind", ["file", "directory", "dangling", "fifo"])
 def test_lcreate_of_a_name_that_is_taken(client: Client, kind: str) -> None:
-    """EEXIST for who asked for a new file, ESTALE for who did not look; nothing is touched."""
+    """EEXIST for who asked for a new file; the kernel, which looked, hears ESTALE if it did not.
+
+    Nothing is touched.
+    """
     path = client.source / "name"
     if kind == "file":
         path.write_bytes(b"kept")
@@ -314,7 +317,10 @@ def test_lcreate_of_a_name_that_is_taken(client: Client, kind: str) -> None:
     with fails(errno.EEXIST):
         client.do(ops.lcreate, fid, b"name", os.O_RDWR | os.O_EXCL | os.O_TRUNC, 0o600)
     with fails(errno.ESTALE):
-        client.do(ops.lcreate, fid, b"name", os.O_RDWR | os.O_TRUNC, 0o600)
+        client.do(callbacks.create, ROOT, b"name", os.O_RDWR | os.O_TRUNC, 0o600, None)
+    if kind != "file":
+        with fails(errno.EISDIR if kind == "directory" else errno.ENXIO):
+            client.do(ops.lcreate, fid, b"name", os.O_RDWR | os.O_TRUNC, 0o600)
     after = path.lstat()
     assert (after.st_ino, after.st_size, after.st_mtime_ns, after.st_mode) == (
         before.st_ino,
@@ -325,6 +331,43 @@ def test_lcreate_of_a_name_that_is_taken(client: Client, kind: str) -> None:
     assert os.listdir(client.source) == ["name"]
     # The fid is still the unopened directory.
     client.do(ops.lcreate, fid, b"other", os.O_RDWR | os.O_EXCL, 0o600)
+
+
+@pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_RDWR, os.O_RDWR | os.O_TRUNC])
+def test_lcreate_of_a_file_that_is_there_opens_it(client: Client, flags: int) -> None:
+    """As open(2) with O_CREAT does it, and as other servers answer a client that did not look."""
+    (client.source / "name").write_bytes(b"data")
+    known = client.know("name")
+    fid = client.walk()
+    qid = client.do(ops.lcreate, fid, b"name", flags, 0o600)
+    assert qid.path == known.number
+    assert client.node(fid) is known.node
+    assert client.do(ops.read, fid, 0, 9) == (b"" if flags & os.O_TRUNC else b"data")
+    if flags & os.O_ACCMODE:
+        assert client.do(ops.write, fid, 0, b"more") == 4
+    assert client.place(fid) == (client.do(ops.getattr, ROOT).ino, b"name")
+
+
+def test_lcreate_of_a_file_that_comes_and_goes(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is there when it is to be made, and gone when it is to be opened; then it is made."""
+    module = module_of(ops.lcreate)
+    real = module._create_file
+    tries = []
+
+    def taken_once(*args: int) -> int:
+        tries.append(args)
+        if len(tries) == 1:
+            raise FileExistsError(errno.EEXIST, "there it is")
+        fd: int = real(*args)
+        return fd
+
+    monkeypatch.setattr(module, "_create_file", taken_once)
+    fid = client.walk()
+    client.do(ops.lcreate, fid, b"name", os.O_RDWR, 0o600)
+    assert len(tries) == 2
+    assert client.do(ops.write, fid, 0, b"x") == 1
 
 
 def test_lcreate_that_fails_leaves_the_directory(source: Path) -> None:
@@ -740,17 +783,17 @@ def test_errors_that_a_close_reports_are_fetched(
 
     fid = client.open("file", flags=os.O_RDWR)
     reader = client.open("file")
-    client.do(report_close, fid)
+    client.do(callbacks.flush, fid)
     with monkeypatch.context() as patch:
         patch.setattr(os, "close", full)
         with fails(errno.EDQUOT):
-            client.do(report_close, fid)
-        client.do(report_close, reader)  # nothing was written there
+            client.do(callbacks.flush, fid)
+        client.do(callbacks.flush, reader)  # nothing was written there
     assert len(closed) == 1
     assert closed != [client.descriptor(fid)]
     assert client.do(ops.read, fid, 0, 1) == b"0"
     with fails(errno.EINVAL):
-        client.do(report_close, client.walk("file"))
+        client.do(callbacks.flush, client.walk("file"))
 
 
 @pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE])
@@ -763,7 +806,7 @@ def test_a_close_does_not_fail_for_want_of_a_descriptor(
     fid = client.open("file", flags=os.O_RDWR)
     with monkeypatch.context() as patch:
         patch.setattr(os, "dup", none_left)
-        client.do(report_close, fid)
+        client.do(callbacks.flush, fid)
 
 
 # lock and getlock

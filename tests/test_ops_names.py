@@ -25,13 +25,12 @@ from ops_helpers import leak_free as leak_free
 from ops_helpers import source as source
 
 from ninefuse import ops
+from ninefuse.fuse.entries import readdirplus
 from ninefuse.linux.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT, rename
 from ninefuse.ops import Changes
-from ninefuse.ops.directory import readdirplus
 from ninefuse.ops.names import AT_REMOVEDIR
-from ninefuse.ops.walk import KERNEL
-from ninefuse.tree.fids import Fid
 from ninefuse.tree.qids import QTDIR, QTFILE, QTSYMLINK, Qid
+from ninefuse.tree.table import Fid
 
 pytestmark = pytest.mark.usefixtures("leak_free")
 
@@ -616,7 +615,7 @@ def test_who_saw_a_name_before_it_moved_looks_again(tree: Client, is_told: bool)
     moving.before("_rename")
     # By a name that goes at the source, to the file that is being moved.
     os.link(tree.source / "one", tree.source / "other")
-    walking = Stepper(ops.walk(tree.session, ROOT, KERNEL, [b"other"]))
+    walking = Stepper(ops.walk(tree.session, ROOT, tree.session.kernel.intern, [b"other"]))
     walking.after("_step")
     if is_told:
         moving.finish()

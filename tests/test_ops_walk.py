@@ -33,10 +33,11 @@ from ops_helpers import source as source
 from ninefuse import ops
 from ninefuse.calls import blocking
 from ninefuse.executor import create
+from ninefuse.fuse import callbacks
+from ninefuse.fuse.entries import readdirplus
 from ninefuse.linux.mountinfo import OwnMount
-from ninefuse.ops.directory import readdirplus
-from ninefuse.ops.walk import KERNEL, MAXWELEM
-from ninefuse.tree.fids import FIRST_HANDLE
+from ninefuse.ops.walk import MAXWELEM
+from ninefuse.tree.kernel import FIRST_HANDLE
 from ninefuse.tree.qids import QTDIR, QTFILE, QTSYMLINK
 from ninefuse.tree.session import Session
 
@@ -65,11 +66,7 @@ EVERY_OPERATION: dict[str, Callable[[Session, int], Any]] = {
     "clunk": ops.clunk,
     "remove": ops.remove,
     "getattr": ops.getattr,
-    "stat": ops.stat,
     "setattr": lambda s, fid: ops.setattr(s, fid, ops.Changes(mode=0o600)),
-    "wstat": lambda s, fid: ops.wstat(s, fid, ops.Changes(mode=0o600)),
-    "wstat of nothing": lambda s, fid: ops.wstat(s, fid, ops.Changes()),
-    "wstat of a name": lambda s, fid: ops.wstat(s, fid, ops.Changes(), b"new"),
     "readlink": ops.readlink,
     "statfs": ops.statfs,
     "lopen": lambda s, fid: ops.lopen(s, fid, os.O_RDONLY),
@@ -80,7 +77,7 @@ EVERY_OPERATION: dict[str, Callable[[Session, int], Any]] = {
     "lock": lambda s, fid: ops.lock(s, fid, 0, ops.LockRange(0, 0, 0)),
     "getlock": lambda s, fid: ops.getlock(s, fid, ops.LockRange(0, 0, 0)),
     "readdir": lambda s, fid: ops.readdir(s, fid, 0, 4096),
-    "readdirplus": lambda s, fid: ops.readdirplus(s, fid, 0),
+    "readdirplus": lambda s, fid: callbacks.readdir(s, fid, 0),
     "mkdir": lambda s, fid: ops.mkdir(s, fid, b"new", 0o700),
     "mknod": lambda s, fid: ops.mknod(s, fid, b"new", stat.S_IFIFO | 0o600),
     "symlink": lambda s, fid: ops.symlink(s, fid, b"new", b"target"),
@@ -436,10 +433,10 @@ def test_a_walk_for_the_kernel_counts_only_the_last_name(tree: Client) -> None:
     before = set(tree.session.fids._fids)
     fid = tree.know("a", "b", "c", "file")
     assert set(tree.session.fids._fids) - before == {fid.number}
-    qids, none = tree.do(ops.walk, ROOT, KERNEL, [b"a", b"none"])
+    qids, none = tree.do(ops.walk, ROOT, tree.session.kernel.intern, [b"a", b"none"])
     assert (len(qids), none) == (1, None)
     with fails(errno.ENOENT):
-        tree.do(ops.walk, ROOT, KERNEL, [b"none"])
+        tree.do(ops.walk, ROOT, tree.session.kernel.intern, [b"none"])
     assert set(tree.session.fids._fids) - before == {fid.number}
 
 
@@ -454,8 +451,17 @@ def test_the_root_found_by_the_kernel_is_fid_1(tree: Client) -> None:
 # walkgetattr
 
 
+def test_a_directory_that_is_walked_up_to_keeps_its_place(tree: Client) -> None:
+    """It is found below its parent, not in its child by the name of two dots."""
+    a, b = tree.know("a"), tree.know("a", "b")
+    places = [tree.place(fid.number) for fid in (a, b)]
+    tree.walk("..", start=b.number)
+    tree.walk(".", start=b.number)
+    assert [tree.place(fid.number) for fid in (a, b)] == places
+
+
 def test_walkgetattr_is_a_walk_of_one_name_and_a_getattr(tree: Client) -> None:
-    fid, attributes = tree.do(ops.walkgetattr, ROOT, KERNEL, b"top")
+    fid, attributes = tree.do(ops.walkgetattr, ROOT, tree.session.kernel.intern, b"top")
     assert fid is tree.know("top")
     assert attributes == tree.do(ops.getattr, fid.number)
     assert (fid.lookups, attributes.size) == (2, 3)
@@ -478,10 +484,10 @@ def test_walkgetattr_is_a_walk_of_one_name_and_a_getattr(tree: Client) -> None:
 )
 def test_a_walkgetattr_that_fails_leaves_nothing(tree: Client, name: bytes, code: int) -> None:
     with fails(code):
-        tree.do(ops.walkgetattr, ROOT, KERNEL, name)
+        tree.do(ops.walkgetattr, ROOT, tree.session.kernel.intern, name)
     top = tree.walk("top")
     with fails(errno.ENOTDIR):
-        tree.do(ops.walkgetattr, top, KERNEL, b"a")
+        tree.do(ops.walkgetattr, top, tree.session.kernel.intern, b"a")
     tree.do(ops.clunk, top)
     directory = tree.open("a")
     with fails(errno.EINVAL):

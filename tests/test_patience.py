@@ -222,7 +222,7 @@ def test_a_lease_keeps_no_worker(
             body = callbacks.setattr(session, fid.number, None, changes)
         else:
             flags = os.O_RDWR | (os.O_TRUNC if "empty" in what else 0)
-            body = callbacks.open_fid(session, fid.number, flags, ME)  # type: ignore[assignment]
+            body = callbacks.open(session, fid.number, flags, ME)  # type: ignore[assignment]
         async with trio.open_nursery() as nursery:
             opening = await begin(nursery, executor, "open", body)
             for _ in range(20):

@@ -1,4 +1,4 @@
-"""Descriptors that are taken away and opened again while others use them (session.py, fids.py).
+"""Descriptors that are taken away and opened again while others use them (session.py, counts.py).
 
 First in order: between any two steps of one who uses, looks for, removes or reclaims a file,
 somebody else does one of these, or changes the source. Then at random, on threads.
@@ -28,9 +28,9 @@ from ops_helpers import leak_free as leak_free
 from ops_helpers import source as source
 
 from ninefuse import ops
-from ninefuse.ops.walk import KERNEL
+from ninefuse.errors import error
 from ninefuse.tree.descriptors import Descriptors, _Look
-from ninefuse.tree.fids import Node, error
+from ninefuse.tree.nodes import Node
 from ninefuse.tree.session import Session
 
 pytestmark = [pytest.mark.soak, pytest.mark.usefixtures("leak_free")]
@@ -68,7 +68,7 @@ class Tree:
         assert self.client.do(ops.getattr, self.d.number).ino == self.d.number
 
     def look_up(self) -> None:
-        body = ops.walk(self.session, ROOT, KERNEL, [b"d", b"e", b"f"])
+        body = ops.walk(self.session, ROOT, self.session.kernel.intern, [b"d", b"e", b"f"])
         _, found = self.client.run(body)
         if found is None:
             raise error(errno.ENOENT)

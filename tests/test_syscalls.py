@@ -1,4 +1,4 @@
-"""System calls that Python's os module lacks (ninefuse/linux/syscalls.py)."""
+"""System calls that Python's os module lacks (ninefuse/linux: syscalls, filesystems, records)."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ import pytest
 from ops_helpers import fails, need_devices, needs_root, read_entries
 from ops_helpers import leak_free as leak_free
 
-from ninefuse.linux import syscalls
+from ninefuse.linux import libc
+from ninefuse.linux.filesystems import file_handle, file_system_of
 from ninefuse.linux.syscalls import (
     RENAME_EXCHANGE,
     RENAME_NOREPLACE,
     SetTime,
     detached_mount,
-    file_handle,
-    file_system_of,
     rename,
     set_times,
     stat_descriptor,
@@ -301,7 +300,7 @@ def test_a_call_that_a_signal_interrupts_is_made_again() -> None:
     reading, writing = os.pipe()
     try:
         # Without SA_RESTART, as Python sets it, a signal ends the wait of read(2).
-        read = syscalls._function("read", ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t)
+        read = libc.function("read", ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t)
         buffer = ctypes.create_string_buffer(8)
         main = threading.main_thread().ident
         assert main is not None

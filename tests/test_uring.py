@@ -74,7 +74,7 @@ def through(
 async def create(driver: SecondModel, session: Session, name: bytes, flags: int = 0) -> int:
     body = callbacks.create(session, 1, name, os.O_RDWR | flags, 0o600, ME)
     handle, _, _ = await answer(driver, "create", body)
-    return handle
+    return handle.number
 
 
 def test_reads_writes_and_syncs_do_what_they_do_on_workers(

@@ -1,8 +1,7 @@
 """pyfuse3's callbacks: what the kernel asks, put to the 9P operations.
 
 The only module that deals in pyfuse3's types. It makes no file system call of its own:
-each callback builds an operation body (callbacks.py, ops/) and has the threading model
-run it.
+each builds the body of its callback (callbacks.py) and has the threading model run it.
 
 Only FUSEError may leave a callback, or pyfuse3 ends the mount for everybody; so every
 body is run through `_answer`, which makes an errno of whatever comes.
@@ -28,33 +27,27 @@ from ninefuse.awaiting import Awaiting
 from ninefuse.calls import Body
 from ninefuse.driving.counters import ATTRIBUTE
 from ninefuse.fuse import callbacks
+from ninefuse.fuse.answers import NOT_REFUSED, Opens, errno_for_kernel
+from ninefuse.fuse.callbacks import Handle
+from ninefuse.fuse.entries import fitted
 from ninefuse.linux.credentials import Caller
 from ninefuse.linux.syscalls import Attributes
-from ninefuse.ops.directory import fitted
-from ninefuse.ops.io import is_live
-from ninefuse.ops.names import AT_REMOVEDIR
 from ninefuse.settings import Settings
-from ninefuse.tree.fids import FIRST_HANDLE, Fid
+from ninefuse.tree.kernel import FIRST_HANDLE
 from ninefuse.tree.qids import ROOT_NODEID
 from ninefuse.tree.session import Session
+from ninefuse.tree.table import Fid
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_SYNC = os.O_SYNC | os.O_DSYNC
 _SET_ID = stat.S_ISUID | stat.S_ISGID
 _HIDDEN = 1 << 31  # the highest bit of a generation: a device whose number is not shown
-_MAX_ERRNO = 4095  # the kernel takes nothing above for an error
 
 
 # An extended attribute of the root that the source knows nothing of: counters, as JSON.
 STATISTICS = os.fsencode(ATTRIBUTE)
-
-
-# The kernel writes back what one user has changed by a handle that another has opened, and drops
-# what is refused; and a close, or a sync, that is refused would say that something was lost.
-_NOT_REFUSED = frozenset(("write", "flush", "fsync", "fsyncdir"))
 
 
 class Adapter(pyfuse3.Operations):
@@ -92,17 +85,16 @@ class Adapter(pyfuse3.Operations):
         self._entry_timeout = settings.entry_timeout
         self._negative_timeout = settings.negative_timeout
         self._keep_cache = settings.keep_cache
-        self._direct_sync = settings.direct_sync
-        self._sync = settings.sync
+        self._opens = Opens(settings)
         self._xattr = settings.xattr
         self.enable_acl = settings.acl
         self._debug = log.isEnabledFor(logging.DEBUG)  # asked once, not for each request
         self.errors: Counter[tuple[str, int]] = Counter()
         self.statistics: Callable[[], bytes] = bytes
         self.unmasked = False
-        # Who opened a file or directory, by its handle: pyfuse3 does not say whose a read is,
-        # and the kernel writes back in nobody's name.
-        self._openers: dict[int, int] = {}
+        # Who opened a fid: pyfuse3 does not say whose a read is, and the kernel writes back in
+        # nobody's name.
+        self._opener_of = session.fids.owner_of
 
     def init(self) -> None:
         self._started()
@@ -153,12 +145,11 @@ class Adapter(pyfuse3.Operations):
         return self._entry(*await self._answer("link", body, ctx.uid))
 
     async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        body = callbacks.unlink(self._session, parent_inode, name, 0, self._caller(ctx))
+        body = callbacks.unlink(self._session, parent_inode, name, self._caller(ctx))
         await self._answer("unlink", body, ctx.uid)
 
     async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        caller = self._caller(ctx)
-        body = callbacks.unlink(self._session, parent_inode, name, AT_REMOVEDIR, caller)
+        body = callbacks.rmdir(self._session, parent_inode, name, self._caller(ctx))
         await self._answer("rmdir", body, ctx.uid)
 
     async def rename(
@@ -184,8 +175,8 @@ class Adapter(pyfuse3.Operations):
     # Attributes
 
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
-        attributes = await self._answer("getattr", ops.getattr(self._session, inode), ctx.uid)
-        return self._attributes(inode, attributes)
+        body = callbacks.getattr(self._session, inode)
+        return self._attributes(inode, await self._answer("getattr", body, ctx.uid))
 
     async def setattr(
         self,
@@ -211,7 +202,7 @@ class Adapter(pyfuse3.Operations):
         return self._attributes(inode, await self._answer("setattr", body, ctx.uid))
 
     async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
-        return await self._answer("readlink", ops.readlink(self._session, inode), ctx.uid)
+        return await self._answer("readlink", callbacks.readlink(self._session, inode), ctx.uid)
 
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
         found = await self._answer("statfs", callbacks.statfs(self._session), ctx.uid)
@@ -230,9 +221,8 @@ class Adapter(pyfuse3.Operations):
     # Files
 
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
-        body = callbacks.open_fid(self._session, inode, self._kept(flags), self._caller(ctx))
-        handle = await self._answer("open", body, ctx.uid)
-        return self._opened(handle, flags, ctx)
+        body = callbacks.open(self._session, inode, self._opens.kept(flags), self._caller(ctx))
+        return self._opened(await self._answer("open", body, ctx.uid), flags)
 
     async def create(
         self,
@@ -242,43 +232,44 @@ class Adapter(pyfuse3.Operations):
         flags: int,
         ctx: pyfuse3.RequestContext,
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
-        kept = self._kept(flags)
+        kept = self._opens.kept(flags)
         body = callbacks.create(self._session, parent_inode, name, kept, mode, self._caller(ctx))
         handle, fid, attributes = await self._answer("create", body, ctx.uid)
-        return self._opened(handle, flags, ctx), self._entry(fid, attributes)
+        return self._opened(handle, flags), self._entry(fid, attributes)
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
-        body = ops.read(self._session, _fid(fh), off, size)
-        return await self._answer("read", body, self._openers.get(fh))
+        fid = _fid(fh)
+        body = callbacks.read(self._session, fid, off, size)
+        return await self._answer("read", body, self._opener_of(fid))
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:
-        body = callbacks.write(self._session, _fid(fh), off, buf)
-        return await self._answer("write", body, self._openers.get(fh))
+        fid = _fid(fh)
+        body = callbacks.write(self._session, fid, off, buf)
+        return await self._answer("write", body, self._opener_of(fid))
 
     async def flush(self, fh: int) -> None:
-        body = callbacks.flush(self._session, _fid(fh))
-        await self._answer("flush", body, self._openers.get(fh))
+        fid = _fid(fh)
+        body = callbacks.flush(self._session, fid)
+        await self._answer("flush", body, self._opener_of(fid))
 
     async def fsync(self, fh: int, datasync: bool) -> None:
-        body = ops.fsync(self._session, _fid(fh), datasync)
-        await self._answer("fsync", body, self._openers.get(fh))
+        fid = _fid(fh)
+        body = callbacks.fsync(self._session, fid, datasync)
+        await self._answer("fsync", body, self._opener_of(fid))
 
     async def release(self, fh: int) -> None:
-        self._openers.pop(fh, None)
-        await self._answer("release", ops.clunk(self._session, _fid(fh)))
+        await self._answer("release", callbacks.release(self._session, _fid(fh)))
 
     # Directories
 
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
-        body = callbacks.open_fid(self._session, inode, os.O_DIRECTORY, self._caller(ctx))
-        handle = _handle(await self._answer("opendir", body, ctx.uid))
-        self._openers[handle] = ctx.uid
-        return handle
+        body = callbacks.opendir(self._session, inode, self._caller(ctx))
+        return _handle(await self._answer("opendir", body, ctx.uid))
 
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         directory = _fid(fh)
-        body = ops.readdirplus(self._session, directory, start_id)
-        entries = await self._answer("readdir", body, self._openers.get(fh))
+        body = callbacks.readdir(self._session, directory, start_id)
+        entries = await self._answer("readdir", body, self._opener_of(directory))
         fit = 0
         try:
             for entry in entries:
@@ -298,12 +289,12 @@ class Adapter(pyfuse3.Operations):
             fitted(self._session, directory, entries, fit)
 
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
-        body = ops.fsync(self._session, _fid(fh), datasync)
-        await self._answer("fsyncdir", body, self._openers.get(fh))
+        fid = _fid(fh)
+        body = callbacks.fsyncdir(self._session, fid, datasync)
+        await self._answer("fsyncdir", body, self._opener_of(fid))
 
     async def releasedir(self, fh: int) -> None:
-        self._openers.pop(fh, None)
-        await self._answer("releasedir", ops.clunk(self._session, _fid(fh)))
+        await self._answer("releasedir", callbacks.releasedir(self._session, _fid(fh)))
 
     # Extended attributes
 
@@ -347,7 +338,7 @@ class Adapter(pyfuse3.Operations):
             body: of the operation.
             user: whose request it is, a uid; None: nobody's, who has no share.
         """
-        if callback not in _NOT_REFUSED and self._awaiting.driver.has_too_many(user):
+        if callback not in NOT_REFUSED and self._awaiting.driver.has_too_many(user):
             body.close()
             self.errors[callback, errno.EAGAIN] += 1
             raise pyfuse3.FUSEError(errno.EAGAIN)
@@ -357,7 +348,7 @@ class Adapter(pyfuse3.Operations):
                 log.debug("%s: %s", callback, _shortened(result))
             return result
         except OSError as e:
-            code = _errno_for_kernel(e)
+            code = errno_for_kernel(e)
         except Exception:
             log.exception("%s failed", callback)
             code = errno.EIO
@@ -373,7 +364,7 @@ class Adapter(pyfuse3.Operations):
         try:
             return self.statistics()
         except OSError as e:
-            raise pyfuse3.FUSEError(_errno_for_kernel(e)) from None
+            raise pyfuse3.FUSEError(errno_for_kernel(e)) from None
         except Exception:
             log.exception("the counters cannot be had")
             raise pyfuse3.FUSEError(errno.EIO) from None
@@ -416,32 +407,11 @@ class Adapter(pyfuse3.Operations):
         entry.st_ctime_ns = a.ctime_ns
         return entry
 
-    def _is_direct(self, flags: int) -> bool:
-        """Whether an open goes past the kernel's page cache."""
-        access = flags & os.O_ACCMODE
-        # Past the cache a synchronous write is one request, and our descriptor makes it
-        # durable; through it, it is three (an xattr, the write, an fsync).
-        syncs = self._direct_sync and flags & _SYNC and access != os.O_RDONLY
-        # Mapped pages of a file open for reading and appending would be appended, not
-        # written in place, when the kernel writes them back through such a descriptor:
-        # a direct one cannot be mapped shared (ENODEV), which is the honest answer.
-        appends = flags & os.O_APPEND and access == os.O_RDWR
-        return bool(syncs or appends)
-
-    def _kept(self, flags: int) -> int:
-        """The flags for our own descriptor of a file."""
-        if not self._is_direct(flags):
-            # The kernel sends an fsync after each write to a cached synchronous open: a
-            # descriptor that syncs as well would do it twice.
-            return flags & ~_SYNC
-        # It sends none for a direct one, nor for a mount with -o sync.
-        return flags | os.O_SYNC if self._sync else flags
-
-    def _opened(self, fid: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
-        handle = _handle(fid)
-        self._openers[handle] = ctx.uid
-        direct = self._is_direct(flags) or is_live(self._session, fid)
-        return pyfuse3.FileInfo(fh=handle, direct_io=direct, keep_cache=self._keep_cache)
+    def _opened(self, handle: Handle, flags: int) -> pyfuse3.FileInfo:
+        direct = self._opens.are_direct(flags) or handle.is_live
+        return pyfuse3.FileInfo(
+            fh=_handle(handle.number), direct_io=direct, keep_cache=self._keep_cache
+        )
 
 
 def _refuse_statistics(inode: int, name: bytes) -> None:
@@ -465,15 +435,3 @@ def _fid(handle: int) -> int:
 
 def _handle(fid: int) -> int:
     return fid - FIRST_HANDLE
-
-
-def _errno_for_kernel(failure: OSError) -> int:
-    code = failure.errno
-    if code == errno.ENOSYS:
-        # From a callback it would switch the operation off for the whole mount: an
-        # ENOSYS on one fsync would silently end durability.
-        return errno.EOPNOTSUPP
-    if not code or not 0 < code <= _MAX_ERRNO:
-        log.error("an error without a usable errno: %r", failure)
-        return errno.EIO
-    return code

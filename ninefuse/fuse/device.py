@@ -40,6 +40,7 @@ from typing import Any
 import pyfuse3
 import trio
 
+from ninefuse.errors import error
 from ninefuse.linux import syscalls
 from ninefuse.linux.mountinfo import fields_of
 from ninefuse.linux.syscalls import PollFd, is_ready
@@ -206,7 +207,7 @@ def attributes_changed(nodeid: int) -> None:
 def _notify(kind: int, body: bytes) -> None:
     fd = pyfuse3.trio.lowlevel.descriptor()  # type: ignore[attr-defined]
     if fd < 0:
-        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        raise error(errno.EINVAL)
     os.write(fd, _OUT_HEADER.pack(_OUT_HEADER.size + len(body), kind, 0) + body)
 
 

@@ -5,7 +5,7 @@ knows has a fid here. Above a mark it is asked to forget those that have not bee
 long. It may have to wait for a file's pages, which may wait for us: so it is asked by a
 thread of its own, which nobody waits for.
 
-Locks touched: the fid table's, through fids.py; a mutex of its own, to start its thread
+Locks touched: the fid table's, through kernel.py; a mutex of its own, to start its thread
 once.
 """
 
@@ -16,7 +16,8 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
 
-from ninefuse.tree.fids import FidTable
+from ninefuse.tree.kernel import KernelTable
+from ninefuse.tree.table import FidTable
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class Forgetter:
     """
 
     def __init__(self, fids: FidTable, most: int, prune: Callable[[Sequence[int]], None]) -> None:
+        assert isinstance(fids, KernelTable)
         self._fids = fids
         self._most = most
         self._prune = prune

@@ -20,6 +20,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
+from ninefuse.errors import error
 from ninefuse.linux.syscalls import PollFd, device_behind, is_ready
 
 _MOUNTINFO = "/proc/self/mountinfo"
@@ -262,4 +263,4 @@ class OwnMount:
         but programs know it from locks alone.
         """
         if self._below.has(self._text) and device_behind(directory, name) == self._device:
-            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+            raise error(errno.ELOOP)

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import os
 import stat
 import struct
-from collections.abc import Callable
 from enum import Enum
 from typing import Any, NamedTuple
 
-_libc = ctypes.CDLL(None, use_errno=True)
+from ninefuse.errors import error
+from ninefuse.linux.filesystems import is_local as is_local
+from ninefuse.linux.libc import AT_EMPTY_PATH, function
 
 _AT_FDCWD = -100
 _AT_SYMLINK_NOFOLLOW = 0x100
 _AT_NO_AUTOMOUNT = 0x800
-_AT_EMPTY_PATH = 0x1000
 _AT_STATX_DONT_SYNC = 0x4000
 _STATX_WANTED = 0x1FFF  # the basic ones, the creation time, the mount
 _STATX_NLINK = 0x4
@@ -35,106 +34,17 @@ RENAME_WHITEOUT = 4
 _UTIME_NOW = 0x3FFFFFFF
 _UTIME_OMIT = 0x3FFFFFFE
 
-# The types of file systems in statfs(2).
-_OVERLAYFS = 0x794C7630
-_EXT4 = 0xEF53  # and ext2, ext3
-# File handles of these have the inode's number and its generation, or a server's own lasting
-# name for the file. (A FUSE server's have a number that is forgotten with the inode.)
-_LASTING_HANDLES = frozenset(
-    (
-        0xEF53,  # ext2, ext3, ext4
-        0x58465342,  # xfs
-        0xF2F52010,  # f2fs
-        0x3153464A,  # jfs
-        0x6969,  # nfs
-    )
-)
-_LOCAL = frozenset(
-    (
-        0xEF53,  # ext2, ext3, ext4
-        0x58465342,  # xfs
-        0x9123683E,  # btrfs
-        0xF2F52010,  # f2fs
-        0x3434,  # nilfs
-        0x2FC12FC1,  # zfs
-        0xCA451A4E,  # bcachefs
-        0x01021994,  # tmpfs
-        0x858458F6,  # ramfs
-    )
-)
-
-# What these show is made when it is read, whatever size they tell, and what is written to them
-# is an order.
-_LIVE = frozenset(
-    (
-        0x9FA0,  # proc
-        0x62656572,  # sysfs
-        0x27E0EB,  # cgroup
-        0x63677270,  # cgroup2
-        0x7655821,  # resctrl
-        0x74726163,  # tracefs
-        0x64626720,  # debugfs
-        0x62656570,  # configfs
-        0xDE5E81E4,  # efivarfs
-        0x6165676C,  # pstore
-        0x73636673,  # securityfs
-        0xF97CFF8C,  # selinuxfs
-        0x43415D53,  # smackfs
-        0x5A3C69F0,  # apparmorfs
-        0xCAFE4A11,  # bpf
-        0x42494E4D,  # binfmt_misc
-        0x65735543,  # fusectl
-        0x6E667364,  # nfsd
-        0x67596969,  # rpc_pipefs
-        0x19800202,  # mqueue
-        0x9FA1,  # openpromfs
-        0xABBA1974,  # xenfs
-    )
-)
-
-# Each mount of these has an id of its own, another's, or none.
-_MADE_ANEW = frozenset(
-    (
-        _OVERLAYFS,  # which may have that of its upper layer
-        0x01021994,  # tmpfs
-        0x858458F6,  # ramfs
-        0x958458F6,  # hugetlbfs
-        0x65735546,  # FUSE
-    )
-)
-
-# struct fsuuid2: the length, and the UUID.
-_UUID_SIZE = 17
-_FS_IOC_GETFSUUID = 2 << 30 | _UUID_SIZE << 16 | 0x15 << 8  # _IOR(0x15, 0, struct fsuuid2)
-
 _BILLION = 1_000_000_000
 
 
-def _function(name: str, *argtypes: Any) -> Callable[..., int]:
-    function = getattr(_libc, name)
-    if argtypes:
-        function.argtypes = argtypes
-
-    def call(*args: Any) -> int:
-        while True:
-            result: int = function(*args)
-            if result >= 0:
-                return result
-            code = ctypes.get_errno()
-            if code != errno.EINTR:
-                raise OSError(code, os.strerror(code))
-
-    return call
-
-
-_statx = _function(
+_statx = function(
     "statx", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p
 )
-_renameat2 = _function(
+_renameat2 = function(
     "renameat2", ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint
 )
-_utimensat = _function("utimensat", ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int)
-_mount = _function(
+_utimensat = function("utimensat", ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int)
+_mount = function(
     "mount",
     ctypes.c_char_p,
     ctypes.c_char_p,
@@ -142,26 +52,11 @@ _mount = _function(
     ctypes.c_ulong,
     ctypes.c_char_p,
 )
-_setns = _function("setns", ctypes.c_int, ctypes.c_int)
-_umount2 = _function("umount2", ctypes.c_char_p, ctypes.c_int)
-_fstatfs = _function("fstatfs", ctypes.c_int, ctypes.c_void_p)
-_getdents64 = _function("getdents64", ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t)
-
-_name_to_handle_at = _function(
-    "name_to_handle_at",
-    ctypes.c_int,
-    ctypes.c_char_p,
-    ctypes.c_void_p,
-    ctypes.c_void_p,
-    ctypes.c_int,
-)
-
+_setns = function("setns", ctypes.c_int, ctypes.c_int)
+_umount2 = function("umount2", ctypes.c_char_p, ctypes.c_int)
 _STATX = struct.Struct("=IIQIIIHxxQQQQqIxxxxqIxxxxqIxxxxqIxxxxIIIIQ")
 _StatxBuffer = ctypes.c_char * 256
 _Timespecs = struct.Struct("=qqqq")
-_HANDLE = struct.Struct("=Ii")  # handle_bytes, handle_type; the handle follows
-_MAX_HANDLE = 128  # bytes
-_DIRENT = struct.Struct("=QqHB")  # d_ino, d_off, d_reclen, d_type; the name follows
 
 
 class PollFd(ctypes.Structure):
@@ -258,7 +153,7 @@ class Attributes(NamedTuple):
 def stat_descriptor(fd: int) -> Attributes:
     """The attributes of an open file, O_PATH ones included (statx(2))."""
     buffer = _StatxBuffer()
-    _statx(fd, b"", _AT_EMPTY_PATH, _STATX_WANTED, buffer)
+    _statx(fd, b"", AT_EMPTY_PATH, _STATX_WANTED, buffer)
     return Attributes._make(_STATX.unpack_from(buffer))
 
 
@@ -303,7 +198,7 @@ def open_cached(directory: int, name: bytes) -> int:
     code = ctypes.get_errno()
     if code in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EINTR):
         code = errno.EAGAIN  # a mount point, an older kernel, or a container's rules
-    raise OSError(code, os.strerror(code))
+    raise error(code)
 
 
 def device_behind(directory: int, name: bytes) -> tuple[int, int]:
@@ -315,7 +210,7 @@ def device_behind(directory: int, name: bytes) -> tuple[int, int]:
     buffer = _StatxBuffer()
     flags = _AT_SYMLINK_NOFOLLOW | _AT_NO_AUTOMOUNT | _AT_STATX_DONT_SYNC
     if not name:
-        flags |= _AT_EMPTY_PATH
+        flags |= AT_EMPTY_PATH
     _statx(directory, name, flags, 0, buffer)
     found = Attributes._make(_STATX.unpack_from(buffer))
     return found.dev_major, found.dev_minor
@@ -324,100 +219,8 @@ def device_behind(directory: int, name: bytes) -> tuple[int, int]:
 def has_names(fd: int) -> bool:
     """Whether an open file has a name left, as far as is known without asking a server."""
     buffer = _StatxBuffer()
-    _statx(fd, b"", _AT_EMPTY_PATH | _AT_STATX_DONT_SYNC, _STATX_NLINK, buffer)
+    _statx(fd, b"", AT_EMPTY_PATH | _AT_STATX_DONT_SYNC, _STATX_NLINK, buffer)
     return Attributes._make(_STATX.unpack_from(buffer)).nlink > 0
-
-
-class FileSystem(NamedTuple):
-    """What statfs(2) says of the file system that a file lies on."""
-
-    kind: int  # f_type
-    id: int  # f_fsid; 0: none
-
-    @property
-    def is_overlay(self) -> bool:
-        """Whether it is an overlayfs."""
-        return self.kind == _OVERLAYFS
-
-    @property
-    def has_lasting_handles(self) -> bool:
-        """Whether a file's handle stays the same for as long as the file exists."""
-        return self.kind in _LASTING_HANDLES
-
-    @property
-    def orders_by_hash(self) -> bool:
-        """Whether a cookie of more than 31 bits is the hash of the name that comes next.
-
-        Of an overlayfs it is a layer's.
-        """
-        return self.kind in (_EXT4, _OVERLAYFS)
-
-    @property
-    def is_live(self) -> bool:
-        """Whether its files show what there is at the moment, as those of /proc do."""
-        return self.kind in _LIVE
-
-    @property
-    def is_local(self) -> bool:
-        """Whether it is known to need no server to answer; not for what its layers may be."""
-        return self.kind in _LOCAL
-
-    @property
-    def is_made_anew(self) -> bool:
-        """Whether its id is of this mount of it only, or of something else beneath it."""
-        return self.kind in _MADE_ANEW
-
-
-def file_system_of(fd: int) -> FileSystem:
-    """The file system of an open file; O_PATH will do (fstatfs(2))."""
-    buffer = (ctypes.c_long * 32)()  # struct statfs is smaller; the type comes first
-    _fstatfs(fd, buffer)
-    # Seven numbers, each of a word as a rule, and two of 32 bits.
-    low, high = struct.unpack_from("=II", buffer, 7 * ctypes.sizeof(ctypes.c_long))
-    return FileSystem(int(buffer[0]) & 0xFFFFFFFF, high << 32 | low)
-
-
-def uuid_of_file_system(fd: int) -> bytes:
-    """The UUID of the file system of a file or directory; empty where there is none to be had.
-
-    The file is opened for reading for it (ioctl_getfsuuid, from Linux 6.9 on).
-    """
-    buffer = bytearray(_UUID_SIZE)
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-    try:
-        readable = os.open(f"/proc/self/fd/{fd}", flags)
-        try:
-            fcntl.ioctl(readable, _FS_IOC_GETFSUUID, buffer)
-        finally:
-            os.close(readable)
-    except OSError:
-        return b""
-    return bytes(buffer[1 : 1 + buffer[0]])
-
-
-def file_handle(file: int, name: bytes = b"") -> bytes:
-    """What stands for a file of a file system whatever its name (name_to_handle_at(2)).
-
-    Args:
-        file: a descriptor of the file, O_PATH will do, or of the directory ``name`` is in.
-        name: a name in that directory; a symlink is not followed.
-    """
-    buffer = ctypes.create_string_buffer(_HANDLE.size + _MAX_HANDLE)
-    _HANDLE.pack_into(buffer, 0, _MAX_HANDLE, 0)
-    mount_id = ctypes.c_int()
-    flags = 0 if name else _AT_EMPTY_PATH
-    _name_to_handle_at(file, name, buffer, ctypes.byref(mount_id), flags)
-    size, _ = _HANDLE.unpack_from(buffer)
-    return buffer.raw[: _HANDLE.size + size]
-
-
-def is_local(fd: int) -> bool:
-    """Whether an open file lies on a file system that needs no server to answer.
-
-    One that is not known is taken for one that does; so is overlayfs, whose layers may be
-    anything.
-    """
-    return file_system_of(fd).is_local
 
 
 def rename(old_dir: int, old_name: bytes, new_dir: int, new_name: bytes, flags: int) -> None:
@@ -447,7 +250,7 @@ def set_times(fd: int, atime_ns: int | SetTime, mtime_ns: int | SetTime) -> None
     try:
         times = _Timespecs.pack(*_timespec(atime_ns), *_timespec(mtime_ns))
     except struct.error:
-        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL)) from None
+        raise error(errno.EINVAL) from None
     _utimensat(_AT_FDCWD, b"/proc/self/fd/%d" % fd, times, 0)
 
 
@@ -478,51 +281,6 @@ def enter_mount_namespace(fd: int) -> None:
     _setns(fd, _CLONE_NEWNS)
 
 
-class DirectoryEntry(NamedTuple):
-    """An entry as getdents64(2) gives it."""
-
-    ino: int
-    offset: int  # the cookie of the entry after this one
-    type: int  # DT_*, which is the S_IFMT bits shifted right by 12
-    name: bytes
-
-
-def read_records(fd: int, size: int) -> bytes:
-    """The next records of an open directory; none at its end (getdents64(2)).
-
-    Args:
-        fd: the directory, open for reading; its offset moves.
-        size: how many bytes of records to take at most.
-    """
-    buffer = ctypes.create_string_buffer(size)
-    filled = _getdents64(fd, buffer, size)
-    return ctypes.string_at(buffer, filled)
-
-
-def next_record(records: bytes, at: int) -> tuple[int, int, int, bytes, int]:
-    """What is in the record at a place among some (`DirectoryEntry`), and the place behind it."""
-    ino, offset, length, kind = _DIRENT.unpack_from(records, at)
-    name = at + _DIRENT.size
-    return ino, offset, kind, records[name : records.index(0, name)], at + length
-
-
-def next_entry(records: bytes, at: int) -> tuple[DirectoryEntry, int]:
-    """The entry of the record at a place among some, and the place behind it."""
-    ino, offset, kind, name, after = next_record(records, at)
-    return DirectoryEntry(ino, offset, kind, name), after
-
-
-def place_after(records: bytes, offset: int, before: int) -> int:
-    """The place behind the record that has a cookie; -1 if there is none before another place."""
-    at = 0
-    while at < before:
-        _, found, length, _ = _DIRENT.unpack_from(records, at)
-        at += int(length)
-        if found == offset:
-            return at
-    return -1
-
-
 # Numbers and values of the mount calls, which glibc has had only since 2.36. They are
 # the same on every architecture (include/uapi/asm-generic/unistd.h).
 _SYS_OPEN_TREE, _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = 428, 430, 431, 432
@@ -530,7 +288,7 @@ _OPEN_TREE_CLONE = 1
 _FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = 1
 _FSCONFIG_CMD_CREATE = 6
 
-_syscall = _function("syscall")
+_syscall = function("syscall")
 
 
 def detached_mount(kind: bytes) -> int:
@@ -602,7 +360,7 @@ def _check_access(fd: int, mode: int) -> None:
             ctypes.c_long(fd),
             ctypes.c_char_p(b""),
             ctypes.c_long(mode),
-            ctypes.c_long(_AT_EACCESS | _AT_EMPTY_PATH),
+            ctypes.c_long(_AT_EACCESS | AT_EMPTY_PATH),
         )
     except OSError as e:
         if e.errno != errno.ENOSYS:
@@ -618,5 +376,5 @@ def without_mounts(directory: int) -> int:
         ctypes.c_long(_SYS_OPEN_TREE),
         ctypes.c_long(directory),
         ctypes.c_char_p(b""),
-        ctypes.c_long(_OPEN_TREE_CLONE | os.O_CLOEXEC | _AT_EMPTY_PATH),
+        ctypes.c_long(_OPEN_TREE_CLONE | os.O_CLOEXEC | AT_EMPTY_PATH),
     )

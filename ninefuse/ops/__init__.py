@@ -9,9 +9,11 @@ nor threading, trio and pyfuse3.
 
     attach.py      version, attach, flush
     walk.py        walk, walkgetattr, clunk, remove
-    attributes.py  getattr (stat), setattr (wstat), readlink, statfs
-    io.py          lopen, lcreate, read, write, fsync, lock, getlock
-    directory.py   readdir, and its form with attributes
+    attributes.py  getattr, setattr, readlink, statfs
+    opening.py     lopen, lcreate
+    io.py          read, write, fsync
+    locking.py     lock, getlock
+    directory.py   readdir
     names.py       mkdir, mknod, symlink, link, rename, renameat, unlinkat
     xattr.py       xattrwalk, xattrcreate
 
@@ -20,20 +22,12 @@ come from the Plan 9 manual, section 5.
 """
 
 from ninefuse.ops.attach import MAX_MSIZE, VERSION, attach, flush, version
-from ninefuse.ops.attributes import Changes, getattr, readlink, setattr, stat, statfs, wstat
-from ninefuse.ops.directory import readdir, readdirplus
-from ninefuse.ops.io import (
-    LockRange,
-    LockStatus,
-    fsync,
-    getlock,
-    lcreate,
-    lock,
-    lopen,
-    read,
-    write,
-)
+from ninefuse.ops.attributes import Changes, getattr, readlink, setattr, statfs
+from ninefuse.ops.directory import readdir
+from ninefuse.ops.io import fsync, read, write
+from ninefuse.ops.locking import LockRange, LockStatus, getlock, lock
 from ninefuse.ops.names import link, mkdir, mknod, rename, renameat, symlink, unlinkat
+from ninefuse.ops.opening import lcreate, lopen
 from ninefuse.ops.walk import clunk, remove, walk, walkgetattr
 from ninefuse.ops.xattr import xattrcreate, xattrwalk
 
@@ -57,20 +51,17 @@ __all__ = [
     "mknod",
     "read",
     "readdir",
-    "readdirplus",
     "readlink",
     "remove",
     "rename",
     "renameat",
     "setattr",
-    "stat",
     "statfs",
     "symlink",
     "unlinkat",
     "version",
     "walk",
     "walkgetattr",
-    "wstat",
     "write",
     "xattrcreate",
     "xattrwalk",

@@ -9,8 +9,8 @@ import errno
 import os
 
 from ninefuse.calls import Ended, blocking
+from ninefuse.errors import error
 from ninefuse.linux.syscalls import stat_descriptor
-from ninefuse.tree.fids import error
 from ninefuse.tree.qids import Qid
 from ninefuse.tree.session import Session
 

@@ -8,19 +8,16 @@ from __future__ import annotations
 import errno
 import os
 import stat as st
-import time
 from typing import NamedTuple
 
 from ninefuse.calls import blocking, brief
+from ninefuse.errors import error
 from ninefuse.linux.credentials import CHANGE, ENTER, OWN, Caller, acting_as
-from ninefuse.linux.syscalls import Attributes, SetTime, may_write, set_times, stat_descriptor
-from ninefuse.ops.io import sync_path
-from ninefuse.ops.names import rename_within
-from ninefuse.tree.fids import OpenFile, error
+from ninefuse.linux.syscalls import Attributes, SetTime, set_times, stat_descriptor
+from ninefuse.tree.opened import OpenFile
 from ninefuse.tree.order import END
 from ninefuse.tree.session import PERMISSIONS, Session, Use, check_offset, path_of, patiently
 
-_A_SECOND = 1_000_000_000  # nanoseconds
 _SET_ID = st.S_ISUID | st.S_ISGID
 
 
@@ -54,9 +51,6 @@ async def getattr(session: Session, fid: int, on: int | None = None) -> Attribut
         attributes = await brief(on, stat_descriptor, use.fd)
         session.fids.note_rights(attributes, use.node)
         return attributes
-
-
-stat = getattr  # Tstat of 9P2000.u: the same question
 
 
 async def setattr(
@@ -104,29 +98,6 @@ async def setattr(
             await blocking(on, _set_times, use.fd, atime, mtime, caller)
 
 
-async def wstat(session: Session, fid: int, changes: Changes, name: bytes | None = None) -> None:
-    """Change attributes and, with ``name``, the file's name in its directory.
-
-    A wstat that changes nothing makes the file durable. The new name must not be
-    another file's.
-
-    Raises:
-        OSError: as setattr and rename; EEXIST, the name is taken.
-
-    Locks: the rename lock, written, if there is a name.
-
-    Source: stat(5) of Plan 9; Twstat of 9P2000.u.
-    """
-    session.writable()
-    if name is not None:
-        await rename_within(session, fid, name)
-    if changes != Changes():
-        await setattr(session, fid, changes)
-    elif name is None:
-        async with session.using(fid) as use:
-            await blocking(use.node.path, sync_path, use.fd, use.node.kind)
-
-
 async def readlink(session: Session, fid: int) -> bytes:
     """The target of a symlink.
 
@@ -154,36 +125,13 @@ async def statfs(session: Session, fid: int) -> os.statvfs_result:
 
 
 def _chmod(fd: int, mode: int, caller: Caller | None) -> None:
-    path = path_of(fd)
-    try:
-        with acting_as(caller, (CHANGE, fd, b""), bits=True):
-            os.chmod(path, mode)
-    except PermissionError:
-        # Before a write by somebody who is not the owner, the kernel asks for this itself, and
-        # does not say so: the bits go that the write would cost the file anyway. A set-group-id
-        # bit without group execution it leaves to the write.
-        now = st.S_IMODE(stat_descriptor(fd).mode)
-        taken = _SET_ID if now & st.S_IXGRP else st.S_ISUID
-        if caller is None or not now & _SET_ID or mode not in (now & ~_SET_ID, now & ~taken):
-            raise
-        # Who may not write, nor could have the bits taken by that, asks by himself: the kernel
-        # believes him to be the owner still.
-        with acting_as(caller, (ENTER, fd, b"")):
-            if not may_write(fd):
-                raise
-        with acting_as(None, bits=True):
-            os.chmod(path, mode)
+    with acting_as(caller, (CHANGE, fd, b""), bits=True):
+        os.chmod(path_of(fd), mode)
 
 
 def _chown(fd: int, uid: int, gid: int, caller: Caller | None) -> None:
-    try:
-        with acting_as(caller, (CHANGE, fd, b""), bits=True):
-            os.chown(path_of(fd), uid, gid)
-    except PermissionError:
-        # As for the mode: with nothing to change the kernel asks before a write to a file whose
-        # set-group-id bit it leaves to the write.
-        if caller is None or (uid, gid) != (-1, -1) or not stat_descriptor(fd).mode & _SET_ID:
-            raise
+    with acting_as(caller, (CHANGE, fd, b""), bits=True):
+        os.chown(path_of(fd), uid, gid)
 
 
 async def _truncate_in_turn(session: Session, use: Use, size: int, caller: Caller | None) -> None:
@@ -212,15 +160,7 @@ def _ftruncate(fd: int, size: int, caller: Caller | None) -> None:
 
 def _set_times(fd: int, atime: int | SetTime, mtime: int | SetTime, caller: Caller | None) -> None:
     with acting_as(caller, (ENTER | OWN, fd, b"")):
-        try:
-            set_times(fd, atime, mtime)
-        except PermissionError:
-            # Who may write but is not the owner may set both times to now and to nothing
-            # else; FUSE says "now" by the time it was when the request was made.
-            now = time.time_ns()
-            if not all(isinstance(t, int) and abs(now - t) < _A_SECOND for t in (atime, mtime)):
-                raise
-            set_times(fd, SetTime.NOW, SetTime.NOW)
+        set_times(fd, atime, mtime)
 
 
 def _readlink(fd: int) -> bytes:

@@ -1,7 +1,7 @@
 """Making, moving and removing names: mkdir, mknod, symlink, link, rename, unlinkat.
 
 Locks touched: the rename lock, written by rename and renameat, before a name is moved and
-after, and read by link, which notes a place. Never around a call.
+after. Never around a call.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import stat
 from collections.abc import Callable
 
 from ninefuse.calls import blocking
+from ninefuse.errors import error
 from ninefuse.linux.credentials import ENTER, MAKE, OWN, PASS, TAKE, Caller, acting_as
 from ninefuse.linux.syscalls import (
     RENAME_EXCHANGE,
@@ -21,7 +22,7 @@ from ninefuse.linux.syscalls import (
     stat_name,
 )
 from ninefuse.linux.syscalls import rename as rename_names
-from ninefuse.tree.fids import Node, error
+from ninefuse.tree.nodes import Node
 from ninefuse.tree.qids import Qid
 from ninefuse.tree.session import (
     PERMISSIONS,
@@ -108,10 +109,8 @@ async def link(
     fid: int,
     name: bytes,
     caller: Caller | None = None,
-    *,
-    remember: bool = False,
 ) -> None:
-    """Give a file another name.
+    """Give a file another name. Its node goes on remembering the one that it was seen at.
 
     Args:
         session: the conversation.
@@ -119,14 +118,10 @@ async def link(
         fid: the file.
         name: its new name.
         caller: who asks; None: the daemon.
-        remember: whether the file's node is to be found by this name from now on. Mail and git
-            link, and remove the name that they began with.
 
     Raises:
         OSError: EEXIST; ENOENT, the file has no name left; EPERM, a directory; EXDEV;
             EROFS; the errors of link(2).
-
-    Locks: the rename lock, read, to remember the name.
 
     Source: Tlink of 9P2000.L.
     """
@@ -137,9 +132,6 @@ async def link(
         if file.node.kind == stat.S_IFDIR:
             raise error(errno.EPERM)
         await blocking(directory.node.path, _link, file.fd, directory.fd, name, caller)
-        if remember:
-            async with session.rename_lock.reading:
-                file.node.place = directory.node, name
         await session.settle(directory.node)
 
 
@@ -163,23 +155,7 @@ async def rename(session: Session, fid: int, dirfid: int, name: bytes) -> None:
     _check_moved_name(name)
     session.writable()
     async with session.using(fid) as file, session.using(dirfid) as directory:
-        await _move_node(session, file.node, directory.node, name, 0)
-
-
-async def rename_within(session: Session, fid: int, name: bytes) -> None:
-    """Give a fid's file another name in its own directory (wstat).
-
-    Raises:
-        OSError: as rename; EEXIST, the name is taken.
-
-    Locks: the rename lock, written.
-    """
-    check_new_name(name)
-    async with session.using(fid) as file:
-        if file.node.place is None:
-            raise error(errno.EBUSY)
-        async with session.using_node(file.node.place[0]) as directory:
-            await _move_node(session, file.node, directory, name, RENAME_NOREPLACE)
+        await _move_node(session, file.node, directory.node, name)
 
 
 async def renameat(
@@ -273,9 +249,7 @@ async def _make(
     return session.fids.qid_of(attributes)
 
 
-async def _move_node(
-    session: Session, node: Node, directory: Node, name: bytes, flags: int
-) -> None:
+async def _move_node(session: Session, node: Node, directory: Node, name: bytes) -> None:
     async def move() -> None:
         if node.place is None:
             raise error(errno.EBUSY)
@@ -283,7 +257,7 @@ async def _move_node(
         async with session.using_node(above) as parent:
             if not node.shows(await blocking(parent.path, session.stat_name, parent.fd, oldname)):
                 raise error(errno.ESTALE)
-            await _move_name(session, parent, oldname, directory, name, flags, node=node)
+            await _move_name(session, parent, oldname, directory, name, 0, node=node)
 
     await session.unless_moved(move)
 

@@ -8,21 +8,30 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable
 
 from ninefuse.calls import blocking, blocking_unless
-from ninefuse.linux.credentials import LABEL, Caller, acting_as
+from ninefuse.errors import error
+from ninefuse.linux.credentials import LABEL, acting_as
 from ninefuse.linux.syscalls import Attributes, open_cached, open_step, stat_descriptor
-from ninefuse.tree.fids import AttributeWrite, Fid, Node, error
 from ninefuse.tree.identity import Mark
+from ninefuse.tree.nodes import Node
+from ninefuse.tree.opened import AttributeWrite
 from ninefuse.tree.qids import Qid, qid_of
 from ninefuse.tree.session import MOST_TRIES, Session, Use, check_component, check_directory
+from ninefuse.tree.table import Fid
 
 MAXWELEM = 16  # names in one walk
-KERNEL = None  # a walk to the fid by which the kernel knows the file, counting a lookup
+# Gives what a walk has arrived at its fid, where the client leaves the number to us: the node, and
+# the place that it was found at, if by its name. It notes that place, and waits for nobody.
+Numbering = Callable[[Node, tuple[Node, bytes] | None], Fid]
 
 
 async def walk(
-    session: Session, fid: int, newfid: int | None, names: list[bytes] | tuple[bytes, ...] = ()
+    session: Session,
+    fid: int,
+    newfid: int | Numbering,
+    names: list[bytes] | tuple[bytes, ...] = (),
 ) -> tuple[list[Qid], Fid | None]:
     """Make ``newfid`` stand for what the names lead to, starting from ``fid``.
 
@@ -31,8 +40,8 @@ async def walk(
     Args:
         session: the conversation.
         fid: where to start.
-        newfid: a new fid, or ``fid`` itself if that is unopened, or KERNEL (None): the
-            nodeid of the file, whose lookup count goes up by one.
+        newfid: a new fid, or ``fid`` itself if that is unopened; or what makes the fid, for a
+            client that leaves its number to us.
         names: up to 16 path components; ``..`` of the root is the root.
 
     Returns:
@@ -61,7 +70,7 @@ async def walk(
 
 
 async def walkgetattr(
-    session: Session, fid: int, newfid: int | None, name: bytes
+    session: Session, fid: int, newfid: int | Numbering, name: bytes
 ) -> tuple[Fid, Attributes]:
     """A walk of one name, and the attributes that it saw: one call less than asking again.
 
@@ -88,7 +97,7 @@ async def walkgetattr(
 
 
 async def _walk_names(
-    session: Session, fid: int, newfid: int | None, names: list[bytes] | tuple[bytes, ...]
+    session: Session, fid: int, newfid: int | Numbering, names: list[bytes] | tuple[bytes, ...]
 ) -> tuple[list[Qid], Fid | None, Attributes | None]:
     """A walk of one name or more, and the attributes of what they lead to."""
     for name in names:
@@ -101,7 +110,7 @@ async def _walk_names(
 
 
 async def _steps(
-    session: Session, use: Use, newfid: int | None, names: list[bytes] | tuple[bytes, ...]
+    session: Session, use: Use, newfid: int | Numbering, names: list[bytes] | tuple[bytes, ...]
 ) -> tuple[list[Qid], Fid | None, Attributes | None]:
     fids = session.fids
     qids: list[Qid] = []
@@ -124,12 +133,26 @@ async def _steps(
         fids.unpin(node)
 
 
+async def look(session: Session, node: Node, name: bytes) -> tuple[Node, Attributes]:
+    """The node behind a name of a directory, pinned (`Counts.unpin` it), and its attributes.
+
+    Raises:
+        OSError: as the first step of a walk.
+
+    Locks: the rename lock, read.
+    """
+    found = await _look(session, node, name, None, 0, is_first=True)
+    assert found is not None
+    below, _, attributes = found
+    return below, attributes
+
+
 async def _look(
     session: Session,
     node: Node,
     name: bytes,
     start: Fid | None,
-    newfid: int | None,
+    newfid: int | Numbering,
     *,
     is_first: bool,
 ) -> tuple[Node, Fid | None, Attributes] | None:
@@ -156,7 +179,11 @@ async def _look(
             async with lock.reading:
                 # Else something was moved since it was seen: perhaps this.
                 if moves == lock.moves or not tries:
-                    fids.seen(attributes, node, name)
+                    place = None if name in (b".", b"..") else (node, name)
+                    if start is not None and not isinstance(newfid, int):
+                        return below, newfid(below, place), attributes
+                    if place is not None:
+                        fids.seen(attributes, node, name)
                     fid = None if start is None else _arrive(session, start, newfid, below)
                     return below, fid, attributes
         except BaseException:
@@ -261,10 +288,10 @@ def _found(
     return below
 
 
-def _arrive(session: Session, start: Fid, newfid: int | None, node: Node) -> Fid | None:
+def _arrive(session: Session, start: Fid, newfid: int | Numbering, node: Node) -> Fid:
     """Give the node its fid."""
-    if newfid is KERNEL:
-        return session.fids.intern(node)
+    if not isinstance(newfid, int):
+        return newfid(node, None)
     if newfid == start.number:
         if start.opened is not None:
             raise error(errno.EINVAL)
@@ -304,32 +331,19 @@ async def _commit(session: Session, fid: Fid, new: AttributeWrite) -> None:
                 await blocking(node.path, _setxattr, node.fd, path, new)
         finally:
             # At the end: who asked meanwhile may have been told of before.
-            node.bare = 0.0
+            node.bare_until = node.bare_asked = 0.0
 
 
 def _setxattr(fd: int, path: str, new: AttributeWrite) -> None:
     # Setting a list changes the mode, too.
     bits = new.caller is not None and new.name == b"system.posix_acl_access"
-    with acting_as(_setter(new), (LABEL, fd, b""), bits=bits):
+    with acting_as(new.caller, (LABEL, fd, b""), bits=bits):
         os.setxattr(path, new.name, new.data, new.flags)
 
 
 def _removexattr(fd: int, path: str, new: AttributeWrite) -> None:
-    # A file's capabilities are taken away by the kernel, before a write by anybody. To others
-    # it does not leave the removal before it has seen that they may, by no attributes.
-    caller = None if new.name == b"security.capability" else _setter(new)
-    with acting_as(caller, (LABEL, fd, b"")):
+    with acting_as(new.caller, (LABEL, fd, b"")):
         os.removexattr(path, new.name)
-
-
-def _setter(new: AttributeWrite) -> Caller | None:
-    """As whom to change an attribute.
-
-    The trusted ones take CAP_SYS_ADMIN, which the kernel has asked for, and which is no matter
-    of inodes: its answer was no older than the request. The caller's process need not have it:
-    overlayfs asks with the rights of who mounted it, and root in a container has fewer.
-    """
-    return None if new.name.startswith(b"trusted.") else new.caller
 
 
 async def remove(session: Session, fid: int) -> None:

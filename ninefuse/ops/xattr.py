@@ -13,8 +13,9 @@ import errno
 import os
 
 from ninefuse.calls import blocking
+from ninefuse.errors import error
 from ninefuse.linux.credentials import ENTER, Caller, acting_as, may_see_trusted
-from ninefuse.tree.fids import AttributeRead, AttributeWrite, error
+from ninefuse.tree.opened import AttributeRead, AttributeWrite
 from ninefuse.tree.session import Session, path_of
 
 XATTR_SIZE_MAX = 65536  # bytes

@@ -7,7 +7,7 @@ for it first, by closing what nobody has used for longest, so that no call fails
 of a descriptor: where all are in use the answer is ENFILE, before anything was done, and
 names can still be looked up, moved and removed.
 
-Locks touched: the fid table's, through fids.py. No other: a lookup stuck in a slow source
+Locks touched: the mutex ``counts``, through counts.py. No other: a lookup stuck in a slow source
 must not keep the reclaimer waiting, and all names behind it.
 """
 
@@ -20,10 +20,12 @@ import stat
 from collections.abc import Callable
 
 from ninefuse.calls import Body, blocking
+from ninefuse.errors import error
 from ninefuse.linux import syscalls
 from ninefuse.linux.syscalls import Attributes, stat_descriptor
-from ninefuse.tree.fids import FidTable, Node, error
 from ninefuse.tree.identity import Device
+from ninefuse.tree.nodes import Node
+from ninefuse.tree.table import FidTable
 
 _OWN = 40  # descriptors of the daemon itself
 _IN_FLIGHT = 3  # that one call has open at a time, besides what it is asked to open

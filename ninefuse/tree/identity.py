@@ -27,16 +27,9 @@ from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 from ninefuse.linux import mountflags
+from ninefuse.linux.filesystems import FileSystem, file_handle, file_system_of, uuid_of_file_system
 from ninefuse.linux.mountinfo import place_of
-from ninefuse.linux.syscalls import (
-    Attributes,
-    FileSystem,
-    file_handle,
-    file_system_of,
-    open_step,
-    stat_descriptor,
-    uuid_of_file_system,
-)
+from ninefuse.linux.syscalls import Attributes, open_step, stat_descriptor
 from ninefuse.tree.places import Mount, Mounts, hashed
 
 _MANY = 1000  # devices, or rights, that are kept at hand though nothing may need them

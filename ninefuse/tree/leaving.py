@@ -10,7 +10,7 @@ own. Of each file is asked whether it has a name left, without asking a server. 
 hang, it hangs a thread for this mount alone. What has no name left could not be opened again;
 the kernel is asked to forget it, which it does unless somebody is in there.
 
-Locks touched: the fid table's, through fids.py; a mutex of its own, to start its thread once.
+Locks touched: the mutex ``counts``, through counts.py; one of its own, to start its thread once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from collections.abc import Callable
 from itertools import groupby
 
 from ninefuse.linux.syscalls import has_names
-from ninefuse.tree.fids import FidTable, Node
+from ninefuse.tree.nodes import Node
+from ninefuse.tree.table import FidTable
 
 log = logging.getLogger(__name__)
 

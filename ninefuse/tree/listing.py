@@ -20,9 +20,10 @@ import sys
 import threading
 from array import array
 
-from ninefuse.linux.syscalls import (
+from ninefuse.errors import error
+from ninefuse.linux.filesystems import file_system_of
+from ninefuse.linux.records import (
     DirectoryEntry,
-    file_system_of,
     next_entry,
     next_record,
     place_after,
@@ -155,7 +156,7 @@ class Listing:
                     found.append(DirectoryEntry(ino, cookie, kind, name))
                     at = after
                 if not found:
-                    raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+                    raise error(errno.EINVAL)
                 self._at, self._offset = at, found[-1].offset
                 if at < end:
                     break
@@ -226,7 +227,7 @@ class Listing:
         try:
             os.lseek(self._fd, place, os.SEEK_SET)
         except OverflowError:  # 9P has cookies of 64 bits, lseek(2) of 63
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL)) from None
+            raise error(errno.EINVAL) from None
         self._piece = b""
         self._at = 0
 

@@ -3,7 +3,7 @@
 Also the one way to a node's descriptor: `using` pins it, and has it opened again where it
 was reclaimed or never made.
 
-Locks touched: the fid table's, through fids.py.
+Locks touched: the fid table's, through table.py; the rename lock, read, by `remember`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ from collections.abc import Awaitable, Callable
 from typing import Protocol, TypeVar
 
 from ninefuse.calls import Body, Later, blocking
+from ninefuse.errors import error
 from ninefuse.linux.mountinfo import OwnMount
 from ninefuse.linux.syscalls import Attributes, open_step, stat_name
 from ninefuse.locks import RenameLock
 from ninefuse.tree.descriptors import MOST, Descriptors
-from ninefuse.tree.fids import Fid, FidTable, Node, error
+from ninefuse.tree.kernel import KernelTable
+from ninefuse.tree.nodes import Node
 from ninefuse.tree.order import Ranges
+from ninefuse.tree.table import Fid, FidTable
 
 T = TypeVar("T")
 
@@ -46,6 +49,8 @@ class Session:
 
     Args:
         driver: makes deferred calls and runs bodies nobody waits for (an Executor).
+        kernel: whether the client is a kernel, which looks files up and forgets them; else it
+            gives each fid its number itself, as 9P has it.
         read_only: refuse what would change the source, with EROFS.
         sync_directories: make changes of a directory durable before they are
             acknowledged (mount(8)'s sync and dirsync).
@@ -53,12 +58,20 @@ class Session:
             open files leaves so many; each keeps an inode of the source in memory.
         threads: how many make calls at the same time.
         attr_timeout: seconds for which attributes may be believed.
+
+    Attributes:
+        fids: its fids.
+        kernel: the same table, if the client is a kernel.
     """
+
+    fids: FidTable
+    kernel: KernelTable
 
     def __init__(
         self,
         driver: Background,
         *,
+        kernel: bool = True,
         read_only: bool = False,
         sync_directories: bool = False,
         most_descriptors: int = MOST,
@@ -67,7 +80,10 @@ class Session:
     ) -> None:
         self.attr_timeout = attr_timeout
         self.defer = driver.defer
-        self.fids = FidTable(driver.defer)
+        if kernel:
+            self.fids = self.kernel = KernelTable(driver.defer)
+        else:
+            self.fids = FidTable(driver.defer)
         self.rename_lock = RenameLock()
         self.ranges = Ranges()
         self.read_only = read_only
@@ -173,6 +189,14 @@ class Session:
         the kernel may still use it. ``node`` is None if the kernel does not know it.
         """
         return Keeping(self, directory, name)
+
+    async def remember(self, node: Node, directory: Node, name: bytes) -> None:
+        """Note that a file is to be found by this name from now on.
+
+        Locks: the rename lock, read.
+        """
+        async with self.rename_lock.reading:
+            node.place = directory, name
 
     async def claim_descriptor(self, near: Node, owner: int | None = None) -> None:
         """See that an open fid can have a descriptor; `FidTable.close_open` is its end.

@@ -1,0 +1,67 @@
+"""What the kernel is told, in no session's types: errnos, and which opens go past its cache.
+
+Locks touched: none.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+
+from ninefuse.settings import Settings
+
+log = logging.getLogger(__name__)
+
+_SYNC = os.O_SYNC | os.O_DSYNC
+_MAX_ERRNO = 4095  # the kernel takes nothing above for an error
+
+# The kernel writes back what one user has changed by a handle that another has opened, and drops
+# what is refused; and a close, or a sync, that is refused would say that something was lost.
+NOT_REFUSED = frozenset(("write", "flush", "fsync", "fsyncdir"))
+
+
+class Opens:
+    """How opens are answered, by their flags (docs/caching.md).
+
+    Args:
+        settings: of the mount.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._direct_sync = settings.direct_sync
+        self._sync = settings.sync
+
+    def are_direct(self, flags: int) -> bool:
+        """Whether an open goes past the kernel's page cache."""
+        access = flags & os.O_ACCMODE
+        # Past the cache a synchronous write is one request, and our descriptor makes it
+        # durable; through it, it is three (an xattr, the write, an fsync).
+        syncs = self._direct_sync and flags & _SYNC and access != os.O_RDONLY
+        # Mapped pages of a file open for reading and appending would be appended, not
+        # written in place, when the kernel writes them back through such a descriptor:
+        # a direct one cannot be mapped shared (ENODEV), which is the honest answer.
+        appends = flags & os.O_APPEND and access == os.O_RDWR
+        return bool(syncs or appends)
+
+    def kept(self, flags: int) -> int:
+        """The flags for our own descriptor of a file."""
+        if not self.are_direct(flags):
+            # The kernel sends an fsync after each write to a cached synchronous open: a
+            # descriptor that syncs as well would do it twice.
+            return flags & ~_SYNC
+        # It sends none for a direct one, nor for a mount with -o sync.
+        return flags | os.O_SYNC if self._sync else flags
+
+
+def errno_for_kernel(failure: OSError) -> int:
+    """The errno of an answer: one that the kernel takes for what is meant."""
+    code = failure.errno
+    if code == errno.ENOSYS:
+        # From a callback it would switch the operation off for the whole mount: an
+        # ENOSYS on one fsync would silently end durability.
+        return errno.EOPNOTSUPP
+    if not code or not 0 < code <= _MAX_ERRNO:
+        log.error("an error without a usable errno: %r", failure)
+        return errno.EIO
+    return code

@@ -1,0 +1,128 @@
+"""Entries with their attributes, as FUSE's READDIRPLUS wants them, and the room for them.
+
+9P has no such message: it is a readdir, and a walk and a getattr of each entry. The nodes
+that it finds have no descriptor until they are used.
+
+Locks touched: the rename lock, read, where names that were found are remembered; the fid
+table's.
+"""
+
+from __future__ import annotations
+
+import stat
+import sys
+from typing import NamedTuple
+
+from ninefuse import ops
+from ninefuse.linux.records import DirectoryEntry
+from ninefuse.linux.syscalls import Attributes
+from ninefuse.ops.directory import Look, look_at, open_directory_of
+from ninefuse.tree.opened import OpenDirectory
+from ninefuse.tree.session import MOST_TRIES, Session
+from ninefuse.tree.table import Fid
+
+_MOST_ENTRIES = 1024  # in a reply
+_AT_ONCE = 64  # of which so many are noted while the rename lock is held
+
+
+class EntryPlus(NamedTuple):
+    """A directory entry with what a walk and a getattr of it would have said."""
+
+    name: bytes
+    offset: int  # cookie of the entry after this one
+    ino: int  # as the directory gives it
+    type: int  # DT_*
+    attributes: Attributes | None  # None for ``..``, and where there are none to be had
+    fid: Fid | None  # the kernel's, a lookup counted; None for ``.``, ``..`` and such a one
+
+
+async def readdirplus(session: Session, handle: int, offset: int) -> list[EntryPlus]:
+    """readdir, about as many entries as the reply before had room for; walk and getattr of each.
+
+    Each entry counts a lookup of its fid, which `fitted` takes back for those that found no
+    room.
+
+    Args:
+        session: the conversation.
+        handle: a directory, open.
+        offset: as for readdir.
+
+    Raises:
+        OSError: as readdir.
+
+    Locks: the rename lock, read.
+    """
+    use = session.fids.get(handle)
+    try:
+        directory = open_directory_of(use)
+        while True:
+            found = await ops.readdir(session, handle, offset, sys.maxsize, directory.fits)
+            entries = await _entries_plus(session, use, directory, found)
+            # None where all of them have gone since they were read is not the end.
+            if entries or not found:
+                return entries
+            offset = found[-1].offset
+    finally:
+        session.fids.put(use)
+
+
+def fitted(session: Session, handle: int, entries: list[EntryPlus], fit: int) -> None:
+    """Note how many entries found room in the reply; take the others' lookups back."""
+    session.kernel.forget([(e.fid.number, 1) for e in entries[fit:] if e.fid is not None])
+    try:
+        use = session.fids.get(handle)
+    except OSError:
+        return
+    if isinstance(use.opened, OpenDirectory) and fit:
+        # All fitted: there may be room for more. Else the next reply will be as full.
+        if fit < len(entries):
+            use.opened.fits = fit
+        else:
+            use.opened.fits = max(use.opened.fits, min(2 * fit, _MOST_ENTRIES))
+    session.fids.put(use)
+
+
+async def _entries_plus(
+    session: Session, use: Fid, directory: OpenDirectory, found: list[DirectoryEntry]
+) -> list[EntryPlus]:
+    entries: list[EntryPlus] = []
+    try:
+        for at in range(0, len(found), _AT_ONCE):
+            piece = found[at : at + _AT_ONCE]
+            for tries in range(MOST_TRIES, 0, -1):
+                moves = session.rename_lock.moves
+                looks = [await look_at(session, use, directory, entry) for entry in piece]
+                async with session.rename_lock.reading:
+                    # Else names were moved since they were looked at: perhaps these.
+                    if moves == session.rename_lock.moves or tries == 1:
+                        for look in filter(None, looks):
+                            entries.append(_entry_plus(session, use, look))  # noqa: PERF401
+                        break
+    except BaseException:
+        # No reply will tell of the lookups counted so far.
+        session.kernel.forget([(e.fid.number, 1) for e in entries if e.fid is not None])
+        raise
+    return entries
+
+
+def _entry_plus(session: Session, use: Fid, look: Look) -> EntryPlus:
+    """What the reply says of an entry that was seen; a lookup is counted."""
+    (ino, offset, kind, name), attributes, mark = look
+    if name in (b".", b".."):
+        # The number that it is known by, which may be another than the one listed.
+        node, place = use.node, use.node.place
+        if place is not None:
+            ino = node.path if name == b"." else place[0].path
+        return EntryPlus(name, offset, ino, kind, attributes, None)
+    if attributes is None:
+        # A dead mount, say, or one that is somebody else's: it has a name all the same.
+        # Nothing is known of it by the number it is shown with, so a forget of that is
+        # passed over.
+        device = use.node.device
+        return EntryPlus(name, offset, session.fids.number_apart(device, ino), kind, None, None)
+    node = session.fids.new_node(attributes, -1, (use.node, name), mark)
+    try:
+        found = session.kernel.intern(node)
+    finally:
+        session.fids.drop(node)
+    return EntryPlus(name, offset, ino, stat.S_IFMT(attributes.mode) >> 12, attributes, found)

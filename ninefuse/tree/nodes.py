@@ -1,0 +1,128 @@
+"""Nodes: the files of the source, as far as fids know them.
+
+A *node* is a file of the source: its identity, an O_PATH descriptor, and the (parent,
+name) under which it was last seen.
+
+A node's descriptor is a cache. Nodes that readdir found have none until they are used,
+and the coldest lose theirs when there are too many; it is opened again from the parent
+and the name (descriptors.py), and compared with what is known of the file (identity.py).
+
+Locks touched: none. References, pins and descriptors are guarded by the mutex ``counts``
+(counts.py), which alone changes them.
+"""
+
+from __future__ import annotations
+
+import stat
+
+from ninefuse.linux.syscalls import Attributes
+from ninefuse.tree.identity import Device, Mark, Rights
+from ninefuse.tree.places import Mount
+
+
+class Node:
+    """A file of the source, as far as fids know it."""
+
+    __slots__ = (
+        "aside",
+        "asked",
+        "bare_asked",
+        "bare_until",
+        "device",
+        "fd",
+        "inode",
+        "kind",
+        "mark",
+        "mount",
+        "path",
+        "pins",
+        "place",
+        "recent",
+        "refs",
+        "uses",
+    )
+
+    def __init__(
+        self,
+        path: int,
+        a: Attributes,
+        device: Device,
+        mount: Mount,
+        mark: Mark,
+        place: tuple[Node, bytes] | None,
+    ) -> None:
+        self.path = path  # qid path
+        self.kind = a.kind  # S_IFREG, S_IFDIR, …
+        self.device = device
+        self.mount = mount  # that it was found by
+        self.inode = a.ino
+        # What tells it from the same one at another place (places.py).
+        self.aside = mount.directories if self.kind == stat.S_IFDIR else mount.files
+        self.mark = mark  # see identity.py
+        self.fd = -1  # O_PATH; -1: it has none now
+        self.asked: Mount | None = None  # its own when the kernel was told to look it up again
+        # The (parent, name) it was last seen at, swapped as a whole; None for the root.
+        self.place = place
+        self.refs = 1  # fids on it, and operations that use it: now its maker
+        self.pins = 0  # operations that use its descriptor
+        self.recent = False  # used since the reclaimer last came by
+        self.uses = 0  # so often, modulo 256: tells whether it was used in between
+        # Monotonic seconds until which it is known to have no security.capability, and when that
+        # was asked last, if nobody has changed an attribute since.
+        self.bare_until = self.bare_asked = 0.0
+
+    def __repr__(self) -> str:
+        name = self.place[1] if self.place else b"/"
+        return f"<node {self.path} {name!r} fd {self.fd} refs {self.refs} pins {self.pins}>"
+
+    def shows(self, a: Attributes, mark: Mark = None) -> bool:
+        """Whether the attributes are this file's, not those of one that has its number now.
+
+        Args:
+            a: the attributes.
+            mark: of the same file. It is needed where the node has no descriptor and files
+                are not told apart by their birth.
+        """
+        return (
+            self.inode == a.ino
+            and self.kind == a.kind
+            and self.device.number == (a.dev_major, a.dev_minor)
+            and self._has_mark(a.birth if type(self.mark) is int else mark, a.uid)
+        )
+
+    def is_file_of(self, other: Node) -> bool:
+        """Whether both nodes are the same file."""
+        owner = other.mark.uid if type(other.mark) is Rights else -1
+        return (
+            self.has_number_of(other)
+            and self.kind == other.kind
+            and self._has_mark(other.mark, owner)
+        )
+
+    def _has_mark(self, mark: Mark, owner: int) -> bool:
+        if type(self.mark) is Rights:
+            # The number is the file's own while we have a descriptor. Without, another owner's
+            # file is another; one of the same owner may be the same, changed meanwhile.
+            return self.fd >= 0 or owner in (-1, self.mark.uid)
+        # One that is not known speaks neither for nor against.
+        return self.mark is None or mark is None or self.mark == mark
+
+    def allows(self, a: Attributes) -> bool:
+        """Whether a file with these attributes is as open to others as this one was seen last.
+
+        Always so where files are told apart by more than that.
+        """
+        mark = self.mark
+        return type(mark) is not Rights or mark == (a.uid, a.gid, a.mode)
+
+    def may_be_believed(self, a: Attributes) -> bool:
+        """Whether attributes, as of this file, hold for a while: no later one passes for it."""
+        return type(self.mark) is not Rights or (self.fd >= 0 and self.allows(a))
+
+    def has_number_of(self, other: Node) -> bool:
+        """Whether both have one (device, inode), as a later file may have, at one place."""
+        return (
+            self.inode == other.inode
+            and self.device.number == other.device.number
+            and self.aside == other.aside
+        )

@@ -1,0 +1,93 @@
+"""What an open fid has open: a file, a directory, an extended attribute to read or to write.
+
+Locks touched: none. What one of them holds is changed by its fid's operations alone.
+"""
+
+from __future__ import annotations
+
+import os
+
+from ninefuse.linux.credentials import Caller
+from ninefuse.tree.listing import Listing
+
+
+class OpenFile:
+    """The state of a fid after lopen or lcreate of a file.
+
+    ``opener`` is who opened it, if that is known; ``writer`` the same, where a write must be
+    made with other ids than the daemon's; ``group`` a further group to write in, or None;
+    ``owner`` the user id of who opened it, whom its descriptor is counted for, or None; ``live``
+    whether each read and write is one of the source's, past every cache.
+    """
+
+    __slots__ = ("fd", "flags", "group", "live", "opener", "owner", "writer")
+
+    def __init__(
+        self,
+        fd: int,
+        flags: int,
+        writer: Caller | None = None,
+        owner: int | None = None,
+        live: bool = False,
+    ) -> None:
+        self.live = live
+        self.fd = fd
+        self.flags = flags
+        self.writer = writer
+        self.group: int | None = None
+        self.opener: Caller | None = None
+        self.owner = owner
+
+    @property
+    def readable(self) -> bool:
+        return self.flags & os.O_ACCMODE != os.O_WRONLY
+
+    @property
+    def writable(self) -> bool:
+        return self.flags & os.O_ACCMODE != os.O_RDONLY
+
+
+class OpenDirectory:
+    """The state of a fid after lopen of a directory; ``owner`` as of an `OpenFile`."""
+
+    __slots__ = ("fd", "fits", "listing", "owner")
+
+    def __init__(self, fd: int, owner: int | None = None) -> None:
+        self.fd = fd
+        self.owner = owner
+        self.listing = Listing(fd)
+        self.fits = 24  # entries that fitted into the last reply with attributes
+
+
+class AttributeRead:
+    """The state of a fid after xattrwalk: a value, or a list of names, as it was then."""
+
+    __slots__ = ("value",)
+
+    fd = -1
+    owner = None
+
+    def __init__(self, value: bytes) -> None:
+        self.value = value
+
+
+class AttributeWrite:
+    """The state of a fid after xattrcreate: what clunk is going to set, or remove."""
+
+    __slots__ = ("caller", "data", "flags", "name", "remove", "size")
+
+    fd = -1
+    owner = None
+
+    def __init__(
+        self, name: bytes, size: int, flags: int, remove: bool, caller: Caller | None = None
+    ) -> None:
+        self.caller = caller
+        self.name = name
+        self.size = size  # declared by xattrcreate
+        self.flags = flags
+        self.remove = remove
+        self.data = b""  # what write has brought so far
+
+
+Opened = OpenFile | OpenDirectory | AttributeRead | AttributeWrite

@@ -1,0 +1,308 @@
+"""Fids, and the table that holds them: 9P's numbers for nodes.
+
+A *fid* is a number that a client uses for a node, as in 9P: it is unopened (made by walk),
+or an open file or directory (lopen, lcreate), or an extended attribute (xattrwalk,
+xattrcreate). A fid is counted: the table has one reference, each operation that uses it
+another. Clunk takes it out of the table at once; whoever drops the last reference ends it.
+
+kernel.py has the table of a client that is a kernel, and numbers files itself.
+
+Locks touched: the table's read-write lock guards the dictionary and what fids stand on and
+have open; the mutex ``counts`` (counts.py), inside it, guards references.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import NamedTuple
+
+from ninefuse.errors import error
+from ninefuse.linux.syscalls import Attributes
+from ninefuse.locks import TableLock
+from ninefuse.tree.counts import Counts
+from ninefuse.tree.identity import Device, Mark, Rights
+from ninefuse.tree.nodes import Node
+from ninefuse.tree.opened import OpenDirectory, Opened, OpenFile
+from ninefuse.tree.qids import Qid, QidPaths, qid_of
+
+_MANY = 10_000  # fids, of which a table that has gone empty is worth making anew
+_STEP = 10_000  # fids more, or fewer by far, that are worth telling of
+
+
+class Fid:
+    """A client's number for a node."""
+
+    __slots__ = ("generation", "lookups", "node", "number", "opened", "refs")
+
+    def __init__(self, number: int, node: Node, opened: Opened | None = None) -> None:
+        self.number = number
+        self.node = node
+        self.opened = opened  # None: unopened
+        self.refs = 1  # the table's; each operation under way has one more
+        self.lookups = 0  # FUSE's lookup count, for nodeids
+        self.generation = 0  # FUSE's, raised when the number passes to another file
+
+    def __repr__(self) -> str:
+        state = type(self.opened).__name__ if self.opened else "unopened"
+        return f"<fid {self.number} {state} refs {self.refs} lookups {self.lookups}>"
+
+
+def open_file_of(fid: Fid) -> OpenFile:
+    """The file that a fid has open.
+
+    Raises:
+        OSError: EISDIR, a directory; EINVAL, unopened, or an extended attribute.
+    """
+    if isinstance(fid.opened, OpenFile):
+        return fid.opened
+    raise error(errno.EISDIR if isinstance(fid.opened, OpenDirectory) else errno.EINVAL)
+
+
+class TableStatistics(NamedTuple):
+    """How many fids a table holds."""
+
+    fids: int
+    opened: int  # files, directories and attributes
+    files: int
+    descriptors: int  # O_PATH descriptors of nodes; each open fid has one more
+
+
+def _nothing() -> None:
+    pass
+
+
+class FidTable(Counts):
+    """All fids of a session, and the nodes that they stand on.
+
+    Attributes:
+        on_change: called, on any thread and with no lock held, each time that the table has
+            grown by ``step`` fids, and when it has become far smaller.
+        set_id: the numbers of files that the client was told have set-id bits.
+
+    Args:
+        defer: ``defer(close, fd)`` has a descriptor closed where that may block.
+    """
+
+    def __init__(self, defer: Callable[..., None]) -> None:
+        super().__init__(defer)
+        self.lock = TableLock()
+        self.step = _STEP
+        self.on_change: Callable[[], None] = _nothing  # each `step` fids more, and far fewer
+        self.set_id: set[int] = set()
+        self._fids: dict[int, Fid] = {}
+        self._opened = 0  # fids that are open files, directories and attributes
+        self._files = 0  # files among them
+        self._most = 0  # fids that there were, as far as was noticed, since it last shrank
+        self._told = 0  # of how many fids was told last
+        self._root: tuple[tuple[int, int], int] | None = None
+        self._paths: QidPaths | None = None
+
+    def __len__(self) -> int:
+        return len(self._fids)
+
+    # Numbers of files
+
+    def set_root(self, root: Attributes) -> None:
+        """Make a source directory the one that numbers are given for.
+
+        Args:
+            root: its attributes.
+        """
+        new = (root.dev_major, root.dev_minor), root.ino
+        if new != self._root:  # else numbers given already stay as they are
+            self._root, self._source = new, new[0]
+            self._paths = QidPaths(root, self.devices)
+
+    def path_of(self, a: Attributes) -> int:
+        """The qid path of a file of the source."""
+        if self._root == ((a.dev_major, a.dev_minor), a.ino) and not self.devices.aside(a):
+            return a.ino
+        assert self._paths is not None
+        return self._paths.path(a)
+
+    def number_apart(self, device: Device, inode: int) -> int:
+        """A number to show a file with of which nothing but its inode number is known."""
+        assert self._paths is not None
+        return self._paths.unknown(device, inode)
+
+    def qid_of(self, a: Attributes) -> Qid:
+        """The qid of a file of the source."""
+        return qid_of(self.path_of(a), a)
+
+    # References
+
+    def get(self, number: int) -> Fid:
+        """Find a fid and reference it; give it back with `put`.
+
+        Raises:
+            OSError: it is not in the table (`unknown`).
+        """
+        with self.lock.reading:
+            fid = self._fids.get(number)
+            if fid is None:
+                raise self.unknown(number)
+            with self._counts:
+                fid.refs += 1
+        return fid
+
+    def unknown(self, number: int) -> OSError:
+        """What is answered of a fid that is not in the table."""
+        return error(errno.EBADF)
+
+    def put(self, fid: Fid) -> None:
+        """Drop a reference; the last one ends the fid."""
+        with self._counts:
+            fid.refs -= 1
+            if fid.refs:
+                return
+        # Only the last one comes here: a fid in the table has the table's reference,
+        # and one that has left it gets no new ones.
+        if fid.opened is not None and fid.opened.fd >= 0:
+            self._defer(self.close_open, fid.opened.fd, fid.opened.owner)
+        self.drop(fid.node)
+
+    def owner_of(self, number: int) -> int | None:
+        """The user id of who opened a fid, if that is known. Takes no lock.
+
+        For whom a request is counted: an answer from a moment ago is as good.
+        """
+        fid = self._fids.get(number)
+        return None if fid is None or fid.opened is None else fid.opened.owner
+
+    def new_node(
+        self, a: Attributes, fd: int, place: tuple[Node, bytes] | None, mark: Mark = None
+    ) -> Node:
+        """A node for a file just found or made, referenced by the caller (`drop` it).
+
+        Args:
+            a: its attributes.
+            fd: an O_PATH descriptor of it, which passes to the node, or -1.
+            place: the parent and name it was found at, None for the root.
+            mark: what tells it from later files that get its number (`Devices.mark`).
+        """
+        node = Node(self.path_of(a), a, self.devices.of(a), self.devices.mount_of(a), mark, place)
+        if fd >= 0:
+            self.give_descriptor(node, fd)
+        return node
+
+    # The table
+
+    def add(self, number: int, node: Node, opened: Opened | None = None) -> Fid:
+        """Put a new fid into the table; it references the node.
+
+        Returns:
+            The fid, not referenced: somebody may clunk it at any time.
+
+        Raises:
+            OSError: EINVAL, the number is taken.
+        """
+        fid = Fid(number, node, opened)
+        with self.lock.writing:
+            if number in self._fids:
+                raise error(errno.EINVAL)
+            with self._counts:
+                node.refs += 1
+            self._fids[number] = fid
+            self._count(opened, 1)
+        return fid
+
+    def move(self, fid: Fid, node: Node) -> None:
+        """Make an unopened fid stand on another node (walk to itself)."""
+        with self.lock.writing:
+            self._move(fid, node)
+
+    def open(self, fid: Fid, opened: Opened, node: Node | None = None) -> None:
+        """Make an unopened fid an open one, on another node if one is given (lcreate).
+
+        Raises:
+            OSError: EINVAL, somebody else opened it meanwhile; ``opened`` is not used.
+        """
+        with self.lock.writing:
+            if fid.opened is not None:
+                raise error(errno.EINVAL)
+            if node is not None:
+                self._move(fid, node)
+            fid.opened = opened
+            if self._fids.get(fid.number) is fid:  # it may have been clunked meanwhile
+                self._count(opened, 1)
+
+    def remove(self, number: int) -> Fid:
+        """Take a fid out of the table; its reference passes to the caller (`put` it).
+
+        Raises:
+            OSError: as `get`.
+        """
+        with self.lock.writing:
+            fid = self._fids.pop(number, None)
+            if fid is not None:
+                self._leaves(fid)
+        if fid is None:
+            raise self.unknown(number)
+        return fid
+
+    def clear(self) -> None:
+        """Take every fid out of the table (version, and the end of the session)."""
+        with self.lock.writing:
+            gone, self._fids = self._fids, {}
+            self.set_id.clear()
+            self._opened = self._files = 0
+            if self._paths is not None:
+                self._paths.clear()
+        for fid in gone.values():
+            self.put(fid)
+        self.devices.mounts.end()
+
+    def statistics(self) -> TableStatistics:
+        """How many fids there are, and of which kind. Anybody may ask for it, any time."""
+        return TableStatistics(len(self._fids), self._opened, self._files, self.descriptors)
+
+    # Nodes that several fids share
+
+    def known(self, a: Attributes, *, allowing: bool = False) -> Node | None:
+        """The node that all who look a file up share, referenced (`drop` it), or None.
+
+        9P's fids share none: each walk makes a node of its own, which keeps its descriptor.
+
+        Args:
+            a: the file's attributes.
+            allowing: only if it is as open to others as it was seen last (`Node.allows`).
+        """
+        return None
+
+    def seen(self, a: Attributes, parent: Node, name: bytes) -> None:
+        """Note where a file is found from now on, whose node is shared."""
+
+    def note_rights(self, a: Attributes, node: Node) -> None:
+        """Note what the client is about to be told of a node, seen by its descriptor."""
+        if type(node.mark) is Rights and not node.allows(a):
+            node.mark = self.devices.rights(a)
+
+    # Helpers that expect the lock to be held
+
+    def _count(self, opened: Opened | None, change: int) -> None:
+        if opened is not None:
+            self._opened += change
+            if isinstance(opened, OpenFile):
+                self._files += change
+
+    def _leaves(self, fid: Fid) -> None:
+        """A fid has left the table: what the table keeps of it goes as well."""
+        self._count(fid.opened, -1)
+
+    def _shrink(self) -> bool:
+        """Give back the room of entries long gone: a dictionary only ever grows."""
+        count = len(self._fids)
+        self._told = min(self._told, count)
+        self._most = max(self._most, count)
+        if count >= self._most // 4 or self._most < _MANY:
+            return False
+        self._fids = dict(self._fids)
+        self._most = count
+        return True
+
+    def _move(self, fid: Fid, node: Node) -> None:
+        with self._counts:
+            node.refs += 1
+        old, fid.node = fid.node, node
+        self.drop(old)

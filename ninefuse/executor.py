@@ -64,7 +64,8 @@ class NoThreading(Executor):
     def drive(self, request: Request) -> None:
         """As of an `Executor`: to its end, here."""
         self._drive(request)
-        self._after()
+        if self.deferred.calls or self._background:
+            self._after()
 
     def resume(self, request: Request) -> None:
         """As of an `Executor`: never, since nothing else is under way."""
@@ -121,7 +122,7 @@ class _Pooled(Executor):
 
     def _after(self) -> None:
         """Have workers do what bodies left to be done."""
-        if self.deferred:
+        if self.deferred.calls:
             self.pool.resume(self.deferred.make_all)
         while self._background:
             try:
@@ -158,7 +159,7 @@ class _Pooled(Executor):
             step = self.advance(request)
         if place != _NO_PLACE:
             self.pool.leave(place, user)
-        if self.deferred:
+        if self.deferred.calls:
             self.deferred.make_all()
         if self._background:
             self._after()
@@ -263,9 +264,9 @@ class SecondModel(_Pooled):
             assert request.call is not None
             self.pool.submit(partial(self._rest, request), request.call.on, request.user)
         elif step is Step.DONE:
-            if self.is_near is None or self._background or len(self.deferred) > _BATCH:
+            if self.is_near is None or self._background or len(self.deferred.calls) > _BATCH:
                 self._after()
-            elif self.deferred and not self._batching:
+            elif self.deferred.calls and not self._batching:
                 # A worker for each would cost more than the calls do.
                 self._batching = True
                 self.clock.call_later(_BATCH_TIME, self._end_batch)
@@ -280,7 +281,7 @@ class SecondModel(_Pooled):
         A dispatcher that makes all calls itself would outrun them: files are closed by
         workers, and there are only so many descriptors.
         """
-        return bool(self._behind) or len(self.deferred) > _MOST_BEHIND
+        return bool(self._behind) or len(self.deferred.calls) > _MOST_BEHIND
 
     def _run_on(self, request: Request, is_near: Callable[[int | None], bool]) -> Step:
         """Make calls without a worker as long as that is right; where the body stopped then."""

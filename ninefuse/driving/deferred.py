@@ -30,26 +30,26 @@ class Deferred:
     Args:
         most: threads that make them at a time, as long as none is stuck.
         look_again: has `make_all` called once more in a while, since those may be stuck.
+
+    Attributes:
+        calls: that are still to be made.
     """
 
     def __init__(self, most: int, look_again: Callable[[], None]) -> None:
-        self._calls: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
+        self.calls: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
         self._most = most
         self._look_again = look_again
         self._mutex = threading.Lock()
         self._makers = 0
         self._last = time.monotonic()  # when one of them was over
 
-    def __len__(self) -> int:
-        return len(self._calls)
-
     def add(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
         """Have ``function(*args)`` called. Any thread."""
-        self._calls.append((function, args))
+        self.calls.append((function, args))
 
     def make_all(self) -> None:
         """Make them on this thread, unless enough are at it."""
-        while self._calls:
+        while self.calls:
             may_make = self._may_make()
             if self._makers >= self._most:
                 self._look_again()  # this one may get stuck as well
@@ -70,9 +70,9 @@ class Deferred:
             return False
 
     def _make(self) -> None:
-        while self._calls:
+        while self.calls:
             try:
-                function, args = self._calls.popleft()
+                function, args = self.calls.popleft()
             except IndexError:  # another thread was quicker
                 return
             try:

@@ -209,18 +209,22 @@ class Executor(ABC):
             request.waits = None
         while True:
             try:
-                command = request.run()
+                if request.error is None:
+                    value, request.value = request.value, None
+                    command = request.body.send(value)
+                else:
+                    command = request.throw()
             except StopIteration as stop:
-                request.succeed(stop.value)
+                request.value = stop.value
                 self._end(request)
                 return Step.DONE
             except Exception as failure:
-                request.fail(failure)
+                request.error = failure
                 self._end(request)
                 return Step.DONE
             except BaseException as failure:
                 log.error("%s ended in %r", request.name, failure, exc_info=failure)
-                request.fail(OSError(errno.EIO, os.strerror(errno.EIO)))
+                request.error = OSError(errno.EIO, os.strerror(errno.EIO))
                 self._end(request)
                 return Step.DONE
             if isinstance(command, Call):
@@ -237,7 +241,7 @@ class Executor(ABC):
                 if self._park(request, command):
                     return Step.PARKED
             elif not isinstance(command, Begin):
-                request.fail(TypeError(f"{request.name} awaits {command!r}: not a command"))
+                request.error = TypeError(f"{request.name} awaits {command!r}: not a command")
 
     def left_behind(self) -> Iterator[Request]:
         """Make the deferred calls, and yield what was left to the background, on this thread.

@@ -49,16 +49,16 @@ class Request:
         call: the call to be made next, or None.
         crossings: how often it has changed threads.
         thread: the name of the worker that has it, if one has.
+        value, error: the outcome of its last call, for the body; in the end the body's own.
     """
 
     __slots__ = (
-        "_error",
-        "_value",
         "at",
         "body",
         "call",
         "crossings",
         "done",
+        "error",
         "has_waited",
         "holds",
         "joiners",
@@ -68,6 +68,7 @@ class Request:
         "tag",
         "thread",
         "user",
+        "value",
         "waits",
         "watch",
     )
@@ -96,14 +97,14 @@ class Request:
         self.since = 0  # when its call was queued for io_uring, where somebody wants to know
         self.thread = ""
         self.joiners: list[Callable[[], None]] | None = None  # who waits for its end
-        self._value: Any = None
-        self._error: BaseException | None = None
+        self.value: Any = None
+        self.error: BaseException | None = None
 
     def result(self) -> Any:
         """What the body returned; raises what it raised. Once."""
-        if self._error is None:
-            return self._value
-        error, self._error = self._error, None
+        if self.error is None:
+            return self.value
+        error, self.error = self.error, None
         try:
             raise error
         finally:
@@ -111,27 +112,27 @@ class Request:
 
     def log_failure(self) -> None:
         """Log what the body raised, where nobody waits for its result."""
-        if self._error is not None:
-            log.error("%s failed", self.name, exc_info=self._error)
+        if self.error is not None:
+            log.error("%s failed", self.name, exc_info=self.error)
 
     def cross(self) -> None:
         """Note that the request is on another thread now."""
         self.at = get_ident()
         self.crossings += 1
 
-    def run(self) -> Any:
-        """Run the body to its next command, and return that.
+    def throw(self) -> Any:
+        """Raise the error of its call in the body, and run that to its next command.
 
         Raises:
             StopIteration: it has ended, with a result.
             BaseException: what it raised.
         """
-        value, self._value = self._value, None
-        error, self._error = self._error, None
+        error, self.error = self.error, None
+        assert error is not None
         try:
-            return self.body.send(value) if error is None else self.body.throw(error)
+            return self.body.throw(error)
         finally:
-            del error
+            del error  # its traceback refers to this frame
 
     def perform(self) -> None:
         """Make the call that the body asked for, on this thread; keep its outcome."""
@@ -141,9 +142,9 @@ class Request:
         assert call is not None
         self.call = None
         try:
-            self._value = call.make() if self.watch is None else self.watch.make(call, now=False)
+            self.value = call.make() if self.watch is None else self.watch.make(call, now=False)
         except BaseException as error:
-            self._error = error
+            self.error = error
 
     def perform_quickly(self) -> bool:
         """Make the call on this thread if it does not block, and say whether it was made."""
@@ -151,25 +152,17 @@ class Request:
         assert call is not None
         try:
             if self.watch is None:
-                self._value = call.make_now()
+                self.value = call.make_now()
             else:
-                self._value = self.watch.make(call, now=True)
+                self.value = self.watch.make(call, now=True)
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EOPNOTSUPP):
                 return False
-            self._error = error
+            self.error = error
         except BaseException as error:
-            self._error = error
+            self.error = error
         self.call = None
         return True
-
-    def succeed(self, value: Any) -> None:
-        """Keep the result: of a call that was made otherwise than by `perform`, or of the body."""
-        self._value = value
-
-    def fail(self, error: BaseException) -> None:
-        """Keep the error of such a call, or of the body."""
-        self._error = error
 
     def describe(self) -> str:
         """One line for reports: age, what it does, holds and waits for."""

@@ -212,19 +212,19 @@ class Uring:
             syncs = isinstance(call, Fsync) or (isinstance(call, Pwrite) and call.durable)
             if result in _AGAIN and not (syncs and result == -errno.ENOMEM):
                 return False
-            request.fail(OSError(-result, os.strerror(-result)))
+            request.error = OSError(-result, os.strerror(-result))
         elif isinstance(call, Pread):
             assert data is not None
             # A short read is the end of the file to whoever asked; make sure that it is.
             if result < call.count and call.offset + result < os.fstat(call.fd).st_size:
                 return False
-            request.succeed(data)
+            request.value = data
         elif isinstance(call, Pwrite):
             if result < len(call.data):
                 # What is written must not be written again: a file may be open to append.
                 call.done = result
                 return False
-            request.succeed(result)
+            request.value = result
         else:
-            request.succeed(None)
+            request.value = None
         return True

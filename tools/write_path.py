@@ -87,10 +87,14 @@ class _Mutex:
 def counting() -> Iterator[Counts]:
     """Count in all threads and of all mutexes that are made inside."""
     counts, make = Counts(), threading.Lock
+
+    def counted() -> _Mutex:
+        return _Mutex(counts, make())
+
     threading.setprofile(counts.see)
     sys.setprofile(counts.see)
     try:
-        with mock.patch.object(threading, "Lock", lambda: _Mutex(counts, make())):
+        with mock.patch.object(threading, "Lock", counted):
             yield counts
     finally:
         sys.setprofile(None)

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
+from mounting import in_child
 from ops_helpers import ROOT, Client, client_of, fails, need_devices, needs_root
 from ops_helpers import client as client
 from ops_helpers import leak_free as leak_free
 from ops_helpers import source as source
 
 from ninefuse import credentials, ops
-from ninefuse.credentials import Caller, acting_as, settle
+from ninefuse.credentials import Caller, acting_as, settle, spending_as
 from ninefuse.exitcodes import ExitCode
 from ninefuse.ops import Changes
 
@@ -354,6 +355,70 @@ def test_a_process_ends_rather_than_go_on_with_a_strangers_rights() -> None:
                 credentials._set_capabilities(credentials._Capabilities(0, 0, c.inheritable))
         finally:
             os._exit(99)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == ExitCode.INTERNAL
+
+
+# spending_as
+
+
+@needs_root
+@pytest.mark.parametrize("group", [None, 4321])
+def test_spending_takes_the_ids_and_leaves_nothing_that_root_may(group: int | None) -> None:
+    """And gives back what there was, whatever the function does."""
+
+    def act() -> None:
+        os.setgroups([77])
+        settle()
+        before = identity()
+        for who in (SOMEBODY, Caller(0, 500), Caller(500, 0), Caller(4_000_000_000, 9)):
+            uids, gids, groups, permitted, now = spending_as(who, group, identity)
+            assert (int(uids.split()[-1]), int(gids.split()[-1])) == who[:2]
+            assert groups.split() == (["77"] if group is None else ["4321"])
+            assert permitted == before[3]
+            over_files = credentials._OVER_FILES | credentials._CAP_MKNOD
+            if who.uid:
+                # What is no matter of files stays: no write asks for it.
+                assert not int(now, 16) & (over_files & ~credentials._CAP_SETFCAP)
+            assert not int(now, 16) & (FSETID | SYS_RESOURCE)
+            assert identity() == before
+            with pytest.raises(ZeroDivisionError):
+                spending_as(who, group, lambda: 1 // 0)
+            assert identity() == before
+
+    # setgroups(2) of glibc's is every thread's: in a process of its own.
+    in_child(act)
+
+
+@needs_root
+@pytest.mark.parametrize("group", [None, 4321])
+@pytest.mark.parametrize("capability", [6, 7])  # CAP_SETGID, CAP_SETUID
+def test_nothing_is_spent_without_the_callers_ids(group: int | None, capability: int) -> None:
+    """A daemon that may not take them on refuses."""
+
+    def act() -> None:
+        c = credentials._get_capabilities()
+        credentials._set_capabilities(c._replace(effective=c.effective & ~(1 << capability)))
+        before = identity()
+        called: list[int] = []
+        with fails(errno.EPERM):
+            spending_as(SOMEBODY, group, called.append, 1)
+        assert identity() == before
+        assert not called
+
+    on_a_thread(act)
+
+
+@needs_root
+@pytest.mark.parametrize("group", [None, 4321])
+def test_a_process_ends_rather_than_go_on_after_spending(group: int | None) -> None:
+    def lose() -> int:
+        c = credentials._get_capabilities()
+        credentials._set_capabilities(credentials._Capabilities(0, 0, c.inheritable))
+        return 99
+
+    pid = os.fork()
+    if pid == 0:
+        os._exit(spending_as(SOMEBODY, group, lose))
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == ExitCode.INTERNAL
 
 

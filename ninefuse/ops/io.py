@@ -578,10 +578,12 @@ def _keep_mark(file: OpenFile) -> None:
 async def _write(on: int, file: OpenFile, data: bytes, offset: int) -> int:
     if file.live:
         return await blocking(on, _write_live, file, data, offset)
+    # Two kinds of each: one waits for the disk.
+    waits = file.flags & os.O_DSYNC
     if file.writer is not None:
-        return await blocking(on, _write_as, file, data, offset)
-    # Two kinds: one waits for the disk.
-    pwrite = _write_durably if file.flags & os.O_DSYNC else _write_fully
+        pwrite_as = write_durably_as if waits else write_as
+        return await blocking(on, pwrite_as, file.fd, data, offset, file.writer, file.group)
+    pwrite = _write_durably if waits else _write_fully
     return await blocking(on, pwrite, file.fd, data, offset)
 
 
@@ -594,9 +596,21 @@ def _may_be_written_back(file: OpenFile, offset: int) -> bool:
     return is_cached and not file.live and offset % mmap.PAGESIZE == 0
 
 
-def _write_as(file: OpenFile, data: bytes, offset: int) -> int:
-    assert file.writer is not None
-    return spending_as(file.writer, file.group, _write_fully, file.fd, data, offset)
+def write_as(fd: int, data: bytes, offset: int, writer: Caller, group: int | None) -> int:
+    """Write for a caller (`spending_as`); how many bytes are written. Blocks."""
+    return spending_as(writer, group, _write_fully, fd, data, offset)
+
+
+def write_durably_as(fd: int, data: bytes, offset: int, writer: Caller, group: int | None) -> int:
+    """As `write_as`, to a file whose writes wait for the disk."""
+    return write_as(fd, data, offset, writer, group)
+
+
+def write_rest_as(
+    fd: int, data: bytes, offset: int, writer: Caller, group: int | None, written: int
+) -> int:
+    """As `write_rest`, for a caller."""
+    return spending_as(writer, group, write_rest, fd, data, offset, written)
 
 
 def _write_live(file: OpenFile, data: bytes, offset: int) -> int:

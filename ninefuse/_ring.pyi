@@ -1,10 +1,14 @@
 """Types of the optional extension ninefuse._ring; what it does is said in _ring.pyx."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from typing_extensions import Buffer
 
 def probe() -> frozenset[str]: ...
+def read_cached(fd: int, count: int, offset: int) -> bytes: ...
+def write_as(
+    fd: int, data: Buffer, offset: int, uid: int, gid: int, end: Callable[[], object]
+) -> int: ...
 
 class Ring:
     def __init__(self, entries: int = 256) -> None: ...

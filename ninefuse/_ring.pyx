@@ -11,6 +11,9 @@ comes back with the completion. A slot does not move, and is let go by nothing b
 completion: a ring that is dropped with requests in flight leaves theirs allocated for ever,
 since the kernel may write to them at any later time.
 
+Beside the ring there are two calls without one, `read_cached` and `write_as`, for which Python
+takes several steps.
+
 Source: io_uring(7), io_uring_setup(2), io_uring_enter(2), io_uring_register(2).
 """
 
@@ -21,6 +24,7 @@ from cpython.mem cimport PyMem_Calloc, PyMem_Free, PyMem_Realloc
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.errno cimport EAGAIN, EBUSY, EINTR, EINVAL, ENOMEM, ENOSYS, ETIME, errno
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport abort
 from libc.string cimport memset
 
 import os
@@ -106,8 +110,60 @@ cdef extern from "liburing.h" nogil:
 cdef extern from *:
     """
     #define full_barrier() __sync_synchronize()
+
+    #include <errno.h>
+    #include <sys/fsuid.h>
+    #include <sys/syscall.h>
+    #include <sys/uio.h>
+    #include <unistd.h>
+    #include <linux/capability.h>
+
+    static ssize_t read_nowait(int fd, void *buffer, size_t count, off_t offset)
+    {
+        struct iovec part = { buffer, count };
+        ssize_t result = preadv2(fd, &part, 1, offset, RWF_NOWAIT);
+        return result < 0 ? -errno : result;
+    }
+
+    /* What setfsuid and setfsgid do they do not report; asked with an id that there cannot be,
+       they tell what is in force. */
+    static int acts_as(uid_t uid, gid_t gid)
+    {
+        return (uid_t) setfsuid(-1) == uid && (gid_t) setfsgid(-1) == gid;
+    }
+
+    /* pwrite(2) with other file system ids than the thread has otherwise; the negated errno. All
+       that may be wrong in the end is *is_back: whether the thread has its own rights again. */
+    static ssize_t pwrite_as(int fd, const void *data, size_t count, off_t offset,
+                             uid_t uid, gid_t gid, int *is_back)
+    {
+        struct __user_cap_header_struct header = { _LINUX_CAPABILITY_VERSION_3, 0 };
+        struct __user_cap_data_struct own[2];
+        uid_t own_uid = geteuid();
+        gid_t own_gid = getegid();
+        ssize_t result;
+
+        *is_back = 1;
+        if (syscall(SYS_capget, &header, own))
+            return -errno;
+        setfsgid(gid);
+        setfsuid(uid);
+        if (acts_as(uid, gid)) {
+            result = pwrite(fd, data, count, offset);
+            if (result < 0)
+                result = -errno;
+        } else {
+            result = -EPERM;
+        }
+        setfsgid(own_gid);
+        setfsuid(own_uid);
+        *is_back = !syscall(SYS_capset, &header, own) && acts_as(own_uid, own_gid);
+        return result;
+    }
     """
     void full_barrier() nogil
+    ssize_t read_nowait(int, void *, size_t, int64_t) nogil
+    ssize_t pwrite_as(int, const void *, size_t, int64_t, uint32_t, uint32_t, int *) nogil
 
 cdef int DEFAULT_ENTRIES = 256
 
@@ -160,6 +216,99 @@ def probe():
         )
     finally:
         io_uring_free_probe(answer)
+
+
+def read_cached(int fd, int64_t count, int64_t offset):
+    """Read what the page cache holds: preadv2(2) with RWF_NOWAIT.
+
+    Into bytes that were not filled with zeros before, nor copied after.
+
+    Args:
+        fd: open for reading.
+        count: bytes, at most 0x7ffff000.
+        offset: where, in bytes.
+
+    Returns:
+        The bytes: fewer at the end of the file, or where the cache ends.
+
+    Raises:
+        ValueError: count or offset is out of range.
+        OSError: EAGAIN, nothing is there without waiting; EOPNOTSUPP, the file system does not
+            tell; the errors of preadv2(2).
+    """
+    cdef PyObject *buffer
+    cdef char *start
+    cdef ssize_t result
+    cdef object data
+    if not 0 <= count <= LONGEST or offset < 0:
+        raise ValueError(f"cannot read {count} bytes at {offset}")
+    buffer = PyBytes_FromStringAndSize(NULL, count)
+    start = PyBytes_AS_STRING(<object> buffer)
+    while True:
+        with nogil:  # nobody else has seen the bytes
+            result = read_nowait(fd, start, count, offset)
+        if result != -EINTR:
+            break
+        try:
+            PyErr_CheckSignals()
+        except BaseException:
+            Py_DECREF(<object> buffer)
+            raise
+    if result < 0:
+        Py_DECREF(<object> buffer)
+        raise _error(<int> -result)
+    if result < count:
+        if _PyBytes_Resize(&buffer, result) < 0:  # which has let the bytes go
+            PyErr_Clear()
+            raise MemoryError
+    data = <object> buffer
+    Py_DECREF(data)
+    return data
+
+
+def write_as(int fd, data, int64_t offset, uint32_t uid, uint32_t gid, end):
+    """Write with other file system ids than this thread's: pwrite(2) between setfsuid(2)s.
+
+    Nothing of Python runs meanwhile. See `spending_as` in credentials.py for what counts.
+
+    Args:
+        fd: open for writing.
+        data: bytes or the like, at most 0x7ffff000. Must not be changed meanwhile.
+        offset: where, in bytes; ignored for O_APPEND.
+        uid: the file system user id.
+        gid: the file system group id.
+        end: called if the thread's own rights are not had back; it must end the process.
+
+    Returns:
+        How many bytes were written.
+
+    Raises:
+        ValueError: the data is too long, or the offset is negative.
+        OSError: EPERM, this thread may not take these ids on; the errors of pwrite(2).
+    """
+    cdef Py_buffer view
+    cdef ssize_t result
+    cdef int is_back
+    PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+    try:
+        if view.len > LONGEST or offset < 0:
+            raise ValueError(f"cannot write {view.len} bytes at {offset}")
+        while True:
+            with nogil:
+                result = pwrite_as(fd, view.buf, view.len, offset, uid, gid, &is_back)
+            if not is_back:
+                try:
+                    end()
+                finally:
+                    abort()
+            if result != -EINTR:
+                break
+            PyErr_CheckSignals()
+    finally:
+        PyBuffer_Release(&view)
+    if result < 0:
+        raise _error(<int> -result)
+    return result
 
 
 cdef class Ring:

@@ -32,6 +32,12 @@ from typing import NamedTuple, TypeVar
 from ninefuse.exitcodes import ExitCode
 from ninefuse.syscalls import detached_mount, stat_descriptor, stat_name
 
+_write_as: Callable[[int, bytes, int, int, int, Callable[[], object]], int] | None
+try:
+    from ninefuse._ring import write_as as _write_as
+except ImportError:  # it was not built
+    _write_as = None
+
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -453,6 +459,27 @@ def spending_as(caller: Caller, group: int | None, function: Callable[..., T], *
         finally:
             if not given_back:
                 _end()
+
+
+def pwrite_as(caller: Caller, group: int | None, fd: int, data: bytes, offset: int) -> int:
+    """pwrite(2), as `spending_as` would call it; how many bytes were written.
+
+    In compiled code, where there is some. (Of the eight microseconds that it takes beside the
+    write, seven are the kernel's, which makes five sets of credentials for it.)
+
+    Args:
+        caller: for whom.
+        group: as for `spending_as`.
+        fd: open for writing.
+        data: what.
+        offset: where, in bytes.
+
+    Raises:
+        OSError: as `spending_as`.
+    """
+    if group is None and _write_as is not None:
+        return _write_as(fd, data, offset, caller.uid, caller.gid, _end)
+    return spending_as(caller, group, os.pwrite, fd, data, offset)
 
 
 def registered_as(caller: Caller, group: int | None, register: Callable[[], T]) -> T:

@@ -12,6 +12,7 @@ import fcntl
 import os
 import stat
 import struct
+import threading
 from collections.abc import Callable
 from enum import Enum
 from typing import Any, NamedTuple
@@ -485,6 +486,29 @@ class DirectoryEntry(NamedTuple):
     offset: int  # the cookie of the entry after this one
     type: int  # DT_*, which is the S_IFMT bits shifted right by 12
     name: bytes
+
+
+def _read_cached(fd: int, count: int, offset: int) -> bytes:
+    """`read_cached` without the extension: by way of a buffer that the thread keeps.
+
+    A new one for each read would be filled with zeros first, and a large one is the system's again
+    as soon as it is let go, so that each of its pages would be made anew.
+    """
+    buffer: memoryview | None = getattr(_thread, "buffer", None)
+    if buffer is None or len(buffer) < count:
+        buffer = memoryview(bytearray(count))
+        if count <= _LARGEST_KEPT:
+            _thread.buffer = buffer
+    return bytes(buffer[: os.preadv(fd, [buffer[:count]], offset, os.RWF_NOWAIT)])
+
+
+_thread = threading.local()  # buffer: of `_read_cached`
+_LARGEST_KEPT = 1 << 20  # bytes; FUSE asks for no more at once
+
+try:
+    from ninefuse._ring import read_cached as read_cached
+except ImportError:  # it was not built
+    read_cached = _read_cached
 
 
 def read_records(fd: int, size: int) -> bytes:

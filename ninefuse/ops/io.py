@@ -24,6 +24,7 @@ from ninefuse.credentials import (
     acting_as,
     keeps_mark,
     needs_acting,
+    pwrite_as,
     spending_as,
 )
 from ninefuse.fids import (
@@ -47,7 +48,7 @@ from ninefuse.session import (
     path_of,
     patiently,
 )
-from ninefuse.syscalls import Attributes, check_execution, stat_descriptor
+from ninefuse.syscalls import Attributes, check_execution, read_cached, stat_descriptor
 
 # What a server keeps of a client's flags. Creating has been decided already; O_NOFOLLOW
 # would refuse the way through /proc; O_DIRECT asks for an alignment that buffers here
@@ -545,14 +546,11 @@ def _read_fully(fd: int, count: int, offset: int) -> bytes:
 
 def _read_now(fd: int, count: int, offset: int) -> bytes:
     """Read what the page cache holds, if that is all there is to read."""
-    buffer = bytearray(count)
-    got = os.preadv(fd, [buffer], offset, os.RWF_NOWAIT)
-    if got == count:
-        return bytes(buffer)
+    data = read_cached(fd, count, offset)
     # A short read is the end of the file to whoever asked.
-    if offset + got < os.fstat(fd).st_size:
+    if len(data) < count and offset + len(data) < os.fstat(fd).st_size:
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-    return bytes(memoryview(buffer)[:got])
+    return data
 
 
 def _writer(flags: int, caller: Caller | None) -> Caller | None:
@@ -598,7 +596,10 @@ def _may_be_written_back(file: OpenFile, offset: int) -> bool:
 
 def write_as(fd: int, data: bytes, offset: int, writer: Caller, group: int | None) -> int:
     """Write for a caller (`spending_as`); how many bytes are written. Blocks."""
-    return spending_as(writer, group, _write_fully, fd, data, offset)
+    written = pwrite_as(writer, group, fd, data, offset)
+    if written == len(data):
+        return written
+    return write_rest_as(fd, data, offset, writer, group, written)
 
 
 def write_durably_as(fd: int, data: bytes, offset: int, writer: Caller, group: int | None) -> int:

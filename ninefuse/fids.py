@@ -20,8 +20,9 @@ and the coldest lose theirs when there are too many; it is opened again from the
 and the name (descriptors.py), and compared with what is known of the file (identity.py).
 
 Locks touched: the table's read-write lock guards the dictionary, lookup counts and
-states; the mutex ``counts`` guards references, pins and descriptors of fids and nodes.
-``counts`` is the innermost lock of all.
+states (a fid is found by its number without it, see `FidTable.get`); the mutex ``counts``
+guards references, pins and descriptors of fids and nodes. ``counts`` is the innermost lock
+of all.
 """
 
 from __future__ import annotations
@@ -358,6 +359,18 @@ class FidTable:
             OSError: not in the table: ESTALE for a nodeid (the kernel then walks the
                 path again), EBADF for a file handle.
         """
+        # Without the table's lock, since one look into a dictionary is one step for all threads
+        # (a `get` with a key that is an int runs none of anybody's code): what is found was in the
+        # table at that moment, as it would have been for a reader who came before whoever takes
+        # it out just now. It may be in no table any more, but it has not ended as long as it has
+        # references, and whoever takes it out drops the table's only afterwards.
+        fid = self._fids.get(number)
+        if fid is not None:
+            with self._counts:
+                if fid.refs:
+                    fid.refs += 1
+                    return fid
+        # It has ended, or is not there: perhaps for the moment in which somebody moves it.
         with self.lock.reading:
             fid = self._fids.get(number)
             if fid is None:

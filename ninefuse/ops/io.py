@@ -625,7 +625,8 @@ def _write_durably(fd: int, data: bytes, offset: int) -> int:
 
 
 def _write_fully(fd: int, data: bytes, offset: int) -> int:
-    return write_rest(fd, data, offset, os.pwrite(fd, data, offset))
+    written = os.pwrite(fd, data, offset)
+    return written if written == len(data) else write_rest(fd, data, offset, written)
 
 
 def write_rest(fd: int, data: bytes, offset: int, written: int) -> int:

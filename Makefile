@@ -85,6 +85,6 @@ pages:
 	@exec .venv/bin/python tools/pictures.py
 
 clean:
-	rm -rf .venv build dist ninefuse.egg-info ninefuse/driving/_ring.*.so
+	rm -rf .venv build dist ninefuse.egg-info ninefuse/driving/_ring.*.so ninefuse/linux/_transfer.*.so
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -xdev -name .git -prune -o -name __pycache__ -prune -exec rm -rf {} +

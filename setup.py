@@ -1,7 +1,8 @@
-"""The extension ninefuse.driving._ring, where this machine can build it; all else is in setup.cfg.
+"""The extensions, where this machine can build them; all else is in setup.cfg.
 
-It is optional: without liburing's headers, pkg-config, a compiler or Cython, ninefuse is
-built without it and does its input and output on threads.
+They are optional. Without liburing's headers or pkg-config, ninefuse is built without
+ninefuse.driving._ring, and does its input and output on threads. Without a compiler or Cython it
+is also built without ninefuse.linux._transfer, and does what that does in Python.
 """
 
 from __future__ import annotations
@@ -27,21 +28,22 @@ def pkg_config(*options: str) -> list[str] | None:
 
 
 def extensions() -> list[Extension]:
-    """The extension as C, or nothing."""
-    compiler, linker = pkg_config("--cflags"), pkg_config("--libs")
+    """The extensions as C; none without Cython."""
     try:
         from Cython.Build import cythonize
     except ImportError:
         return []
-    if compiler is None or linker is None:
-        return []
-    ring = Extension(
-        "ninefuse.driving._ring",
-        ["ninefuse/driving/_ring.pyx"],
-        extra_compile_args=compiler,
-        extra_link_args=linker,
-    )
-    translated: list[Extension] = cythonize([ring], build_dir="build", quiet=True)
+    wanted = [Extension("ninefuse.linux._transfer", ["ninefuse/linux/_transfer.pyx"])]
+    compiler, linker = pkg_config("--cflags"), pkg_config("--libs")
+    if compiler is not None and linker is not None:
+        ring = Extension(
+            "ninefuse.driving._ring",
+            ["ninefuse/driving/_ring.pyx"],
+            extra_compile_args=compiler,
+            extra_link_args=linker,
+        )
+        wanted.append(ring)
+    translated: list[Extension] = cythonize(wanted, build_dir="build", quiet=True)
     for extension in translated:
         extension.optional = True  # which Cython does not pass on
     return translated

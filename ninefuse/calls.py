@@ -29,6 +29,7 @@ from functools import partial
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 
 from ninefuse.linux import transfer
+from ninefuse.linux.credentials import Caller
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -158,10 +159,12 @@ class Pwrite(Call[int]):
 
     Attributes:
         durable: whether the descriptor makes it durable (O_SYNC, O_DSYNC).
+        writer: for whom, with whose rights it is written (`pwrite_as`); None: the daemon.
+        group: a further group of theirs, or None.
         done: how much of it was written before.
     """
 
-    __slots__ = ("data", "done", "durable", "fd", "offset")
+    __slots__ = ("data", "done", "durable", "fd", "group", "offset", "writer")
 
     quick = False
     label = "write"
@@ -172,19 +175,25 @@ class Pwrite(Call[int]):
         fd: int,
         data: bytes,
         offset: int,
-        *,
         durable: bool = False,
-        done: int = 0,
+        writer: Caller | None = None,
+        group: int | None = None,
     ) -> None:
         self.on = on
         self.fd = fd
         self.data = data
         self.offset = offset
         self.durable = durable
-        self.done = done
+        self.writer = writer
+        self.group = group
+        self.done = 0
 
     def make(self) -> int:
-        return transfer.write_fully(self.fd, self.data, self.offset, self.done)
+        if self.writer is None:
+            return transfer.write_fully(self.fd, self.data, self.offset, self.done)
+        return transfer.write_for(
+            self.writer, self.group, self.fd, self.data, self.offset, self.done
+        )
 
 
 class Fsync(Call[None]):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import resource
 import stat
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
+from mounting import in_child
 from ops_helpers import ROOT, Client, client_of, fails, need_devices, needs_root
 from ops_helpers import client as client
 from ops_helpers import leak_free as leak_free
@@ -20,7 +23,7 @@ from ops_helpers import source as source
 from ninefuse import ops
 from ninefuse.exitcodes import ExitCode
 from ninefuse.linux import credentials
-from ninefuse.linux.credentials import Caller, acting_as, settle
+from ninefuse.linux.credentials import Caller, acting_as, pwrite_as, settle, spending_as
 from ninefuse.ops import Changes
 
 pytestmark = pytest.mark.usefixtures("leak_free")
@@ -353,6 +356,175 @@ def test_a_process_ends_rather_than_go_on_with_a_strangers_rights() -> None:
                 # The rights to have them back have gone.
                 c = credentials._get_capabilities()
                 credentials._set_capabilities(credentials._Capabilities(0, 0, c.inheritable))
+        finally:
+            os._exit(99)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == ExitCode.INTERNAL
+
+
+# spending_as
+
+
+@needs_root
+@pytest.mark.parametrize("group", [None, 4321])
+def test_spending_takes_the_ids_and_leaves_nothing_that_root_may(group: int | None) -> None:
+    """And gives back what there was, whatever the function does."""
+
+    def act() -> None:
+        os.setgroups([77])
+        settle()
+        before = identity()
+        for who in (SOMEBODY, Caller(0, 500), Caller(500, 0), Caller(4_000_000_000, 9)):
+            uids, gids, groups, permitted, now = spending_as(who, group, identity)
+            assert (int(uids.split()[-1]), int(gids.split()[-1])) == who[:2]
+            assert groups.split() == (["77"] if group is None else ["4321"])
+            assert permitted == before[3]
+            over_files = credentials._OVER_FILES | credentials._CAP_MKNOD
+            if who.uid:
+                # What is no matter of files stays: no write asks for it.
+                assert not int(now, 16) & (over_files & ~credentials._CAP_SETFCAP)
+            assert not int(now, 16) & (FSETID | SYS_RESOURCE)
+            assert identity() == before
+            with pytest.raises(ZeroDivisionError):
+                spending_as(who, group, lambda: 1 // 0)
+            assert identity() == before
+
+    # setgroups(2) of glibc's is every thread's: in a process of its own.
+    in_child(act)
+
+
+@needs_root
+@pytest.mark.parametrize("group", [None, 4321])
+@pytest.mark.parametrize("capability", [6, 7])  # CAP_SETGID, CAP_SETUID
+def test_nothing_is_spent_without_the_callers_ids(group: int | None, capability: int) -> None:
+    """A daemon that may not take them on refuses."""
+
+    def act() -> None:
+        c = credentials._get_capabilities()
+        credentials._set_capabilities(c._replace(effective=c.effective & ~(1 << capability)))
+        before = identity()
+        called: list[int] = []
+        with fails(errno.EPERM):
+            spending_as(SOMEBODY, group, called.append, 1)
+        assert identity() == before
+        assert not called
+
+    on_a_thread(act)
+
+
+@needs_root
+@pytest.mark.parametrize("group", [None, 4321])
+def test_a_process_ends_rather_than_go_on_after_spending(group: int | None) -> None:
+    def lose() -> int:
+        c = credentials._get_capabilities()
+        credentials._set_capabilities(credentials._Capabilities(0, 0, c.inheritable))
+        return 99
+
+    pid = os.fork()
+    if pid == 0:
+        os._exit(spending_as(SOMEBODY, group, lose))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == ExitCode.INTERNAL
+
+
+@pytest.fixture(params=["compiled", "interpreted"])
+def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways of `pwrite_as`."""
+    if request.param == "interpreted":
+        monkeypatch.setattr(credentials, "_write_as", None)
+    elif credentials._write_as is None:
+        pytest.skip("the extension is not built")
+
+
+@pytest.fixture
+def file(source: Path) -> Iterator[int]:
+    fd = os.open(source / "file", os.O_RDWR | os.O_CREAT, 0o600)
+    yield fd
+    os.close(fd)
+
+
+@needs_root
+@pytest.mark.parametrize("group", [None, 4321])
+@pytest.mark.usefixtures("ways")
+def test_a_write_for_somebody_is_that_write_and_no_more(file: int, group: int | None) -> None:
+    def act() -> None:
+        settle()
+        before = identity()
+        assert pwrite_as(SOMEBODY, group, file, b"hello", 3) == 5
+        assert pwrite_as(SOMEBODY, group, file, b"", 0) == 0
+        assert pwrite_as(Caller(0, 7), group, file, memoryview(b"new")[1:], 0) == 2  # type: ignore[arg-type]
+        assert identity() == before
+        assert os.pread(file, 100, 0) == b"ew\0hello"
+        with fails(errno.EBADF):
+            pwrite_as(SOMEBODY, group, -1, b"x", 0)
+        with pytest.raises((OSError, ValueError)):
+            pwrite_as(SOMEBODY, group, file, b"x", -1)
+        assert identity() == before
+
+    on_a_thread(act)
+
+
+@needs_root
+@pytest.mark.usefixtures("ways")
+def test_a_write_for_somebody_takes_set_user_id_away(file: int) -> None:
+    """Without settling, too, where root's own would leave it."""
+
+    def act() -> None:
+        before = identity()
+        for who, left in ((SOMEBODY, 0o755), (Caller(0, 7), 0o4755)):
+            os.fchmod(file, 0o4755)
+            assert pwrite_as(who, None, file, b"x", 0) == 1
+            assert stat.S_IMODE(os.fstat(file).st_mode) == left
+        assert identity() == before
+
+    on_a_thread(act)
+
+
+@needs_root
+@pytest.mark.parametrize("capability", [6, 7])  # CAP_SETGID, CAP_SETUID
+@pytest.mark.usefixtures("ways")
+def test_nothing_is_written_without_the_callers_ids(file: int, capability: int) -> None:
+    def act() -> None:
+        c = credentials._get_capabilities()
+        credentials._set_capabilities(c._replace(effective=c.effective & ~(1 << capability)))
+        before = identity()
+        with fails(errno.EPERM):
+            pwrite_as(SOMEBODY, None, file, b"x", 0)
+        assert identity() == before
+        assert os.fstat(file).st_size == 0
+
+    on_a_thread(act)
+
+
+def refuse_capset() -> None:
+    """Have the kernel answer this thread's capset(2) with EPERM from now on (seccomp(2))."""
+    code = {"x86_64": 126, "aarch64": 91, "riscv64": 91}.get(os.uname().machine)
+    if code is None:
+        os._exit(ExitCode.INTERNAL)  # nothing to be seen here
+    program = b"".join(
+        struct.pack("=HBBI", *step)
+        for step in (
+            (0x20, 0, 0, 0),  # load the number of the call
+            (0x15, 0, 1, code),
+            (0x06, 0, 0, 0x50000 | errno.EPERM),
+            (0x06, 0, 0, 0x7FFF0000),
+        )
+    )
+    kept = ctypes.create_string_buffer(program)
+    header = struct.pack("@HP", 4, ctypes.addressof(kept))
+    assert not credentials._libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+    assert not credentials._libc.prctl(22, 2, header)  # PR_SET_SECCOMP
+
+
+@needs_root
+@pytest.mark.parametrize("group", [None, 4321])
+@pytest.mark.usefixtures("ways")
+def test_a_process_ends_rather_than_go_on_after_a_write(file: int, group: int | None) -> None:
+    """The thread's capabilities cannot be set to what they were."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            settle()
+            refuse_capset()
+            pwrite_as(SOMEBODY, group, file, b"x", 0)
         finally:
             os._exit(99)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == ExitCode.INTERNAL

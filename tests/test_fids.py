@@ -7,6 +7,8 @@ import itertools
 import os
 import stat
 import sys
+import threading
+import time
 import tracemalloc
 from collections.abc import Callable
 from typing import Any
@@ -652,6 +654,67 @@ def test_uses_race_a_clunk(table: Table) -> None:
         in_threads(use, use, clunk)
         assert table.closed.count(1000 + number) == 1
     assert sorted(table.closed) == list(range(1000, 1060))
+
+
+def test_a_fid_is_found_while_somebody_is_at_the_table(table: Table) -> None:
+    """Nobody who uses one waits for who changes others."""
+    fid = table.looked_up(made_up(3))
+    with table.lock.writing:
+        assert table.get(fid.number) is fid
+    table.put(fid)
+
+
+def test_a_fid_that_is_moved_in_the_table_is_there(table: Table) -> None:
+    """As `next_idle` moves one to the end: it is missing for a moment."""
+    fid = table.looked_up(made_up(3))
+    found: list[Fid] = []
+    is_missing = threading.Event()
+
+    def move() -> None:
+        with table.lock.writing:
+            del table._fids[fid.number]
+            is_missing.set()
+            while not table.lock.statistics().waiting:
+                time.sleep(0.001)
+            assert not found
+            table._fids[fid.number] = fid
+
+    def use() -> None:
+        is_missing.wait(20)
+        found.append(table.get(fid.number))
+
+    in_threads(move, use)
+    assert found == [fid]
+    table.put(fid)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_fid_that_ends_while_it_is_looked_for_is_not_given(table: Table, again: bool) -> None:
+    """But the next one of that number is."""
+    handle = table.new_number()
+    node = table.found(made_up(3))
+    old = table.add(handle, node, OpenFile(1000, os.O_RDONLY))
+
+    class Late(dict[int, Fid]):
+        def get(self, number: int, default: Any = None) -> Any:
+            found = super().get(number, default)
+            if found is old:
+                table.put(table.remove(handle))
+                if again:
+                    table.add(handle, node)
+            return found
+
+    table._fids = Late(table._fids)
+    if again:
+        new = table.get(handle)
+        assert new is not old
+        table.put(new)
+    else:
+        with fails(errno.EBADF):
+            table.get(handle)
+    assert old.refs == 0
+    assert table.closed.count(1000) == 1
+    table.drop(node)
 
 
 def test_opens_race_each_other(table: Table) -> None:

@@ -29,6 +29,8 @@ from mounting import PATIENCE
 from ops_helpers import descriptors
 from ops_helpers import leak_free as leak_free
 
+from ninefuse.linux import credentials
+
 if TYPE_CHECKING:
     from ninefuse.driving._ring import Ring, probe
 else:
@@ -697,6 +699,54 @@ os._exit(0)  # what is in flight cannot be got rid of
 
 
 # ---- the kernel's threads -----------------------------------------------------------------------
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has rights to lay down")
+def test_a_write_is_made_with_the_rights_that_were_registered(ring: Ring, file: int) -> None:
+    """The right to keep set-user-id bits tells which they are; a number is not given twice."""
+    own = credentials._get_capabilities()
+    number = ring.register_personality()  # which may
+    try:
+        credentials._set_capabilities(own._replace(effective=own.effective & ~(1 << 4)))
+        less = ring.register_personality()
+        for personality, left in ((number, 0o4777), (less, 0o777)):
+            os.fchmod(file, 0o4777)
+            ring.write("token", file, b"x", 0, personality)
+            ring.submit()
+            assert one(ring)[1] == 1
+            assert os.fstat(file).st_mode & 0o7777 == left
+        # What is queued is the kernel's before the number goes.
+        os.fchmod(file, 0o4777)
+        ring.write("token", file, b"x", 0, number)
+        ring.unregister_personality(number)
+        assert one(ring)[1] == 1
+        assert os.fstat(file).st_mode & 0o7777 == 0o4777
+    finally:
+        credentials._set_capabilities(own)
+    ring.write("token", file, b"x", 0, number)
+    ring.submit()
+    assert one(ring)[1] == -errno.EINVAL
+    for unknown in (number, 0, -1, 1 << 20):
+        with pytest.raises(OSError, match="Invalid argument"):
+            ring.unregister_personality(unknown)
+
+
+def one(ring: Ring) -> Completion:
+    """The next completion."""
+    while True:
+        found = ring.reap()
+        if found:
+            (completion,) = found
+            return completion
+        select.select([ring.fd], [], [], PATIENCE)
+        ring.drain()
+
+
+@pytest.mark.parametrize("number", [-1, 1 << 16, 1 << 31])
+def test_what_can_be_no_personality_is_refused(ring: Ring, file: int, number: int) -> None:
+    with pytest.raises((ValueError, OverflowError)):
+        ring.write("token", file, b"x", 0, number)
+    assert ring.in_flight == 0
 
 
 def test_limit_workers_returns_what_was(ring: Ring) -> None:

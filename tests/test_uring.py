@@ -8,7 +8,7 @@ import json
 import os
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,13 +19,15 @@ import trio.testing
 from helpers_executor import answer, drive
 from helpers_executor import engine as engine
 from mounting import Mount
+from ops_helpers import needs_root
 
 from ninefuse import ops
 from ninefuse.calls import Call, Fsync, Pread, Pwrite, blocking
+from ninefuse.driving import uring
 from ninefuse.driving.uring import PLACES, Refused, Uring
 from ninefuse.executor import Executor, Request, SecondModel
 from ninefuse.fuse import callbacks
-from ninefuse.linux import transfer
+from ninefuse.linux import credentials, transfer
 from ninefuse.linux.credentials import Caller
 from ninefuse.tree.qids import is_on_own_device
 from ninefuse.tree.session import Session
@@ -33,9 +35,7 @@ from ninefuse.tree.session import Session
 T = TypeVar("T")
 
 ME = Caller(os.geteuid(), os.getegid())
-
-
-DURABLE = partial(Pwrite, durable=True)
+SOMEBODY = Caller(12345, 23456)
 
 
 def would_wait(*args: object) -> bytes:
@@ -71,8 +71,10 @@ def through(
     return drivers[0]
 
 
-async def create(driver: SecondModel, session: Session, name: bytes, flags: int = 0) -> int:
-    body = callbacks.create(session, 1, name, os.O_RDWR | flags, 0o600, ME)
+async def create(
+    driver: SecondModel, session: Session, name: bytes, flags: int = 0, caller: Caller = ME
+) -> int:
+    body = callbacks.create(session, 1, name, os.O_RDWR | flags, 0o600, caller)
     handle, _, _ = await answer(driver, "create", body)
     return handle.number
 
@@ -176,6 +178,173 @@ def test_calls_on_other_devices_go_to_workers(engine: Uring, tmp_path: Path) -> 
     assert engine.count == before
 
 
+# Writes for a caller
+
+
+def rights() -> list[str]:
+    """The ids, groups and capabilities of the calling thread."""
+    with open("/proc/thread-self/status") as status:
+        return [line for line in status if line.startswith(("Uid", "Gid", "Groups", "Cap"))]
+
+
+@pytest.fixture
+def settled() -> Iterator[None]:
+    """As a daemon: without the right to keep set-id bits."""
+    before = credentials._get_capabilities()
+    credentials.settle()
+    settled = rights()
+    yield
+    assert rights() == settled
+    credentials._set_capabilities(before)
+
+
+@needs_root
+@pytest.mark.parametrize("flags", [0, os.O_SYNC, os.O_APPEND])
+@pytest.mark.usefixtures("settled")
+def test_a_write_for_a_caller_takes_no_worker(engine: Uring, tmp_path: Path, flags: int) -> None:
+    """And the thread's own rights are what they were."""
+    tmp_path.chmod(0o777)
+
+    async def scenario(driver: SecondModel, session: Session) -> None:
+        handle = await create(driver, session, b"file", flags, SOMEBODY)
+        for number in range(5):
+            assert await answer(driver, "write", ops.write(session, handle, number, b"x")) == 1
+        answered = driver.answered["write"]
+        assert answered.on_dispatcher == answered.count == 5
+
+    before = engine.count
+    through(engine, tmp_path, scenario)
+    assert engine.count == before + 5
+    assert (tmp_path / "file").read_bytes() == b"xxxxx"
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("mode", "caller", "left"),
+    [
+        (0o6777, SOMEBODY, 0o777),
+        # A mark stays when one of the file's group writes, and only then.
+        (0o2646, Caller(12345, 777), 0o2646),
+        (0o2646, SOMEBODY, 0o646),
+        (0o2646, Caller(12345, 0), 0o646),
+    ],
+)
+@pytest.mark.usefixtures("settled")
+def test_set_id_bits_are_as_after_the_callers_own_write(
+    engine: Uring, tmp_path: Path, mode: int, caller: Caller, left: int
+) -> None:
+    path = tmp_path / "file"
+
+    def make() -> None:
+        path.touch()
+        os.chown(path, caller.uid, 777)
+        with credentials.acting_as(None, bits=True):
+            path.chmod(mode)
+
+    async def scenario(driver: SecondModel, session: Session) -> None:
+        await answer(driver, "walk", ops.walk(session, 1, 7, [b"file"]))
+        await answer(driver, "lopen", ops.lopen(session, 7, os.O_WRONLY, caller))
+        assert await answer(driver, "write", ops.write(session, 7, 0, b"new")) == 3
+
+    make()
+    with credentials.acting_as(caller):  # what the kernel does for its own write
+        fd = os.open(path, os.O_WRONLY)
+        os.write(fd, b"new")
+        os.close(fd)
+    assert path.stat().st_mode & 0o7777 == left
+    path.unlink()
+    make()
+    before = engine.count
+    through(engine, tmp_path, scenario)
+    assert engine.count == before + 1
+    assert path.stat().st_mode & 0o7777 == left
+
+
+@needs_root
+@pytest.mark.usefixtures("settled")
+def test_few_personalities_are_kept(
+    engine: Uring, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One may go while a write with it is queued and the kernel has not heard of it yet."""
+    monkeypatch.setattr(uring, "PERSONALITIES", 2)
+    tmp_path.chmod(0o777)
+    users = [Caller(1000 + number, 2000) for number in range(6)]
+
+    async def scenario(driver: SecondModel, session: Session) -> None:
+        handles = []
+        for user in users:
+            name = str(user.uid).encode()
+            handles.append(await create(driver, session, name, 0, user))
+            (tmp_path / str(user.uid)).chmod(0o4777)
+
+        async def write(handle: int) -> None:
+            for number in range(4):
+                assert await answer(driver, "write", ops.write(session, handle, number, b"x")) == 1
+
+        async with trio.open_nursery() as nursery:
+            for handle in handles:
+                nursery.start_soon(write, handle)
+        answered = driver.answered["write"]
+        assert answered.on_dispatcher == answered.count == 4 * len(users)
+
+    through(engine, tmp_path, scenario)
+    assert len(engine._personalities) == 2
+    for user in users:
+        assert (tmp_path / str(user.uid)).read_bytes() == b"xxxx"
+        assert not (tmp_path / str(user.uid)).stat().st_mode & 0o4000
+
+
+@needs_root
+@pytest.mark.usefixtures("settled")
+def test_where_the_kernel_keeps_no_rights_a_worker_writes(engine: Uring, tmp_path: Path) -> None:
+    """Never with others."""
+    tmp_path.chmod(0o777)
+
+    class Refusing:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(real, name)
+
+        def register_personality(self) -> int:
+            raise OSError(errno.ENOSPC, "no room")
+
+    async def scenario(driver: SecondModel, session: Session) -> None:
+        handle = await create(driver, session, b"file", 0, SOMEBODY)
+        assert await answer(driver, "write", ops.write(session, handle, 0, b"x")) == 1
+        assert driver.answered["write"].crossings == 2
+
+    real = engine._ring
+    engine._ring = Refusing()  # type: ignore[assignment]
+    try:
+        through(engine, tmp_path, scenario)
+    finally:
+        engine._ring = real
+    assert (tmp_path / "file").read_bytes() == b"x"
+
+
+@needs_root
+def test_what_waited_for_a_place_and_is_refused_rights_is_left_to_a_worker(
+    engine: Uring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uring, "PLACES", 1)
+    first, second = writing(None), writing(None)
+    second.call = Pwrite(7, 3, b"x", 0, False, SOMEBODY)
+    real, engine._ring = engine._ring, FakeRing(1)  # type: ignore[assignment]
+    try:
+        assert engine.start(first)
+        assert engine.start(second)
+        assert engine.has_waiting()
+        monkeypatch.setattr(uring, "registered_as", fail)
+        assert engine.done() == [first, second]
+    finally:
+        engine._ring = real
+    assert first.call is None
+    assert second.call is not None, "a worker is to make it"
+
+
+def fail(*_: object) -> int:
+    raise OSError(errno.ENOMEM, "no memory")
+
+
 # Results that leave something to do
 
 
@@ -192,6 +361,9 @@ class FakeRing:
 
     write = fsync = read
 
+    def register_personality(self) -> int:
+        return 1
+
     def reap(self) -> list[tuple[object, int, bytes | None]]:
         self.in_flight = 0
         return [(self._token, *self._completion)]
@@ -206,13 +378,21 @@ class FakeRing:
             for code in (errno.EAGAIN, errno.EINTR, errno.ECANCELED, errno.ENOMEM)
         ),
         (Fsync, (), -errno.ECANCELED, None, None),
+        # It may not be done with a caller's rights here, or the kernel does not know them.
+        *(
+            (Pwrite, (b"12345", 0, durable, ME), -code, None, None)
+            for code in (errno.EACCES, errno.EPERM, errno.EINVAL, errno.EAGAIN)
+            for durable in (False, True)
+        ),
         # Too little was done, though there is more.
         (Pwrite, (b"12345", 0), 3, None, None),
         (Pwrite, (b"12345", 0), 0, None, None),
+        (Pwrite, (b"12345", 0, False, ME), 3, None, None),
         (Pread, (5, 0), 3, b"hel", None),
         (Pread, (5, 3), 0, b"", None),
         # All of it.
         (Pwrite, (b"12345", 0), 5, None, 5),
+        (Pwrite, (b"12345", 0, False, ME), 5, None, 5),
         (Pread, (5, 0), 5, b"hello", b"hello"),
         # The end of the file.
         (Pread, (9, 3), 7, b"lo world", b"lo world"),
@@ -250,7 +430,12 @@ def test_what_a_short_result_means(
 
 @pytest.mark.parametrize(
     ("kind", "arguments"),
-    [(Fsync, ()), (partial(Fsync, data_only=True), ()), (DURABLE, (b"12345", 0))],
+    [
+        (Fsync, ()),
+        (partial(Fsync, data_only=True), ()),
+        (Pwrite, (b"12345", 0, True)),
+        (Pwrite, (b"12345", 0, True, ME)),
+    ],
 )
 def test_what_a_sync_says_is_said_once_and_not_asked_again(
     engine: Uring, tmp_path: Path, kind: Callable[..., Call[Any]], arguments: tuple[Any, ...]
@@ -274,16 +459,35 @@ def test_what_a_sync_says_is_said_once_and_not_asked_again(
 
 @pytest.mark.parametrize("flags", [0, os.O_APPEND])
 @pytest.mark.parametrize("done", [0, 2, 4])
+@pytest.mark.parametrize("caller", [None, SOMEBODY])
 def test_after_a_short_write_only_the_rest_is_written(
-    engine: Uring, tmp_path: Path, done: int, flags: int
+    engine: Uring,
+    tmp_path: Path,
+    done: int,
+    flags: int,
+    caller: Caller | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Once more from the start would append what is there already."""
+    """Once more from the start would append what is there already. It is the caller's, too."""
     path = tmp_path / "file"
+    spent = []
+
+    def spend(writer: Caller, group: int | None, function: Callable[..., Any], *args: Any) -> Any:
+        spent.append((writer, group))
+        return function(*args)
+
+    def spend_once(writer: Caller, group: int | None, *args: Any) -> Any:
+        return spend(writer, group, os.pwrite, *args)
+
+    monkeypatch.setattr(transfer, "spending_as", spend)
+    monkeypatch.setattr(transfer, "pwrite_as", spend_once)
+    monkeypatch.setattr(uring, "registered_as", lambda writer, group, register: register())
     fd = os.open(path, os.O_CREAT | os.O_WRONLY | flags, 0o600)
     try:
         os.write(fd, b"12345"[:done])  # what the kernel did
         request = Request(1, "write", ops.clunk(Session(SecondModel(1)), 1))
-        request.call = Pwrite(7, fd, b"12345", 0)
+        rights = () if caller is None else (caller, 5)
+        request.call = Pwrite(7, fd, b"12345", 0, False, *rights)
         real, engine._ring = engine._ring, FakeRing(done)  # type: ignore[assignment]
         try:
             engine.start(request)
@@ -292,6 +496,7 @@ def test_after_a_short_write_only_the_rest_is_written(
             engine._ring = real
         request.perform()  # as a worker does
         assert request.result() == 5
+        assert spent == ([] if caller is None else [(caller, 5)])
     finally:
         os.close(fd)
     assert path.read_bytes() == b"12345"

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from ninefuse.bench.trees import Tree
 from ninefuse.bench.workloads import (
-    ColdRead,
     FioRead,
     Listing,
     Metadata,
+    Read,
     SyncWrite,
     Workload,
     Write,
@@ -69,9 +69,19 @@ def _data(amount: Amount, fio: bool) -> list[Workload]:
             block=_MEBI,
             words=("conv=fdatasync",),
         ),
-        ColdRead(
+        Write(
+            *("write-user", "4k write, other user", "MB/s", "dd", amount(32 * _MEBI, 1 << 16)),
+            note="as 4k write, by clients of another user than root, who mounted",
+            by_other=True,
+        ),
+        Read(
             *("read-1m", "1M read, cold", "MB/s", "dd", amount(64 * _MEBI, 4 * _MEBI)),
             note="in no cache: neither the mount's nor the source's",
+        ),
+        Read(
+            *("read-cached", "1M read, cached", "MB/s", "dd", amount(128 * _MEBI, 4 * _MEBI)),
+            note="in the source's cache and past the mount's (O_DIRECT): a request for each MiB",
+            cached=True,
         ),
         random,
     ]

@@ -226,6 +226,8 @@ def _bench(processes: Processes, options: Options, results: Results, progress: P
     options.out.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         scratch = stack.enter_context(scratch_directory(options.source, "bench"))
+        if os.geteuid() == 0:
+            scratch.chmod(0o711)  # for clients of another user
         source = scratch / "source"
         source.mkdir()
         for line in describe_machine(scratch):

@@ -143,7 +143,9 @@ def _source(site: Site, name: str) -> Row:
 
 
 def _ninefuse(site: Site, name: str) -> Row:
-    options = NINEFUSE[name]
+    # For all users where root mounts, as bindfs does then; another one would have to be allowed to.
+    for_all = ("-o", "allow_other") if os.geteuid() == 0 else ()
+    options = (*for_all, *NINEFUSE[name])
     command = ninefuse_command(site.source, site.mountpoint(name), *options)
     note = " ".join(("ninefuse", *options))
     return Row(name, "ninefuse", tuple(command), ninefuse.__version__, note)

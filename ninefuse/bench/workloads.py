@@ -25,6 +25,14 @@ from ninefuse.bench import BenchError, Ended, Processes, dd
 CLIENT = Path(__file__).with_name("client.py")
 
 LIMIT = 60.0  # how long the programs of one run may take, in seconds
+OTHER_USER = 54321  # uid and gid of a client that is not the one who mounted
+_AS_OTHER = (
+    "setpriv",
+    f"--reuid={OTHER_USER}",
+    f"--regid={OTHER_USER}",
+    "--clear-groups",
+    "--",
+)
 _START_SECONDS = 0.12  # what a client takes to be ready, and what each further one adds
 _START_MORE = 0.03
 
@@ -188,17 +196,22 @@ class SyncWrite(Workload):
 
 @dataclass(frozen=True)
 class Write(Workload):
-    """dd to a new file for each client. amount: bytes. block: of one write; words: for dd."""
+    """dd to a new file for each client. amount: bytes. block: of one write; words: for dd.
+
+    by_other: whether by clients of another user than the one who mounted.
+    """
 
     block: int = 4096
     words: tuple[str, ...] = ()
+    by_other: bool = False
 
     def run(self, processes: Processes, place: dd.Place, clients: int) -> Measured:
         count = max(1, self.share(clients) // self.block)
         with fresh(processes, place) as here:
+            start = _as_other(processes, here) if self.by_other else ()
             files = [here.directory / f"out-{number}" for number in range(clients)]
             numbers = [f"bs={self.block}", f"count={count}", *self.words]
-            commands = [["dd", "if=/dev/zero", f"of={file}", *numbers] for file in files]
+            commands = [[*start, "dd", "if=/dev/zero", f"of={file}", *numbers] for file in files]
             together = parallel(processes, here, commands)
             for file in files if here.backing else ():
                 size = (here.backing / file.name).stat().st_size if here.backing else 0
@@ -207,6 +220,23 @@ class Write(Workload):
             processes.run(["rm", "--", *map(str, files)], LIMIT)
         megabytes = clients * count * self.block / 1e6
         return measured(megabytes / together.seconds, together, commands[0], here)
+
+
+def _as_other(processes: Processes, place: dd.Place) -> tuple[str, ...]:
+    """Open a place's directory to another user, and return how to start programs as one.
+
+    Raises Unsupported when that user cannot be had, or does not get there.
+    """
+    if os.geteuid() != 0:
+        raise Unsupported("only root can have clients of another user")
+    if shutil.which(_AS_OTHER[0]) is None:
+        raise Unsupported(f"no {_AS_OTHER[0]} in PATH")
+    if place.backing is not None:
+        place.backing.chmod(0o777)
+    look = [*_AS_OTHER, "test", "-x", str(place.directory)]
+    if processes.run(look, LIMIT, check=False).returncode != 0:
+        raise Unsupported("other users do not get there")
+    return _AS_OTHER
 
 
 def _make_files(processes: Processes, place: dd.Place, clients: int, size: int) -> list[Path]:
@@ -220,18 +250,25 @@ def _make_files(processes: Processes, place: dd.Place, clients: int, size: int) 
 
 
 @dataclass(frozen=True)
-class ColdRead(Workload):
-    """dd of a file that no cache has, at 1 MiB. amount: bytes."""
+class Read(Workload):
+    """dd of a file, at 1 MiB. amount: bytes.
+
+    cached: whether it is in the source's cache, and read past the mount's, each MiB by one request
+    (O_DIRECT; of the source itself just from its cache). Otherwise no cache has it.
+    """
+
+    cached: bool = False
 
     def run(self, processes: Processes, place: dd.Place, clients: int) -> Measured:
         size = self.share(clients)
         with fresh(processes, place) as here:
             files = _make_files(processes, here, clients, size)
-            for file in files if here.backing else ():
+            for file in files if here.backing and not self.cached else ():
                 # The mount has never seen it; this drops it from the source's cache.
                 drop = ["dd", f"if={here.backing}/{file.name}", "iflag=nocache", "count=0"]
                 processes.run(drop, LIMIT)
-            commands = [["dd", f"if={file}", "of=/dev/null", "bs=1M"] for file in files]
+            past = ["iflag=direct"] if self.cached and here.backing != here.directory else []
+            commands = [["dd", f"if={file}", "of=/dev/null", "bs=1M", *past] for file in files]
             together = parallel(processes, here, commands)
             for one in together.ended:
                 if f"\n{size} bytes" not in f"\n{one.errors}":

@@ -20,7 +20,7 @@ from cpython.exc cimport PyErr_CheckSignals, PyErr_Clear
 from cpython.mem cimport PyMem_Calloc, PyMem_Free, PyMem_Realloc
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.errno cimport EAGAIN, EBUSY, EINTR, EINVAL, ENOMEM, ENOSYS, ETIME, errno
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 import os
@@ -66,7 +66,7 @@ cdef extern from "liburing.h" nogil:
         uint32_t cq_entries
         uint32_t features
     struct io_uring_sqe:
-        pass
+        uint16_t personality
     struct io_uring_cqe:
         uint64_t user_data
         int res
@@ -83,6 +83,8 @@ cdef extern from "liburing.h" nogil:
     int io_uring_register_iowq_max_workers(io_uring *, unsigned *)
     int io_uring_register_iowq_aff(io_uring *, size_t, const cpu_set_t *)
     int io_uring_unregister_iowq_aff(io_uring *)
+    int io_uring_register_personality(io_uring *)
+    int io_uring_unregister_personality(io_uring *, int)
     int io_uring_cq_eventfd_toggle(io_uring *, bint)
     io_uring_sqe *io_uring_get_sqe(io_uring *)
     void io_uring_sqe_set_data64(io_uring_sqe *, uint64_t)
@@ -281,7 +283,7 @@ cdef class Ring:
         io_uring_prep_read(sqe, fd, PyBytes_AS_STRING(<object> slot.buffer), count, offset)
         self._keep(slot, token, sqe)
 
-    def write(self, token not None, int fd, data, int64_t offset):
+    def write(self, token not None, int fd, data, int64_t offset, int personality=0):
         """Queue a write: pwrite(2), which does not move the file's position.
 
         Args:
@@ -290,9 +292,12 @@ cdef class Ring:
             data: bytes or the like, at most 0x7ffff000; kept, and refused to be resized,
                 until the request was reaped. Must not be changed meanwhile.
             offset: where, in bytes; ignored for O_APPEND, 0 for what has no positions.
+            personality: with whose rights, a number of `register_personality`; 0: with those
+                that this thread has when it submits.
 
         Raises:
-            ValueError: the data is too long, or the offset is negative.
+            ValueError: the data is too long, the offset is negative, or this can be no
+                personality.
             OSError: the queue was full, and the kernel took nothing for a second.
         """
         cdef Slot *slot
@@ -303,6 +308,8 @@ cdef class Ring:
             self._check()
             if view.len > LONGEST or offset < 0:
                 raise ValueError(f"cannot write {view.len} bytes at {offset}")
+            if not 0 <= personality <= 0xFFFF:
+                raise ValueError(f"there is no personality {personality}")
             slot = self._slot()
         except BaseException:
             PyBuffer_Release(&view)
@@ -314,6 +321,7 @@ cdef class Ring:
             self._let_go(slot)
             raise
         io_uring_prep_write(sqe, fd, slot.data.buf, <unsigned> slot.data.len, offset)
+        sqe.personality = <uint16_t> personality
         self._keep(slot, token, sqe)
 
     def fsync(self, token not None, int fd, bint datasync):
@@ -464,6 +472,41 @@ cdef class Ring:
             result = io_uring_register_iowq_aff(&self.ring, sizeof(mask), &mask)
         else:
             result = io_uring_unregister_iowq_aff(&self.ring)
+        if result < 0:
+            raise _error(-result)
+
+    def register_personality(self):
+        """Have the kernel keep the rights that this thread has now: ids, groups, capabilities.
+
+        Returns:
+            A number for `write`, at least 1.
+
+        Raises:
+            OSError: ENOMEM; ENOSPC, there are 65,535 of them; EINVAL, a kernel before 5.6.
+        """
+        cdef int result
+        self._check()
+        result = io_uring_register_personality(&self.ring)
+        if result < 0:
+            raise _error(-result)
+        # 0 would be this thread's own rights, and the rest would not get through.
+        if not 1 <= result <= 0xFFFF:
+            raise _error(EINVAL)
+        return result
+
+    def unregister_personality(self, int number):
+        """Have the kernel forget rights that it keeps.
+
+        What is queued is submitted first, as `submit` does: the kernel looks a personality up
+        then, and what is under way keeps the rights that it found.
+
+        Raises:
+            OSError: EINVAL, there is no such number; as `submit`.
+        """
+        cdef int result
+        self._check()
+        self._submit()
+        result = io_uring_unregister_personality(&self.ring, number)
         if result < 0:
             raise _error(-result)
 

@@ -11,6 +11,11 @@ has few threads for them, which a server that does not answer would take. A loca
 stuck as well, so a user has at most half of the places. What finds none waits in a queue of that
 user's; when nothing of his has come back for a tenth of a second, it is left to the workers.
 
+A write that is made for a caller goes with that caller's rights: the kernel keeps them as a
+*personality* (io_uring_register(2)), is told its number with the write, and has the thread that
+makes the write take it on for that time. They are what `spending_as` would write with, and the
+dispatcher has them while they are registered only.
+
 Locks touched: none; all is the dispatcher's.
 """
 
@@ -20,21 +25,27 @@ import contextlib
 import errno
 import os
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 from ninefuse.calls import Call, Fsync, Pread, Pwrite
 from ninefuse.driving.request import Request
+from ninefuse.linux.credentials import Caller, registered_as
 
 if TYPE_CHECKING:
     from ninefuse.driving._ring import Ring
 
 # What a worker is to do from the start: nothing was done.
 _AGAIN = frozenset((-errno.EAGAIN, -errno.EINTR, -errno.ECANCELED, -errno.ENOMEM))
+# Of a write for a caller, what the kernel refuses to do with a personality: a security module
+# may, and says so before anything is done. A worker is to make it.
+_REFUSED = frozenset((-errno.EACCES, -errno.EPERM, -errno.EINVAL))
+
 _ENTRIES = 256  # submitted at once; more are submitted in between
 PLACES = 16  # calls under way, and threads that the kernel may use for them
 STUCK = 0.1  # seconds without a result
+PERSONALITIES = 64  # that are kept; those used last
 
 
 class Refused(Exception):
@@ -87,6 +98,8 @@ class Uring:
         self._by_user = by_user
         self._under_way = 0
         self._users: dict[int, _User] = {}
+        # By user id, group id and further group; in the order of their last use.
+        self._personalities: OrderedDict[tuple[int, int, int | None], int] = OrderedDict()
         self._starts: dict[type[Call[Any]], Callable[[Request, Any], None]] = {
             Pread: self._read,
             Pwrite: self._write,
@@ -101,18 +114,18 @@ class Uring:
         """Queue the call of a request; it comes back from `done`, or from `overdue`.
 
         Returns:
-            False if a worker is to make it: this user's places are taken by calls that are stuck.
+            False if a worker is to make it: this user's places are taken by calls that are stuck,
+            or the kernel does not keep the rights that it is to be made with.
         """
         number = request.user or 0
         user = self._users.get(number)
         if user is None:
             user = self._users[number] = _User()
         if self._has_place(number, user):
-            self._start(request, user)
-        elif user.is_stuck:
+            return self._start(request, user)
+        if user.is_stuck:
             return False
-        else:
-            user.waiting.append(request)
+        user.waiting.append(request)
         return True
 
     def has_waiting(self) -> bool:
@@ -137,13 +150,18 @@ class Uring:
         share = PLACES // 2 if self._by_user and number else PLACES
         return self._under_way < PLACES and user.count < share
 
-    def _start(self, request: Request, user: _User) -> None:
+    def _start(self, request: Request, user: _User) -> bool:
+        """Queue a call that has a place; False if a worker is to make it."""
         call = request.call
         assert call is not None
+        try:
+            self._starts[type(call)](request, call)
+        except OSError:  # nothing was queued
+            return False
         self.count += 1
         self._under_way += 1
         user.count += 1
-        self._starts[type(call)](request, call)
+        return True
 
     def _ended(self, request: Request) -> None:
         """A call of this request's has come back: its place is the next one's."""
@@ -154,12 +172,17 @@ class Uring:
         user.has_moved = True
         user.is_stuck = False
 
-    def _start_waiting(self) -> None:
+    def _start_waiting(self) -> list[Request]:
+        """Queue what has a place now; what is left to workers."""
+        left = []
         for number, user in list(self._users.items()):
             while user.waiting and self._has_place(number, user):
-                self._start(user.waiting.popleft(), user)
+                request = user.waiting.popleft()
+                if not self._start(request, user):
+                    left.append(request)
             if not user.count and not user.waiting:
                 del self._users[number]
+        return left
 
     def submit(self) -> None:
         """Give the kernel all that is queued."""
@@ -188,8 +211,7 @@ class Uring:
             if self._finished(request, call, result, data):
                 request.call = None
             found.append(request)
-        self._start_waiting()
-        return found
+        return found + self._start_waiting()
 
     def close(self) -> None:
         """Wait for what is under way, and give everything back."""
@@ -199,7 +221,28 @@ class Uring:
         self._ring.read(request, call.fd, call.count, call.offset)
 
     def _write(self, request: Request, call: Pwrite) -> None:
-        self._ring.write(request, call.fd, call.data, call.offset)
+        rights = 0 if call.writer is None else self._personality(call.writer, call.group)
+        self._ring.write(request, call.fd, call.data, call.offset, rights)
+
+    def _personality(self, writer: Caller, group: int | None) -> int:
+        """The number of the rights that `spending_as` would write with.
+
+        Raises:
+            OSError: the kernel does not keep them.
+        """
+        kept = self._personalities
+        rights = writer.uid, writer.gid, group
+        number = kept.get(rights)
+        if number is not None:
+            kept.move_to_end(rights)
+            return number
+        if len(kept) >= PERSONALITIES:
+            # Out of the table first: whatever comes of it, the number is not used again.
+            _, oldest = kept.popitem(last=False)
+            self._ring.unregister_personality(oldest)
+        number = registered_as(writer, group, self._ring.register_personality)
+        kept[rights] = number
+        return number
 
     def _fsync(self, request: Request, call: Fsync) -> None:
         self._ring.fsync(request, call.fd, call.data_only)
@@ -211,6 +254,9 @@ class Uring:
             # asked again, they would say that all is well.
             syncs = isinstance(call, Fsync) or (isinstance(call, Pwrite) and call.durable)
             if result in _AGAIN and not (syncs and result == -errno.ENOMEM):
+                return False
+            is_for_a_caller = isinstance(call, Pwrite) and call.writer is not None
+            if is_for_a_caller and result in _REFUSED:
                 return False
             request.error = OSError(-result, os.strerror(-result))
         elif isinstance(call, Pread):

@@ -11,7 +11,6 @@ import os
 
 from ninefuse.calls import Fsync, Pread, Pwrite, blocking
 from ninefuse.errors import error
-from ninefuse.linux import transfer
 from ninefuse.linux.credentials import (
     spending_as,
 )
@@ -153,9 +152,8 @@ def _write_once(fd: int, data: bytes, offset: int) -> int:
 async def _write(on: int, file: OpenFile, data: bytes, offset: int) -> int:
     if file.live:
         return await blocking(on, _write_live, file, data, offset)
-    if file.writer is not None:
-        return await blocking(on, _write_as, file, data, offset)
-    return await Pwrite(on, file.fd, data, offset, durable=bool(file.flags & os.O_DSYNC))
+    durable = bool(file.flags & os.O_DSYNC)
+    return await Pwrite(on, file.fd, data, offset, durable, file.writer, file.group)
 
 
 def _may_be_written_back(file: OpenFile, offset: int) -> bool:
@@ -165,11 +163,6 @@ def _may_be_written_back(file: OpenFile, offset: int) -> bool:
     """
     is_cached = file.flags & (os.O_ACCMODE | os.O_APPEND | os.O_DSYNC) == os.O_RDWR
     return is_cached and not file.live and offset % mmap.PAGESIZE == 0
-
-
-def _write_as(file: OpenFile, data: bytes, offset: int) -> int:
-    assert file.writer is not None
-    return spending_as(file.writer, file.group, transfer.write_fully, file.fd, data, offset)
 
 
 def _write_live(file: OpenFile, data: bytes, offset: int) -> int:

@@ -29,6 +29,7 @@ from ninefuse.tree.table import Fid, FidTable
 T = TypeVar("T")
 
 NAME_MAX = 255  # bytes
+_LAST_OFFSET = (1 << 63) - 1
 PERMISSIONS = 0o7777  # mode bits besides the type: set-user-id and the like are among them
 
 # How often names are looked at that are being moved; then what was seen last is believed.
@@ -381,8 +382,9 @@ def path_of(fd: int) -> str:
 
 def check_offset(*offsets: int) -> None:
     """Refuse what is no place in a file, or no size of one, with EINVAL: off_t has 63 bits."""
-    if not all(0 <= offset < 1 << 63 for offset in offsets):
-        raise error(errno.EINVAL)
+    for offset in offsets:
+        if not 0 <= offset <= _LAST_OFFSET:
+            raise error(errno.EINVAL)
 
 
 def check_component(name: bytes, *, illegal: int = errno.EINVAL) -> None:

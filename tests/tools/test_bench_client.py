@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ops_helpers import needs_root
 
 from ninefuse.bench import BenchError, Processes, catalogue, dd, trees, workloads
 from ninefuse.bench.workloads import CLIENT, Workload
@@ -111,8 +112,19 @@ def small(tmp_path: Path, fio: bool) -> dict[str, Workload]:
     return found
 
 
+def open_to_others(path: Path) -> None:
+    """Let other users through to a test's directory."""
+    for above in (path, *path.parents):
+        if above.owner() == "root" and not above.stat().st_mode & 0o001:
+            above.chmod(above.stat().st_mode | 0o011)
+
+
 @pytest.mark.parametrize("key", ALL)
 def test_each_workload_on_a_plain_directory(processes: Processes, tmp_path: Path, key: str) -> None:
+    if key == "write-user":
+        if os.geteuid() != 0:
+            pytest.skip("only root has clients of another user")
+        open_to_others(tmp_path)
     workload = small(tmp_path, False)[key]
     here = tmp_path / "here"
     here.mkdir()
@@ -142,6 +154,57 @@ def test_rates_are_of_all_clients_from_the_first_begin_to_the_last_end(
     assert (found.user_seconds, found.system_seconds) == (2, 4)
     with pytest.raises(BenchError, match="stat: 8 done instead of 9"):
         workloads.run_clients(processes, "stat", 9, ["a", "b"], place)
+
+
+@needs_root
+def test_a_client_of_another_user_is_one(processes: Processes, tmp_path: Path) -> None:
+    """Who may not get there is told of."""
+    log = tmp_path / "log"
+    program = tmp_path / "dd"
+    program.write_text(
+        f'#!/bin/sh\necho "$(id -u) $(id -g) $(id -G)" >>"{log}"\nexec /bin/dd "$@"\n'
+    )
+    program.chmod(0o755)
+    log.touch()
+    log.chmod(0o666)
+    here = tmp_path / "here"
+    here.mkdir()
+    path = os.environ["PATH"]
+    workload = small(tmp_path, False)["write-user"]
+    tmp_path.chmod(0o700)
+    with pytest.raises(workloads.Unsupported, match="other users do not get there"):
+        workload.run(processes, dd.Place("here", here, here), 2)
+    open_to_others(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{tmp_path}:{path}")
+        workload.run(processes, dd.Place("here", here, here), 2)
+    user = workloads.OTHER_USER
+    assert log.read_text() == f"{user} {user} {user}\n" * 2
+    assert list(here.iterdir()) == []
+
+
+def test_another_user_takes_root_and_setpriv(
+    processes: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workload = small(tmp_path, False)["write-user"]
+    place = dd.Place("here", tmp_path, tmp_path)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(workloads.Unsupported, match="only root"):
+        workload.run(processes, place, 1)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(workloads, "_AS_OTHER", ("no-such-program",))
+    with pytest.raises(workloads.Unsupported, match="no no-such-program in PATH"):
+        workload.run(processes, place, 1)
+
+
+def test_a_cached_read_is_past_the_mounts_cache_alone(processes: Processes, tmp_path: Path) -> None:
+    """On the source itself O_DIRECT would be past the only one."""
+    workload = small(tmp_path, False)["read-cached"]
+    source, mount = tmp_path / "source", tmp_path / "mount"
+    source.mkdir()
+    assert "direct" not in workload.run(processes, dd.Place("source", source, source), 1).command
+    mount.symlink_to(source)
+    assert "iflag=direct" in workload.run(processes, dd.Place("mount", mount, source), 1).command
 
 
 def test_a_short_file_is_found_out(

@@ -89,7 +89,7 @@ def test_every_workload_runs_on_it_or_says_why_not(
     try:
         found = workload.run(processes, place, 2)
     except workloads.Unsupported:
-        assert workload.key.startswith("tree-")
+        assert workload.key.startswith("tree-") or workload.key == "write-user"
     else:
         assert found.value > 0
         assert found.server_system_seconds >= 0

@@ -1,6 +1,7 @@
 """Which rows there are, how peers are found, and that those which are not are named."""
 
 import io
+import os
 import shlex
 import sys
 import tarfile
@@ -41,6 +42,8 @@ def test_ninefuse_is_run_under_each_model(site: Site) -> None:
         assert words[:2] == ("--model", model)
         assert words[3:] == (str(site.source), str(site.mountpoint(model)))
         assert row.kind == "ninefuse"
+        # Clients of another user get in where they can be had.
+        assert ("allow_other" in row.command) == (os.geteuid() == 0)
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ def test_pip_installs_the_archive(
     call(python, "-m", "venv", venv, cwd=tmp_path)
     env = environment(tmp_path, without_liburing=not io_uring)
     call(venv / "bin" / "pip", "install", "--no-cache-dir", archive, cwd=tmp_path, env=env)
-    built = list(venv.glob("lib/python*/site-packages/ninefuse/_ring*.so"))
+    built = list(venv.glob("lib/python*/site-packages/ninefuse/driving/_ring*.so"))
     assert len(built) == io_uring
     for path in PAGES:
         assert (venv / path).exists(), path

@@ -269,11 +269,14 @@ def test_wheel_holds_the_whole_package_and_nothing_else(wheel: zipfile.ZipFile) 
     }
     assert {name for name in names if not name.endswith(".so")} == tree
     extensions = sorted(names - tree)
-    assert [name.split(".")[0] for name in extensions] == ["ninefuse/driving/_ring"] * HAS_LIBURING
+    assert sorted(name.split(".")[0] for name in extensions) == [
+        *["ninefuse/driving/_ring"] * HAS_LIBURING,
+        "ninefuse/linux/_transfer",
+    ]
 
 
 @pytest.mark.parametrize("missing", ["liburing", "compiler"])
-def test_ninefuse_is_built_without_its_extension(tmp_path: Path, missing: str) -> None:
+def test_ninefuse_is_built_without_its_extensions(tmp_path: Path, missing: str) -> None:
     env = {"CC": "/no/such/compiler"}
     if missing == "liburing":
         script(tmp_path / "bin" / "pkg-config", "exit 1\n")
@@ -281,7 +284,8 @@ def test_ninefuse_is_built_without_its_extension(tmp_path: Path, missing: str) -
     (tmp_path / "tree").mkdir()
     built = build_wheel(tmp_path / "tree", **env)
     with zipfile.ZipFile(built) as opened:
-        assert not [name for name in opened.namelist() if name.endswith(".so")]
+        found = [name.split(".")[0] for name in opened.namelist() if name.endswith(".so")]
+        assert found == ([] if missing == "compiler" else ["ninefuse/linux/_transfer"])
         opened.extractall(tmp_path / "installed")
     code = (
         "import ninefuse.command.cli, importlib.util;"
@@ -347,6 +351,7 @@ STAMPED = (
     "setup.py",
     "pyproject.toml",
     "ninefuse/driving/_ring.pyx",
+    "ninefuse/linux/_transfer.pyx",
 )
 
 BASICS = "sh cat cksum cp cut dirname env flock grep id ln mkdir mktemp mv rm sed sleep"
@@ -365,7 +370,8 @@ class Checkout:
         self.log = directory / "log"
         self.bin.mkdir()
         (self.root / "tools").mkdir(parents=True)
-        (self.root / "ninefuse" / "driving").mkdir(parents=True)
+        for district in ("driving", "linux"):
+            (self.root / "ninefuse" / district).mkdir(parents=True)
         for name in (*STAMPED, "tools/setup"):
             shutil.copy2(ROOT / name, self.root / name)
         for name in BASICS.split():

@@ -1,0 +1,176 @@
+# cython: language_level=3
+"""Two calls for which Python takes several steps: a read of cached bytes, a write for a caller.
+
+Optional: ninefuse is built without it where a compiler is missing, and does the same in Python
+then (transfer.py, credentials.py). The types are in _transfer.pyi.
+
+Source: preadv2(2), setfsuid(2), capset(2).
+"""
+
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_AS_STRING
+from cpython.exc cimport PyErr_CheckSignals, PyErr_Clear
+from cpython.ref cimport Py_DECREF, PyObject
+from libc.errno cimport EINTR
+from libc.stdint cimport int64_t, uint32_t
+from libc.stdlib cimport abort
+
+import os
+
+cdef extern from "Python.h":
+    PyObject *PyBytes_FromStringAndSize(const char *, Py_ssize_t) except NULL
+    int _PyBytes_Resize(PyObject **, Py_ssize_t)
+
+cdef extern from *:
+    """
+    #include <errno.h>
+    #include <sys/fsuid.h>
+    #include <sys/syscall.h>
+    #include <sys/uio.h>
+    #include <unistd.h>
+    #include <linux/capability.h>
+
+    static ssize_t read_nowait(int fd, void *buffer, size_t count, off_t offset)
+    {
+        struct iovec part = { buffer, count };
+        ssize_t result = preadv2(fd, &part, 1, offset, RWF_NOWAIT);
+        return result < 0 ? -errno : result;
+    }
+
+    /* What setfsuid and setfsgid do they do not report; asked with an id that there cannot be,
+       they tell what is in force. */
+    static int acts_as(uid_t uid, gid_t gid)
+    {
+        return (uid_t) setfsuid(-1) == uid && (gid_t) setfsgid(-1) == gid;
+    }
+
+    /* pwrite(2) with other file system ids than the thread has otherwise; the negated errno. All
+       that may be wrong in the end is *is_back: whether the thread has its own rights again. */
+    static ssize_t pwrite_as(int fd, const void *data, size_t count, off_t offset,
+                             uid_t uid, gid_t gid, int *is_back)
+    {
+        struct __user_cap_header_struct header = { _LINUX_CAPABILITY_VERSION_3, 0 };
+        struct __user_cap_data_struct own[2];
+        uid_t own_uid = geteuid();
+        gid_t own_gid = getegid();
+        ssize_t result;
+
+        *is_back = 1;
+        if (syscall(SYS_capget, &header, own))
+            return -errno;
+        setfsgid(gid);
+        setfsuid(uid);
+        if (acts_as(uid, gid)) {
+            result = pwrite(fd, data, count, offset);
+            if (result < 0)
+                result = -errno;
+        } else {
+            result = -EPERM;
+        }
+        setfsgid(own_gid);
+        setfsuid(own_uid);
+        *is_back = !syscall(SYS_capset, &header, own) && acts_as(own_uid, own_gid);
+        return result;
+    }
+    """
+    ssize_t read_nowait(int, void *, size_t, int64_t) nogil
+    ssize_t pwrite_as(int, const void *, size_t, int64_t, uint32_t, uint32_t, int *) nogil
+
+cdef int64_t LONGEST = 0x7FFFF000  # bytes of one call; the kernel's own bound
+
+
+cdef object _error(int code):
+    return OSError(code, os.strerror(code))
+
+
+def read_cached(int fd, int64_t count, int64_t offset):
+    """Read what the page cache holds: preadv2(2) with RWF_NOWAIT.
+
+    Into bytes that were not filled with zeros before, nor copied after.
+
+    Args:
+        fd: open for reading.
+        count: bytes, at most 0x7ffff000.
+        offset: where, in bytes.
+
+    Returns:
+        The bytes: fewer at the end of the file, or where the cache ends.
+
+    Raises:
+        ValueError: count or offset is out of range.
+        OSError: EAGAIN, nothing is there without waiting; EOPNOTSUPP, the file system does not
+            tell; the errors of preadv2(2).
+    """
+    cdef PyObject *buffer
+    cdef char *start
+    cdef ssize_t result
+    cdef object data
+    if not 0 <= count <= LONGEST or offset < 0:
+        raise ValueError(f"cannot read {count} bytes at {offset}")
+    buffer = PyBytes_FromStringAndSize(NULL, count)
+    start = PyBytes_AS_STRING(<object> buffer)
+    while True:
+        with nogil:  # nobody else has seen the bytes
+            result = read_nowait(fd, start, count, offset)
+        if result != -EINTR:
+            break
+        try:
+            PyErr_CheckSignals()
+        except BaseException:
+            Py_DECREF(<object> buffer)
+            raise
+    if result < 0:
+        Py_DECREF(<object> buffer)
+        raise _error(<int> -result)
+    if result < count:
+        if _PyBytes_Resize(&buffer, result) < 0:  # which has let the bytes go
+            PyErr_Clear()
+            raise MemoryError
+    data = <object> buffer
+    Py_DECREF(data)
+    return data
+
+
+def write_as(int fd, data, int64_t offset, uint32_t uid, uint32_t gid, end):
+    """Write with other file system ids than this thread's: pwrite(2) between setfsuid(2)s.
+
+    Nothing of Python runs meanwhile. See `spending_as` in credentials.py for what counts.
+
+    Args:
+        fd: open for writing.
+        data: bytes or the like, at most 0x7ffff000. Must not be changed meanwhile.
+        offset: where, in bytes; ignored for O_APPEND.
+        uid: the file system user id.
+        gid: the file system group id.
+        end: called if the thread's own rights are not had back; it must end the process.
+
+    Returns:
+        How many bytes were written.
+
+    Raises:
+        ValueError: the data is too long, or the offset is negative.
+        OSError: EPERM, this thread may not take these ids on; the errors of pwrite(2).
+    """
+    cdef Py_buffer view
+    cdef ssize_t result
+    cdef int is_back
+    PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+    try:
+        if view.len > LONGEST or offset < 0:
+            raise ValueError(f"cannot write {view.len} bytes at {offset}")
+        while True:
+            with nogil:
+                result = pwrite_as(fd, view.buf, view.len, offset, uid, gid, &is_back)
+            if not is_back:
+                try:
+                    end()
+                finally:
+                    abort()
+            if result != -EINTR:
+                break
+            PyErr_CheckSignals()
+    finally:
+        PyBuffer_Release(&view)
+    if result < 0:
+        raise _error(<int> -result)
+    return result

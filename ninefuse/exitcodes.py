@@ -1,4 +1,7 @@
-"""The exit codes of the ninefuse command, and the exception that carries one to the user."""
+"""The exit codes of the ninefuse command, and the exception that carries one to the user.
+
+Locks touched: none.
+"""
 
 import enum
 import sys

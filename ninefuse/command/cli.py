@@ -1,4 +1,7 @@
-"""The ninefuse command: arguments, checks, and the hand-over to the mount."""
+"""The ninefuse command: arguments, checks, and the hand-over to the mount.
+
+Locks touched: none.
+"""
 
 import argparse
 import ctypes

@@ -2,6 +2,8 @@
 
 The calling convention is mount(8)'s ("EXTERNAL HELPERS"), where -f and -s mean other things than
 to the ninefuse command, and so are the exit codes.
+
+Locks touched: none.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The checks before the mount: whatever can be known beforehand is said in one clear line."""
+"""The checks before the mount: whatever can be known beforehand is said in one clear line.
+
+Locks touched: none.
+"""
 
 import dataclasses
 import errno

@@ -1,4 +1,7 @@
-"""Going on in the background: fork, tell the waiting command how the mount went, detach."""
+"""Going on in the background: fork, tell the waiting command how the mount went, detach.
+
+Locks touched: none.
+"""
 
 import contextlib
 import logging
@@ -16,7 +19,7 @@ from ninefuse.process.notify import notify
 log = logging.getLogger(__name__)
 
 # How long the command waits for its child to end after asking it to, in seconds. A mount that
-# is busy serves on for up to 10 s.
+# is busy serves on for up to 15 s.
 STOP_SECONDS = 12.0
 
 # How soon the waiting command sees a signal, in seconds.

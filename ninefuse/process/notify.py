@@ -2,6 +2,8 @@
 
 It is one datagram to a socket. Of the libraries for that, the one in Python is no longer kept up
 and hides errors, and the others want libsystemd's headers and a compiler.
+
+Locks touched: none.
 """
 
 from __future__ import annotations

@@ -597,7 +597,7 @@ def commands(tmp_path: Path) -> Path:
     """Return a directory with the Makefile, where set-up and Python only say their arguments."""
     shutil.copy2(ROOT / "Makefile", tmp_path)
     script(tmp_path / "tools" / "setup", "echo setup $*\n")
-    for name in ("python", "ruff", "mypy", "mkdocs"):
+    for name in ("python", "ruff", "mypy", "lint-imports", "mkdocs"):
         script(tmp_path / ".venv" / "bin" / name, 'for word; do echo "<$word>"; done\n')
     return tmp_path
 

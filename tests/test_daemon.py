@@ -6,10 +6,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from mounting import wait_until
 
 import ninefuse
 
@@ -88,19 +89,12 @@ class Command:
 
     def read(self, name: str) -> str:
         """Return what the script wrote under that name, once it is there."""
-        wait_for((self.here / name).exists)
+        wait_until((self.here / name).exists, f"a file {name}", LIMIT)
         return (self.here / name).read_text()
 
     @property
     def pid(self) -> int:
         return int(self.read("pid"))
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + LIMIT
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
 
 
 def is_gone(pid: int) -> bool:
@@ -144,7 +138,7 @@ return 0
         assert os.readlink(f"/proc/{pid}/fd/{descriptor}") == os.devnull
     (command.here / "stop").touch()
     assert command.read("end") == "served to the end"
-    wait_for(lambda: is_gone(pid))
+    wait_until(lambda: is_gone(pid), "the end of the daemon", LIMIT)
 
 
 def test_only_the_parent_returns_to_the_caller(command: Command) -> None:
@@ -157,7 +151,7 @@ return 0
         "sys.stdout.write('buffered before the fork\\n')",
     )
     assert code == 0
-    wait_for(lambda: is_gone(command.pid))
+    wait_until(lambda: is_gone(command.pid), "the end of the daemon", LIMIT)
     assert out == "buffered before the fork\nexit handler\n"
     assert len(command.read("returned").split()) == 1
     assert int(command.read("returned")) != command.pid
@@ -236,7 +230,7 @@ ready()
 """
     )
     assert (code, err) == (0, "")
-    wait_for(lambda: is_gone(command.pid))
+    wait_until(lambda: is_gone(command.pid), "the end of the daemon", LIMIT)
     assert ("too late" in command.read("log")) or ("ZeroDivisionError" in command.read("log"))
 
 

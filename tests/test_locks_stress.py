@@ -58,7 +58,7 @@ RESIDENTS = 5  # of the clients; each has a file that all use
 COMMON = [b"x0", b"x1", b"x2"]  # in each directory, everybody's
 DESCRIPTORS = 6
 SECONDS = float(os.environ.get("NINEFUSE_SECONDS", 20 if SOAK else 0.3))
-ENOUGH = 800  # requests: a busy machine has more time for so many, PATIENCE at most
+ENOUGH = 450  # requests: a busy machine has more time for so many, PATIENCE at most
 STUCK = PATIENCE  # seconds without progress
 LONGEST = PATIENCE  # seconds of one request, lock or wait
 # Who comes later is served later: while one waits, those before it get the rename lock, one for

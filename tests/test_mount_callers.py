@@ -405,10 +405,12 @@ class Attack:
 
 ONE = ("second-threads",)  # of what concerns its dispatcher alone
 SECOND = ("second-threads", "second-uring")
+# Second-uring is attacked so by many at once (CROWD), and one by one in a long run.
+BESIDES = ("second-threads", "first-threads")
 
 
 def _servers_for(kind: str) -> tuple[str, ...]:
-    return {"chmod": tuple(SERVERS), "write": SECOND}.get(kind, ONE)
+    return {"chmod": BESIDES, "write": SECOND}.get(kind, ONE)
 
 
 MANY = 2500  # more requests than a daemon took at a time
@@ -425,25 +427,31 @@ ATTACKS = {
             lasts=False,
             least=0.001,
             slack=BUSY,
-            servers=_servers_for(kind),
+            servers=tuple(SERVERS) if kind == "chmod" else _servers_for(kind),
         )
         for kind in ("chmod", "utime", "setxattr", "truncate", "write")
     },
     "chmod of a file read directly": Attack(stuck.change_while_read, ("chmod",), servers=ONE),
-    "chmod of 40 held files": Attack(stuck.change_each, ("chmod",), 40, spares_own=False),
+    "chmod of 40 held files": Attack(
+        stuck.change_each, ("chmod",), 40, spares_own=False, servers=BESIDES
+    ),
     "write to 40 held files": Attack(
         stuck.change_each, ("write",), 40, spares_own=False, servers=SECOND
     ),
-    "unlink of a held file": Attack(stuck.remove_held),
+    "unlink of a held file": Attack(stuck.remove_held, servers=BESIDES),
     "rename over a held file": Attack(stuck.rename_over_held, servers=ONE),
     "link of a held file": Attack(stuck.link_held, servers=ONE),
-    "mkdir in a held top directory": Attack(stuck.make_in_held_directory, ("top",)),
+    "mkdir in a held top directory": Attack(
+        stuck.make_in_held_directory, ("top",), servers=BESIDES
+    ),
     "mkdir in a held directory": Attack(stuck.make_in_held_directory, ("own",), servers=ONE),
-    "rename in a held directory": Attack(stuck.rename_in_held_directory),
+    "rename in a held directory": Attack(stuck.rename_in_held_directory, servers=BESIDES),
     "lookups in a held directory": Attack(
         stuck.look_in_held_directory, (), MANY, spares_own=False, servers=ONE
     ),
-    "opens of leased files": Attack(stuck.open_leased, (40,), 40, spares_own=False),
+    "opens of leased files": Attack(
+        stuck.open_leased, (40,), 40, spares_own=False, servers=BESIDES
+    ),
     "many opens of leased files": Attack(
         stuck.open_leased, (40,), MANY, spares_own=False, servers=ONE
     ),

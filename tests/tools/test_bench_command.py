@@ -6,11 +6,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from mounting import wait_until
 
 import ninefuse
 from ninefuse.bench import command, plots
@@ -122,19 +121,12 @@ def test_without_matplotlib_one_line_says_how_to_get_it(
     assert (tmp_path / "out" / "tables.txt").exists()
 
 
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + LIMIT
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_it_keeps_what_was_done(bench: Bench, number: signal.Signals) -> None:
     words = ("--rows", "source,none", "--workload", "missing", "--repeat", "1000000")
     with bench.start(*words, "--scale", "0.01") as process:
         try:
-            wait_for((bench.out / "results.json").exists)
+            wait_until((bench.out / "results.json").exists, "the first results", LIMIT)
             process.send_signal(number)
             out, err = process.communicate(timeout=LIMIT)
         finally:
@@ -153,7 +145,11 @@ def test_interrupted_it_keeps_what_was_done(bench: Bench, number: signal.Signals
 def test_interrupted_before_anything_was_measured(bench: Bench) -> None:
     with bench.start("--rows", "source,none", "--workload", "missing") as process:
         try:
-            wait_for(lambda: mounts_below(bench.parent) or list(bench.parent.iterdir()))
+            wait_until(
+                lambda: mounts_below(bench.parent) or list(bench.parent.iterdir()),
+                "the benchmark to begin",
+                LIMIT,
+            )
             process.send_signal(signal.SIGINT)
             _, err = process.communicate(timeout=LIMIT)
         finally:

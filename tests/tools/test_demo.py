@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from mounting import wait_until
 
 import ninefuse
 from ninefuse.bench import BenchError, Processes, dd, demo
@@ -87,13 +88,6 @@ def the_demo(tmp_path: Path) -> Demo:
     return Demo(parent)
 
 
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + LIMIT
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.002)
-
-
 def test_a_run_shows_its_table_and_leaves_nothing(the_demo: Demo) -> None:
     code, out, err = the_demo.run(*TINY)
     assert (code, err) == (0, "")
@@ -132,7 +126,7 @@ def test_interrupted_it_leaves_nothing(the_demo: Demo, moment: str, number: sign
     words = ("--count", "1000000", "--clients", "3", "--files", "2")
     with the_demo.start(*words) as process:
         try:
-            wait_for(lambda: MOMENTS[moment](the_demo))
+            wait_until(lambda: MOMENTS[moment](the_demo), moment, LIMIT)
             process.send_signal(number)
             time.sleep(0.05)
             process.send_signal(number)  # an impatient user changes nothing

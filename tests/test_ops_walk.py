@@ -668,6 +668,33 @@ def test_remove_spares_another_file_that_has_the_name_now(tree: Client) -> None:
     assert not tree.has(fid)
 
 
+def test_remove_spares_a_file_that_is_made_while_it_removes(
+    tree: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody else removes the name and makes it anew, once it was seen to be the fid's file."""
+    others: list[Stepper[None]] = []
+    real = os.unlink
+
+    def unlink(name: bytes, *, dir_fd: int) -> None:
+        if not others:
+            other = Stepper(ops.unlinkat(tree.session, ROOT, b"top"))
+            others.append(other)
+            other.go()
+            if other.over:
+                (tree.source / "top").write_bytes(b"new")
+        real(name, dir_fd=dir_fd)
+
+    fid = tree.walk("top")
+    monkeypatch.setattr(os, "unlink", unlink)
+    tree.do(ops.remove, fid)
+    (other,) = others
+    if other.over:
+        assert (tree.source / "top").read_bytes() == b"new"
+    else:
+        with fails(errno.ENOENT):
+            other.finish()
+
+
 def test_remove_of_a_file_that_has_gone(tree: Client) -> None:
     """ENOENT, and the fid ends."""
     fid = tree.walk("top")

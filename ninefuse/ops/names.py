@@ -226,7 +226,10 @@ async def unlinkat(
     async with session.using(dirfid) as use:
         directory = use.node
         check_directory(directory)
-        async with session.keeping(directory, name):
+        async with (
+            session.names.taking((directory.path, name)),
+            session.keeping(directory, name),
+        ):
             await blocking(directory.path, _remove, directory.fd, name, bool(flags), caller)
         await session.settle(directory)
 
@@ -255,8 +258,6 @@ async def _move_node(session: Session, node: Node, directory: Node, name: bytes)
             raise error(errno.EBUSY)
         above, oldname = node.place
         async with session.using_node(above) as parent:
-            if not node.shows(await blocking(parent.path, session.stat_name, parent.fd, oldname)):
-                raise error(errno.ESTALE)
             await _move_name(session, parent, oldname, directory, name, 0, node=node)
 
     await session.unless_moved(move)
@@ -272,15 +273,23 @@ async def _move_name(
     caller: Caller | None = None,
     node: Node | None = None,
 ) -> None:
-    """Move a name, and tell the nodes of what was moved: those that the kernel knows, and one."""
+    """Move a name, and tell the nodes of what was moved: those that the kernel knows, and one.
+
+    If that one is given, the name is moved only if it is its file's, else it is ESTALE.
+    """
     check_directory(old)
     check_directory(new)
     lock = session.rename_lock
     # Both keep their descriptors, so that nobody needs their places while these are in doubt.
     async with (
+        session.names.taking((old.path, oldname), (new.path, newname)),
         session.keeping(old, oldname) as moved,
         session.keeping(new, newname) as replaced,
     ):
+        if node is not None and not node.shows(
+            await blocking(old.path, session.stat_name, old.fd, oldname)
+        ):
+            raise error(errno.ESTALE)
         async with lock.writing:
             lock.moves += 1
         await blocking(old.path, _rename, old.fd, oldname, new.fd, newname, flags, caller)

@@ -369,8 +369,12 @@ async def _remove_by_place(session: Session, node: Node) -> None:
         raise error(errno.EBUSY)
     above, name = node.place
     async with session.using_node(above) as parent:
-        # Another node of the file may be the one that the kernel knows it by.
-        async with session.keeping(parent, name):
+        # Nobody else takes the name away between the look at whose it is and its end. (Another
+        # node of the file may be the one that the kernel knows it by.)
+        async with (
+            session.names.taking((parent.path, name)),
+            session.keeping(parent, name),
+        ):
             await blocking(parent.path, _remove_if_same, session, parent.fd, name, node)
         await session.settle(parent)
 

@@ -10,6 +10,9 @@ Requests come in the order in which the dispatcher starts their bodies. A body s
 going to change before its first call. One that has to wait is put aside by its driver and occupies
 no thread; whoever ends the last change that it waits for resumes it.
 
+Names have an order as well (`Names`): who takes a name away from a file, because it is that
+file's, must not find another's there when he takes it.
+
 Locks touched: the mutex of a `Ranges`, for list work only.
 """
 
@@ -210,3 +213,49 @@ class Ranges:
             first = file
             file = self._files[first.path] = _File(first)
         return file
+
+
+class Names(Ranges):
+    """The names that are being taken away: by unlinkat and remove, by renames of and to them.
+
+    A name that is there can come to be another file's only after it was taken away. So whoever is
+    alone in that can look whose it is, and take it. (From the source itself, where nobody asks,
+    it may be taken at any time.)
+    """
+
+    def taking(self, *names: tuple[int, bytes]) -> Taking:
+        """``async with names.taking((directory, name), …):`` around taking one or two away.
+
+        Args:
+            names: qid paths of directories, and names in them.
+        """
+        # A name is a byte of the directory's; two that fall together wait for one another.
+        places = {(directory, hash(name) & END - 1) for directory, name in names}
+        # In one order, whoever asks: so nobody waits in a circle.
+        return Taking([_NameTurn(self, on, at, at + 1) for on, at in sorted(places)])
+
+
+class _NameTurn(Turn):
+    """A name that a body is about to take away."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return f"a name of inode {self.path} that is being taken away"
+
+
+class Taking:
+    """Names that a body takes away; `Names.taking`."""
+
+    __slots__ = ("_turns",)
+
+    def __init__(self, turns: list[_NameTurn]) -> None:
+        self._turns = turns
+
+    async def __aenter__(self) -> None:
+        for turn in self._turns:
+            await turn.__aenter__()
+
+    async def __aexit__(self, *exc: object) -> None:
+        for turn in self._turns:
+            await turn.__aexit__()

@@ -23,7 +23,7 @@ from ninefuse.locks import RenameLock
 from ninefuse.tree.descriptors import MOST, Descriptors
 from ninefuse.tree.kernel import KernelTable
 from ninefuse.tree.nodes import Node
-from ninefuse.tree.order import Ranges
+from ninefuse.tree.order import Names, Ranges
 from ninefuse.tree.table import Fid, FidTable
 
 T = TypeVar("T")
@@ -86,6 +86,7 @@ class Session:
             self.fids = FidTable(driver.defer)
         self.rename_lock = RenameLock()
         self.ranges = Ranges()
+        self.names = Names()
         self.read_only = read_only
         # Whether the mount that the requests come by has been made writable since.
         self.has_become_writable: Callable[[], bool] = bool

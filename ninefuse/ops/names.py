@@ -227,7 +227,7 @@ async def unlinkat(
         directory = use.node
         check_directory(directory)
         async with (
-            session.names.taking((directory.path, name)),
+            session.names.taking(directory.path, name),
             session.keeping(directory, name),
         ):
             await blocking(directory.path, _remove, directory.fd, name, bool(flags), caller)
@@ -282,7 +282,7 @@ async def _move_name(
     lock = session.rename_lock
     # Both keep their descriptors, so that nobody needs their places while these are in doubt.
     async with (
-        session.names.taking((old.path, oldname), (new.path, newname)),
+        session.names.taking_both((old.path, oldname), (new.path, newname)),
         session.keeping(old, oldname) as moved,
         session.keeping(new, newname) as replaced,
     ):

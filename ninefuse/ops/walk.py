@@ -372,7 +372,7 @@ async def _remove_by_place(session: Session, node: Node) -> None:
         # Nobody else takes the name away between the look at whose it is and its end. (Another
         # node of the file may be the one that the kernel knows it by.)
         async with (
-            session.names.taking((parent.path, name)),
+            session.names.taking(parent.path, name),
             session.keeping(parent, name),
         ):
             await blocking(parent.path, _remove_if_same, session, parent.fd, name, node)

@@ -187,7 +187,7 @@ class KernelTable(FidTable):
         return fid is not None and fid.node is node
 
     def _leaves(self, fid: Fid) -> None:
-        super()._leaves(fid)
+        self._count(fid.opened, -1)
         if fid.number < FIRST_HANDLE and self._paths is not None:
             node = fid.node
             self.set_id.discard(fid.number)

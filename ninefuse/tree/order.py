@@ -29,6 +29,7 @@ END = 1 << 63  # no file is so long
 
 _start = attrgetter("start")
 _number = attrgetter("number")
+_place = attrgetter("path", "start")
 
 
 class Turn:
@@ -223,16 +224,22 @@ class Names(Ranges):
     it may be taken at any time.)
     """
 
-    def taking(self, *names: tuple[int, bytes]) -> Taking:
-        """``async with names.taking((directory, name), …):`` around taking one or two away.
+    def taking(self, directory: int, name: bytes) -> Turn:
+        """``async with names.taking(directory, name):`` around taking a name away.
 
         Args:
-            names: qid paths of directories, and names in them.
+            directory: its qid path.
+            name: the name in it.
         """
         # A name is a byte of the directory's; two that fall together wait for one another.
-        places = {(directory, hash(name) & END - 1) for directory, name in names}
+        at = hash(name) & END - 1
+        return _NameTurn(self, directory, at, at + 1)
+
+    def taking_both(self, one: tuple[int, bytes], other: tuple[int, bytes]) -> Taking:
+        """As `taking`, of two names, which may be the same."""
         # In one order, whoever asks: so nobody waits in a circle.
-        return Taking([_NameTurn(self, on, at, at + 1) for on, at in sorted(places)])
+        turns = sorted((self.taking(*one), self.taking(*other)), key=_place)
+        return Taking(turns[:1] if _place(turns[0]) == _place(turns[1]) else turns)
 
 
 class _NameTurn(Turn):
@@ -245,11 +252,11 @@ class _NameTurn(Turn):
 
 
 class Taking:
-    """Names that a body takes away; `Names.taking`."""
+    """Two names that a body takes away; `Names.taking_both`."""
 
     __slots__ = ("_turns",)
 
-    def __init__(self, turns: list[_NameTurn]) -> None:
+    def __init__(self, turns: list[Turn]) -> None:
         self._turns = turns
 
     async def __aenter__(self) -> None:

@@ -593,6 +593,35 @@ def test_a_clunk_that_fails_has_clunked_all_the_same(tree: Client) -> None:
         tree.do(ops.clunk, fid)
 
 
+# A client that is no kernel
+
+
+def test_a_9p_client_gives_its_fids_any_numbers(leak_free: None, source: Path) -> None:
+    """The inode numbers of other files, say. No fid shares its node; an unknown one is EBADF."""
+    for name in ("one", "other"):
+        (source / name).write_bytes(name.encode())
+    one, other = ((source / name).stat().st_ino for name in ("one", "other"))
+    with client_of(source, kernel=False) as client:
+        for number, name in ((other, b"one"), (one, b"other"), (7, b"one"), (1 << 31, b"one")):
+            client.do(ops.walk, ROOT, number, [name])
+        assert client.do(ops.getattr, other).ino == client.do(ops.getattr, 7).ino == one
+        assert client.node(7) is not client.node(other)
+        client.do(ops.lopen, 7, os.O_RDWR)
+        client.do(ops.unlinkat, ROOT, b"one")
+        assert client.do(ops.read, 7, 0, 9) == b"one"
+        assert client.do(ops.getattr, other).nlink == 0
+        client.do(ops.walk, ROOT, 8)
+        client.do(ops.lcreate, 8, b"one", os.O_RDWR, 0o600)
+        for number in (7, other, 1 << 31):
+            client.do(ops.clunk, number)
+            with fails(errno.EBADF):
+                client.do(ops.getattr, number)
+        client.do(ops.rename, one, ROOT, b"moved")
+        client.do(ops.remove, one)
+        assert os.listdir(source) == ["one"]
+        assert client.do(ops.read, 8, 0, 9) == b""
+
+
 # remove
 
 

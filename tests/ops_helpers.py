@@ -183,7 +183,7 @@ class Client:
         """The qid path of the parent, and the name, that a fid's node remembers."""
         place = self.node(number).place
         assert place is not None
-        return place[0].path, place[1]
+        return place[0].number, place[1]
 
     def lose_descriptor(self, fid: Fid) -> None:
         """Have the reclaimer close the descriptor of a node, as if it were the coldest."""

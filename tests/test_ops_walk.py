@@ -413,7 +413,7 @@ def test_a_symlink_that_takes_a_directorys_place_is_not_entered(tree: Client) ->
 def test_a_walk_for_the_kernel_counts_lookups(tree: Client) -> None:
     """The nodeid is the file's number; each walk to it is one more lookup."""
     fid = tree.know("top")
-    assert fid.number == tree.session.fids.path_of(tree.do(ops.getattr, fid.number))
+    assert fid.number == tree.session.fids.number_of(tree.do(ops.getattr, fid.number))
     assert fid.lookups == 1
     assert tree.know("top") is fid
     assert tree.know("a", "..", "top") is fid
@@ -598,8 +598,8 @@ def test_a_clunk_that_fails_has_clunked_all_the_same(tree: Client) -> None:
 
 def test_a_9p_client_gives_its_fids_any_numbers(leak_free: None, source: Path) -> None:
     """The inode numbers of other files, say. No fid shares its node; an unknown one is EBADF."""
-    for name in ("one", "other"):
-        (source / name).write_bytes(name.encode())
+    for made in ("one", "other"):
+        (source / made).write_bytes(made.encode())
     one, other = ((source / name).stat().st_ino for name in ("one", "other"))
     with client_of(source, kernel=False) as client:
         for number, name in ((other, b"one"), (one, b"other"), (7, b"one"), (1 << 31, b"one")):
@@ -847,11 +847,11 @@ def test_attach_closes_its_descriptor_when_it_fails(
 def test_attaching_again_leaves_numbers_as_they_are(tree: Client) -> None:
     """Files of other devices, whose numbers are given in the order they are met, keep theirs."""
     table = tree.session.fids
-    first = table.path_of(made_up(7, device=(250, 1)))
-    second = table.path_of(made_up(7, device=(250, 2)))
+    first = table.number_of(made_up(7, device=(250, 1)))
+    second = table.number_of(made_up(7, device=(250, 2)))
     tree.do(ops.attach, tree.new(), str(tree.source))
-    assert table.path_of(made_up(7, device=(250, 2))) == second
-    assert table.path_of(made_up(7, device=(250, 1))) == first
+    assert table.number_of(made_up(7, device=(250, 2))) == second
+    assert table.number_of(made_up(7, device=(250, 1))) == first
 
 
 # flush

@@ -183,7 +183,7 @@ class Client:
         """The qid path of the parent, and the name, that a fid's node remembers."""
         place = self.node(number).place
         assert place is not None
-        return place[0].path, place[1]
+        return place[0].number, place[1]
 
     def lose_descriptor(self, fid: Fid) -> None:
         """Have the reclaimer close the descriptor of a node, as if it were the coldest."""
@@ -203,6 +203,7 @@ class Client:
             s = lock.statistics()
             assert (s.readers, s.writing, s.waiting) == (0, False, 0)
         assert not len(self.session.ranges), "a change has not been ended"
+        assert not len(self.session.names), "a name is still being taken away"
         fids = self.session.fids._fids
         for number, fid in fids.items():
             assert fid.number == number
@@ -324,6 +325,11 @@ class Stepper(Generic[T]):
         while self._advance():
             self._perform()
         assert self.waiting
+
+    def go(self) -> None:
+        """Go on to its end, or until it waits for a lock."""
+        while self._advance():
+            self._perform()
 
     def finish(self) -> T:
         """Go on to its end."""

@@ -100,13 +100,13 @@ def table() -> Table:
 def test_a_file_of_the_source_has_its_own_number(table: Table) -> None:
     """Its inode number, which the users of the mount see."""
     for ino in (3, 12345, (1 << 48) + 7, (1 << 52) - 1, EXACT, 1 << 63 | 5, (1 << 64) - 1):
-        assert table.path_of(made_up(ino)) == ino
+        assert table.number_of(made_up(ino)) == ino
         assert table.looked_up(made_up(ino)).number == ino
 
 
 def test_the_root_is_nodeid_1(table: Table) -> None:
     """Its path is its inode number, by which users see it."""
-    assert table.path_of(THE_ROOT) == 2
+    assert table.number_of(THE_ROOT) == 2
     assert table.looked_up(THE_ROOT).number == ROOT_NODEID
 
 
@@ -122,7 +122,7 @@ def test_a_source_whose_root_is_inode_1() -> None:
     table = Table()
     root = made_up(1, kind=stat.S_IFDIR, device=(7, 7))
     table.set_root(root)
-    assert (table.path_of(root), table.looked_up(root).number) == (1, ROOT_NODEID)
+    assert (table.number_of(root), table.looked_up(root).number) == (1, ROOT_NODEID)
     assert table.looked_up(made_up(1, device=OTHER_DEVICE)).number != ROOT_NODEID
 
 
@@ -180,13 +180,13 @@ def test_numbers_at_a_second_place_are_the_same_for_ever() -> None:
 def test_whether_a_number_is_of_the_sources_own_device_can_be_told(table: Table) -> None:
     """Exactly: the dispatcher makes calls itself on those alone."""
     for ino in (1, 2, 5, 1 << 40, (1 << 52) - 1, 1 << 52, EXACT - 1, EXACT, (1 << 64) - 1):
-        assert is_on_own_device(table.looked_up(made_up(ino)).node.path)
+        assert is_on_own_device(table.looked_up(made_up(ino)).node.number)
         foreign = table.looked_up(made_up(ino, device=OTHER_DEVICE)).node
-        assert not is_on_own_device(foreign.path)
+        assert not is_on_own_device(foreign.number)
         assert not is_on_own_device(table.number_apart(foreign.device, ino))
     one, other = table.copies((9, 8), (9, 9))
     for device in (one, other):
-        assert not is_on_own_device(table.looked_up(made_up(5, device=device.number)).node.path)
+        assert not is_on_own_device(table.looked_up(made_up(5, device=device.number)).node.number)
     assert not is_on_own_device(None)
 
 
@@ -198,10 +198,10 @@ def test_a_number_that_is_taken_is_not_given_again(table: Table) -> None:
     numbers = [fid.number for fid in fids]
     assert len(set(numbers)) == 3
     assert max(numbers) < EXACT
-    assert [fid.node.path for fid in fids] == numbers
+    assert [fid.node.number for fid in fids] == numbers
     for _ in range(2):
         assert [table.looked_up(a) for a in files] == fids
-        assert [table.path_of(a) for a in files] == numbers
+        assert [table.number_of(a) for a in files] == numbers
     table.forget([(numbers[1], 99)])
     assert table.looked_up(files[1]).number == numbers[1]
 
@@ -212,11 +212,11 @@ def test_numbers_given_one_by_one_end_with_what_they_are_for(table: Table) -> No
     first, second = (made_up(5, device=copy.number) for copy in copies)
     fid, apart = table.looked_up(first), table.looked_up(second)
     found = table.found(second)  # by a walk that has not told the table yet
-    assert found.path == apart.number != fid.number
+    assert found.number == apart.number != fid.number
     table.forget([(fid.number, 1), (apart.number, 1)])
     assert not table._paths._apart  # type: ignore[union-attr]
     again = table.intern(found)
-    assert again.number == found.path == fid.number, "nobody else has it now"
+    assert again.number == found.number == fid.number, "nobody else has it now"
     table.drop(found)
     table.looked_up(first)
     assert len(table._paths._apart) == 1  # type: ignore[union-attr]

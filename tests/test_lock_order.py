@@ -67,7 +67,7 @@ def use_all(client: Client) -> None:
         node.device.base = 7
         fids.intern(node)
         fids.drop(node)
-    fids.forget([(node.path, 1)])
+    fids.forget([(node.number, 1)])
     fids.statistics()
 
 

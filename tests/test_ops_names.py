@@ -537,7 +537,7 @@ def test_files_below_a_renamed_directory_are_found_again(tree: Client) -> None:
 def test_a_moved_files_node_learns_its_new_place(tree: Client) -> None:
     """Whether the fid is named or its name; both of two that were exchanged."""
     one, two, d = tree.know("one"), tree.know("two"), tree.know("d")
-    root, d_path = tree.do(ops.getattr, ROOT).ino, d.node.path
+    root, d_path = tree.do(ops.getattr, ROOT).ino, d.node.number
     tree.do(ops.renameat, ROOT, b"one", d.number, b"new")
     assert tree.place(one.number) == (d_path, b"new")
     tree.do(ops.renameat, d.number, b"new", ROOT, b"two", RENAME_EXCHANGE)

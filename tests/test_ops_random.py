@@ -308,7 +308,6 @@ def certain(client: Client, name: str) -> tuple[Any, ...]:
         "walk": lambda: (ROOT, NEW, [b"a", b"a"]),
         "walkgetattr": lambda: (ROOT, NEW, b"b"),
         "write": lambda: (client.open("b", flags=os.O_RDWR), 0, b"new"),
-        "wstat": lambda: (client.walk("b"), Changes(mode=0o600), b"new"),
         "xattrcreate": lambda: (client.walk("b"), b"user.new", 3),
         "xattrwalk": lambda: (client.walk("b"), NEW, b""),
     }

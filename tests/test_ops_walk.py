@@ -414,7 +414,7 @@ def test_a_symlink_that_takes_a_directorys_place_is_not_entered(tree: Client) ->
 def test_a_walk_for_the_kernel_counts_lookups(tree: Client) -> None:
     """The nodeid is the file's number; each walk to it is one more lookup."""
     fid = tree.know("top")
-    assert fid.number == tree.session.fids.path_of(tree.do(ops.getattr, fid.number))
+    assert fid.number == tree.session.fids.number_of(tree.do(ops.getattr, fid.number))
     assert fid.lookups == 1
     assert tree.know("top") is fid
     assert tree.know("a", "..", "top") is fid
@@ -594,6 +594,35 @@ def test_a_clunk_that_fails_has_clunked_all_the_same(tree: Client) -> None:
         tree.do(ops.clunk, fid)
 
 
+# A client that is no kernel
+
+
+def test_a_9p_client_gives_its_fids_any_numbers(leak_free: None, source: Path) -> None:
+    """The inode numbers of other files, say. No fid shares its node; an unknown one is EBADF."""
+    for made in ("one", "other"):
+        (source / made).write_bytes(made.encode())
+    one, other = ((source / name).stat().st_ino for name in ("one", "other"))
+    with client_of(source, kernel=False) as client:
+        for number, name in ((other, b"one"), (one, b"other"), (7, b"one"), (1 << 31, b"one")):
+            client.do(ops.walk, ROOT, number, [name])
+        assert client.do(ops.getattr, other).ino == client.do(ops.getattr, 7).ino == one
+        assert client.node(7) is not client.node(other)
+        client.do(ops.lopen, 7, os.O_RDWR)
+        client.do(ops.unlinkat, ROOT, b"one")
+        assert client.do(ops.read, 7, 0, 9) == b"one"
+        assert client.do(ops.getattr, other).nlink == 0
+        client.do(ops.walk, ROOT, 8)
+        client.do(ops.lcreate, 8, b"one", os.O_RDWR, 0o600)
+        for number in (7, other, 1 << 31):
+            client.do(ops.clunk, number)
+            with fails(errno.EBADF):
+                client.do(ops.getattr, number)
+        client.do(ops.rename, one, ROOT, b"moved")
+        client.do(ops.remove, one)
+        assert os.listdir(source) == ["one"]
+        assert client.do(ops.read, 8, 0, 9) == b""
+
+
 # remove
 
 
@@ -667,6 +696,33 @@ def test_remove_spares_another_file_that_has_the_name_now(tree: Client) -> None:
         tree.do(ops.remove, fid)
     assert (tree.source / "top").read_bytes() == b"new"
     assert not tree.has(fid)
+
+
+def test_remove_spares_a_file_that_is_made_while_it_removes(
+    tree: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody else removes the name and makes it anew, once it was seen to be the fid's file."""
+    others: list[Stepper[None]] = []
+    real = os.unlink
+
+    def unlink(name: bytes, *, dir_fd: int) -> None:
+        if not others:
+            other = Stepper(ops.unlinkat(tree.session, ROOT, b"top"))
+            others.append(other)
+            other.go()
+            if other.over:
+                (tree.source / "top").write_bytes(b"new")
+        real(name, dir_fd=dir_fd)
+
+    fid = tree.walk("top")
+    monkeypatch.setattr(os, "unlink", unlink)
+    tree.do(ops.remove, fid)
+    (other,) = others
+    if other.over:
+        assert (tree.source / "top").read_bytes() == b"new"
+    else:
+        with fails(errno.ENOENT):
+            other.finish()
 
 
 def test_remove_of_a_file_that_has_gone(tree: Client) -> None:
@@ -792,11 +848,11 @@ def test_attach_closes_its_descriptor_when_it_fails(
 def test_attaching_again_leaves_numbers_as_they_are(tree: Client) -> None:
     """Files of other devices, whose numbers are given in the order they are met, keep theirs."""
     table = tree.session.fids
-    first = table.path_of(made_up(7, device=(250, 1)))
-    second = table.path_of(made_up(7, device=(250, 2)))
+    first = table.number_of(made_up(7, device=(250, 1)))
+    second = table.number_of(made_up(7, device=(250, 2)))
     tree.do(ops.attach, tree.new(), str(tree.source))
-    assert table.path_of(made_up(7, device=(250, 2))) == second
-    assert table.path_of(made_up(7, device=(250, 1))) == first
+    assert table.number_of(made_up(7, device=(250, 2))) == second
+    assert table.number_of(made_up(7, device=(250, 1))) == first
 
 
 # flush

@@ -224,7 +224,7 @@ def test_what_waits_says_so(client: Client) -> None:
     command = request.body.send(None)
     assert isinstance(command, Behind)
     request.waits = command
-    path = client.node(fid).path
+    path = client.node(fid).number
     assert f"waits for earlier changes of inode {path} from byte 1 to 11" in request.describe()
     change.finish()
     assert read.finish() == b"ew"

@@ -175,6 +175,8 @@ WRITERS = [Tree.replace, Tree.move, Tree.move_above, Tree.move_back]
 def is_beside(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
     """Whether the lock lets the other in before each step of the one."""
     takes_no_lock = one is Tree.reclaim
+    if one is other is Tree.remove:
+        return False  # of one name: who comes later waits until it is gone
     return takes_no_lock or not {one, other} & set(WRITERS) or other is Tree.reclaim
 
 

@@ -202,7 +202,7 @@ async def flush(session: Session, handle: int) -> None:
     try:
         file = open_file_of(use)
         if file.writable:
-            await blocking(use.node.path, _close_duplicate, file.fd)
+            await blocking(use.node.number, _close_duplicate, file.fd)
     finally:
         session.fids.put(use)
 
@@ -327,7 +327,7 @@ async def _attributes(session: Session, fid: Fid) -> Attributes:
     """
     place = fid.node.place
     try:
-        return await ops.getattr(session, fid.number, on=place[0].path if place else None)
+        return await ops.getattr(session, fid.number, on=place[0].number if place else None)
     except BaseException:
         session.kernel.forget([(fid.number, 1)])
         raise

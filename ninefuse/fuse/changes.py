@@ -16,8 +16,8 @@ import time
 from ninefuse import ops
 from ninefuse.calls import blocking
 from ninefuse.linux.credentials import ENTER, Caller, acting_as
-from ninefuse.linux.syscalls import Attributes, SetTime, may_write, stat_descriptor
-from ninefuse.tree.session import Session, path_of
+from ninefuse.linux.syscalls import Attributes, SetTime, may_write, proc_path, stat_descriptor
+from ninefuse.tree.session import Session
 
 _A_SECOND = 1_000_000_000  # nanoseconds
 _SET_ID = stat.S_ISUID | stat.S_ISGID
@@ -54,7 +54,7 @@ async def change(
 async def note_lost_bits(session: Session, handle: int) -> None:
     """After a write: have the kernel ask for the attributes of a file that had set-id bits."""
     fid = session.fids.get(handle)
-    nodeid = fid.node.path
+    nodeid = fid.node.number
     session.fids.put(fid)
     if nodeid in session.fids.set_id:
         session.fids.set_id.discard(nodeid)
@@ -98,7 +98,7 @@ async def _set_for_write(
         ):
             raise
         async with session.using(fid) as use:
-            if not await blocking(use.node.path, _is_for_write, use.fd, changes.mode, caller):
+            if not await blocking(use.node.number, _is_for_write, use.fd, changes.mode, caller):
                 raise
 
 
@@ -121,5 +121,5 @@ def _is_for_write(fd: int, mode: int | None, caller: Caller) -> bool:
         if not may_write(fd):
             return False
     with acting_as(None, bits=True):
-        os.chmod(path_of(fd), mode)
+        os.chmod(proc_path(fd), mode)
     return True

@@ -112,7 +112,7 @@ def _entry_plus(session: Session, use: Fid, look: Look) -> EntryPlus:
         # The number that it is known by, which may be another than the one listed.
         node, place = use.node, use.node.place
         if place is not None:
-            ino = node.path if name == b"." else place[0].path
+            ino = node.number if name == b"." else place[0].number
         return EntryPlus(name, offset, ino, kind, attributes, None)
     if attributes is None:
         # A dead mount, say, or one that is somebody else's: it has a name all the same.

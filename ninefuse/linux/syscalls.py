@@ -150,6 +150,11 @@ class Attributes(NamedTuple):
         return self.btime_seconds * _BILLION + self.btime_nanoseconds
 
 
+def proc_path(fd: int) -> str:
+    """The path by which calls that take no descriptor reach an open file (proc(5))."""
+    return f"/proc/self/fd/{fd}"
+
+
 def stat_descriptor(fd: int) -> Attributes:
     """The attributes of an open file, O_PATH ones included (statx(2))."""
     buffer = _StatxBuffer()

@@ -13,10 +13,10 @@ from typing import NamedTuple
 from ninefuse.calls import blocking, brief
 from ninefuse.errors import error
 from ninefuse.linux.credentials import CHANGE, ENTER, OWN, Caller, acting_as
-from ninefuse.linux.syscalls import Attributes, SetTime, set_times, stat_descriptor
+from ninefuse.linux.syscalls import Attributes, SetTime, proc_path, set_times, stat_descriptor
 from ninefuse.tree.opened import OpenFile
 from ninefuse.tree.order import END
-from ninefuse.tree.session import PERMISSIONS, Session, Use, check_offset, path_of, patiently
+from ninefuse.tree.session import PERMISSIONS, Session, Use, check_offset, patiently
 
 _SET_ID = st.S_ISUID | st.S_ISGID
 
@@ -47,7 +47,7 @@ async def getattr(session: Session, fid: int, on: int | None = None) -> Attribut
     Source: Tgetattr of 9P2000.L.
     """
     async with session.using(fid, looking=True) as use:
-        on = use.node.path if on is None else on
+        on = use.node.number if on is None else on
         attributes = await brief(on, stat_descriptor, use.fd)
         session.fids.note_rights(attributes, use.node)
         return attributes
@@ -75,7 +75,7 @@ async def setattr(
     """
     session.writable()
     async with session.using(fid) as use:
-        on = use.node.path
+        on = use.node.number
         if changes.mode is not None:
             await blocking(on, _chmod, use.fd, changes.mode & PERMISSIONS, caller)
         if changes.uid is not None or changes.gid is not None or changes.ctime:
@@ -109,7 +109,7 @@ async def readlink(session: Session, fid: int) -> bytes:
     async with session.using(fid) as use:
         if use.node.kind != st.S_IFLNK:
             raise error(errno.EINVAL)
-        return await blocking(use.node.path, _readlink, use.fd)
+        return await blocking(use.node.number, _readlink, use.fd)
 
 
 async def statfs(session: Session, fid: int) -> os.statvfs_result:
@@ -121,29 +121,29 @@ async def statfs(session: Session, fid: int) -> os.statvfs_result:
     Source: Tstatfs of 9P2000.L.
     """
     async with session.using(fid) as use:
-        return await blocking(use.node.path, os.statvfs, use.fd)
+        return await blocking(use.node.number, os.statvfs, use.fd)
 
 
 def _chmod(fd: int, mode: int, caller: Caller | None) -> None:
     with acting_as(caller, (CHANGE, fd, b""), bits=True):
-        os.chmod(path_of(fd), mode)
+        os.chmod(proc_path(fd), mode)
 
 
 def _chown(fd: int, uid: int, gid: int, caller: Caller | None) -> None:
     with acting_as(caller, (CHANGE, fd, b""), bits=True):
-        os.chown(path_of(fd), uid, gid)
+        os.chown(proc_path(fd), uid, gid)
 
 
 async def _truncate_in_turn(session: Session, use: Use, size: int, caller: Caller | None) -> None:
-    async with session.ranges.changing(use.node.path, size, END):
-        await blocking(use.node.path, _truncate, use.fd, size, caller)
+    async with session.ranges.changing(use.node.number, size, END):
+        await blocking(use.node.number, _truncate, use.fd, size, caller)
 
 
 def _truncate(fd: int, size: int, caller: Caller | None) -> None:
     # truncate(2) would wait for whoever holds a lease on the file (fcntl(2), F_SETLEASE).
     flags = os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
     with acting_as(caller, (ENTER, fd, b""), bits=caller is not None):
-        opened = os.open(path_of(fd), flags)
+        opened = os.open(proc_path(fd), flags)
         try:
             os.ftruncate(opened, size)
         finally:

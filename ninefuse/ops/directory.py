@@ -52,7 +52,7 @@ async def readdir(
     use = session.fids.get(fid)
     try:
         directory = open_directory_of(use)
-        return await blocking(use.node.path, directory.listing.read, offset, count, most)
+        return await blocking(use.node.number, directory.listing.read, offset, count, most)
     finally:
         session.fids.put(use)
 
@@ -80,14 +80,14 @@ async def look_at(
 
 async def _stat_itself(use: Fid, directory: OpenDirectory, entry: DirectoryEntry) -> Look:
     """getattr of the directory, for its own entry."""
-    return Look(entry, await brief(use.node.path, stat_descriptor, directory.fd))
+    return Look(entry, await brief(use.node.number, stat_descriptor, directory.fd))
 
 
 async def _walk_entry(
     session: Session, use: Fid, directory: OpenDirectory, entry: DirectoryEntry
 ) -> Look | None:
     """walk to an entry and getattr of it, which are a single call; None if it has gone."""
-    on = use.node.path
+    on = use.node.number
     try:
         return Look(entry, *await blocking(on, _stat_entry, session, directory.fd, entry.name))
     except FileNotFoundError:

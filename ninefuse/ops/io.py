@@ -50,7 +50,7 @@ async def read(session: Session, fid: int, offset: int, count: int) -> bytes:
         if not file.readable:
             raise error(errno.EBADF)
         check_offset(offset)
-        on = use.node.path
+        on = use.node.number
         if file.live:
             return await blocking(on, _read_once, file.fd, count, offset)
         if on in session.ranges:
@@ -88,7 +88,7 @@ async def write(session: Session, fid: int, offset: int, data: bytes) -> int:
         if not file.writable:
             raise error(errno.EBADF)
         check_offset(offset)
-        on = use.node.path
+        on = use.node.number
         # What is appended begins where the file ends: nobody but the source knows where that is.
         end = END if file.flags & os.O_APPEND else offset + len(data)
         async with session.ranges.changing(on, offset, end):
@@ -124,7 +124,7 @@ async def fsync(session: Session, fid: int, datasync: bool = False) -> None:
     try:
         if not isinstance(use.opened, OpenFile | OpenDirectory):
             raise error(errno.EINVAL)
-        await Fsync(use.node.path, use.opened.fd, data_only=datasync)
+        await Fsync(use.node.number, use.opened.fd, data_only=datasync)
     finally:
         session.fids.put(use)
 

@@ -58,7 +58,7 @@ async def lock(session: Session, fid: int, flags: int, wanted: LockRange) -> Loc
         file = open_file_of(use)
         request = _flock(wanted)
         try:
-            await blocking(use.node.path, fcntl.fcntl, file.fd, fcntl.F_OFD_SETLK, request)
+            await blocking(use.node.number, fcntl.fcntl, file.fd, fcntl.F_OFD_SETLK, request)
         except (BlockingIOError, PermissionError):
             return LockStatus.BLOCKED
         return LockStatus.SUCCESS
@@ -78,7 +78,7 @@ async def getlock(session: Session, fid: int, wanted: LockRange) -> LockRange:
     try:
         file = open_file_of(use)
         request = _flock(wanted)
-        answer = await blocking(use.node.path, fcntl.fcntl, file.fd, fcntl.F_OFD_GETLK, request)
+        answer = await blocking(use.node.number, fcntl.fcntl, file.fd, fcntl.F_OFD_GETLK, request)
         assert isinstance(answer, bytes)
         kind, _whence, start, length, pid = _FLOCK.unpack(answer)
         return (

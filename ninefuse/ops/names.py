@@ -19,6 +19,7 @@ from ninefuse.linux.syscalls import (
     RENAME_NOREPLACE,
     RENAME_WHITEOUT,
     Attributes,
+    proc_path,
     stat_name,
 )
 from ninefuse.linux.syscalls import rename as rename_names
@@ -30,7 +31,6 @@ from ninefuse.tree.session import (
     check_component,
     check_directory,
     check_new_name,
-    path_of,
 )
 
 AT_REMOVEDIR = 0x200  # unlinkat's only flag
@@ -131,7 +131,7 @@ async def link(
         check_directory(directory.node)
         if file.node.kind == stat.S_IFDIR:
             raise error(errno.EPERM)
-        await blocking(directory.node.path, _link, file.fd, directory.fd, name, caller)
+        await blocking(directory.node.number, _link, file.fd, directory.fd, name, caller)
         await session.settle(directory.node)
 
 
@@ -226,8 +226,11 @@ async def unlinkat(
     async with session.using(dirfid) as use:
         directory = use.node
         check_directory(directory)
-        async with session.keeping(directory, name):
-            await blocking(directory.path, _remove, directory.fd, name, bool(flags), caller)
+        async with (
+            session.names.taking(directory.number, name),
+            session.keeping(directory, name),
+        ):
+            await blocking(directory.number, _remove, directory.fd, name, bool(flags), caller)
         await session.settle(directory)
 
 
@@ -244,7 +247,7 @@ async def _make(
     session.writable()
     async with session.using(dirfid) as use:
         check_directory(use.node)
-        attributes = await blocking(use.node.path, make, use.fd, name, *args)
+        attributes = await blocking(use.node.number, make, use.fd, name, *args)
         await session.settle(use.node)
     return session.fids.qid_of(attributes)
 
@@ -255,8 +258,6 @@ async def _move_node(session: Session, node: Node, directory: Node, name: bytes)
             raise error(errno.EBUSY)
         above, oldname = node.place
         async with session.using_node(above) as parent:
-            if not node.shows(await blocking(parent.path, session.stat_name, parent.fd, oldname)):
-                raise error(errno.ESTALE)
             await _move_name(session, parent, oldname, directory, name, 0, node=node)
 
     await session.unless_moved(move)
@@ -272,18 +273,26 @@ async def _move_name(
     caller: Caller | None = None,
     node: Node | None = None,
 ) -> None:
-    """Move a name, and tell the nodes of what was moved: those that the kernel knows, and one."""
+    """Move a name, and tell the nodes of what was moved: those that the kernel knows, and one.
+
+    If that one is given, the name is moved only if it is its file's, else it is ESTALE.
+    """
     check_directory(old)
     check_directory(new)
     lock = session.rename_lock
     # Both keep their descriptors, so that nobody needs their places while these are in doubt.
     async with (
+        session.names.taking_both((old.number, oldname), (new.number, newname)),
         session.keeping(old, oldname) as moved,
         session.keeping(new, newname) as replaced,
     ):
+        if node is not None and not node.shows(
+            await blocking(old.number, session.stat_name, old.fd, oldname)
+        ):
+            raise error(errno.ESTALE)
         async with lock.writing:
             lock.moves += 1
-        await blocking(old.path, _rename, old.fd, oldname, new.fd, newname, flags, caller)
+        await blocking(old.number, _rename, old.fd, oldname, new.fd, newname, flags, caller)
         async with lock.writing:
             lock.moves += 1
             for one in (moved, node):
@@ -318,7 +327,7 @@ def _symlink(directory: int, name: bytes, target: bytes, caller: Caller | None) 
 def _link(file: int, directory: int, name: bytes, caller: Caller | None) -> None:
     # The file's owner may link it, or who may read and write it (protected_hardlinks, proc(5)).
     with acting_as(caller, (ENTER, directory, b""), (ENTER | OWN, file, b"")):
-        os.link(path_of(file), name, dst_dir_fd=directory, follow_symlinks=True)
+        os.link(proc_path(file), name, dst_dir_fd=directory, follow_symlinks=True)
 
 
 def _rename(

@@ -14,7 +14,7 @@ import stat
 from ninefuse.calls import blocking, blocking_unless, brief
 from ninefuse.errors import error
 from ninefuse.linux.credentials import ENTER, MAKE, OWN, Caller, acting_as, keeps_mark, needs_acting
-from ninefuse.linux.syscalls import Attributes, check_execution, stat_descriptor
+from ninefuse.linux.syscalls import Attributes, check_execution, proc_path, stat_descriptor
 from ninefuse.ops.walk import look
 from ninefuse.tree.identity import Mark
 from ninefuse.tree.nodes import Node
@@ -28,7 +28,6 @@ from ninefuse.tree.session import (
     Use,
     check_directory,
     check_new_name,
-    path_of,
     patiently,
 )
 from ninefuse.tree.table import Fid
@@ -85,7 +84,7 @@ async def _open(
         raise error(errno.EINVAL)
     if flags & (os.O_ACCMODE | os.O_TRUNC):
         session.writable()
-    on, kind = node.path, node.kind
+    on, kind = node.number, node.kind
     if kind == stat.S_IFDIR and flags & (os.O_ACCMODE | os.O_TRUNC):
         raise error(errno.EISDIR)
     if kind == stat.S_IFREG and flags & os.O_DIRECTORY:
@@ -170,7 +169,7 @@ async def _create(
     session: Session, use: Use, name: bytes, flags: int, mode: int, caller: Caller | None
 ) -> Qid:
     """Create a file that does not exist."""
-    on = use.node.path
+    on = use.node.number
     kept = flags & _KEPT_FLAGS
     mode &= PERMISSIONS
     owner = None if caller is None else caller.uid
@@ -216,7 +215,7 @@ async def _open_existing(
 def _open_directory(fd: int, caller: Caller | None, quiet: bool) -> int:
     # Not "." in it, for which one would need the right to search it as well.
     with acting_as(caller, (ENTER, fd, b"")):
-        opened = os.open(path_of(fd), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        opened = os.open(proc_path(fd), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     if quiet:
         _leave_access_time(opened)
     return opened
@@ -264,7 +263,7 @@ def _leave_access_time(fd: int) -> None:
 
 
 def _open_at_once(fd: int, flags: int, caller: Caller | None) -> int:
-    path = path_of(fd)
+    path = proc_path(fd)
     opening = flags & _KEPT_FLAGS | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
     truncates = caller is not None and bool(flags & os.O_TRUNC)
     with acting_as(caller, (ENTER | OWN, fd, b""), bits=truncates):
@@ -292,7 +291,7 @@ def _path_descriptor(session: Session, fd: int) -> tuple[int, Attributes, Mark]:
     """An O_PATH descriptor of the very file that is open, whatever its name says by now."""
     if session.noatime:
         _leave_access_time(fd)
-    path_fd = os.open(path_of(fd), os.O_PATH | os.O_CLOEXEC)
+    path_fd = os.open(proc_path(fd), os.O_PATH | os.O_CLOEXEC)
     try:
         attributes = stat_descriptor(path_fd)
         return path_fd, attributes, session.fids.devices.mark(attributes, path_fd)

@@ -127,7 +127,7 @@ async def _steps(
                 return qids, None, None
             fids.unpin(node)
             node, fid, attributes = found
-            qids.append(qid_of(node.path, attributes))
+            qids.append(qid_of(node.number, attributes))
         return qids, fid, attributes
     finally:
         fids.unpin(node)
@@ -163,7 +163,7 @@ async def _look(
     fids, lock = session.fids, session.rename_lock
 
     async def ask() -> tuple[Node, Attributes]:
-        return await blocking_unless(node.path, _step_now, _step, session, node, name)
+        return await blocking_unless(node.number, _step_now, _step, session, node, name)
 
     tries = MOST_TRIES
     while True:
@@ -326,9 +326,9 @@ async def _commit(session: Session, fid: Fid, new: AttributeWrite) -> None:
         path = f"/proc/self/fd/{node.fd}"
         try:
             if new.remove:
-                await blocking(node.path, _removexattr, node.fd, path, new)
+                await blocking(node.number, _removexattr, node.fd, path, new)
             else:
-                await blocking(node.path, _setxattr, node.fd, path, new)
+                await blocking(node.number, _setxattr, node.fd, path, new)
         finally:
             # At the end: who asked meanwhile may have been told of before.
             node.bare_until = node.bare_asked = 0.0
@@ -369,9 +369,13 @@ async def _remove_by_place(session: Session, node: Node) -> None:
         raise error(errno.EBUSY)
     above, name = node.place
     async with session.using_node(above) as parent:
-        # Another node of the file may be the one that the kernel knows it by.
-        async with session.keeping(parent, name):
-            await blocking(parent.path, _remove_if_same, session, parent.fd, name, node)
+        # Nobody else takes the name away between the look at whose it is and its end. (Another
+        # node of the file may be the one that the kernel knows it by.)
+        async with (
+            session.names.taking(parent.number, name),
+            session.keeping(parent, name),
+        ):
+            await blocking(parent.number, _remove_if_same, session, parent.fd, name, node)
         await session.settle(parent)
 
 

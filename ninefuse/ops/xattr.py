@@ -15,8 +15,9 @@ import os
 from ninefuse.calls import blocking
 from ninefuse.errors import error
 from ninefuse.linux.credentials import ENTER, Caller, acting_as, may_see_trusted
+from ninefuse.linux.syscalls import proc_path
 from ninefuse.tree.opened import AttributeRead, AttributeWrite
-from ninefuse.tree.session import Session, path_of
+from ninefuse.tree.session import Session
 
 XATTR_SIZE_MAX = 65536  # bytes
 
@@ -43,13 +44,13 @@ async def xattrwalk(
     Source: Txattrwalk of 9P2000.L.
     """
     async with session.using(fid) as use:
-        path = path_of(use.fd)
+        path = proc_path(use.fd)
         if b"\0" in name:
             raise error(errno.EINVAL)
         if name:
-            value = await blocking(use.node.path, _getxattr, use.fd, path, name, caller)
+            value = await blocking(use.node.number, _getxattr, use.fd, path, name, caller)
         else:
-            value = await blocking(use.node.path, _list, path, caller)
+            value = await blocking(use.node.number, _list, path, caller)
         session.fids.add(newfid, use.node, AttributeRead(value))
     return len(value)
 

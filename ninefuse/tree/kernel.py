@@ -151,7 +151,7 @@ class KernelTable(FidTable):
     def known(self, a: Attributes, *, allowing: bool = False) -> Node | None:
         """The node by which the kernel knows a file, referenced (`drop` it), or None."""
         with self.lock.reading:
-            fid = self._fids.get(self.path_of(a))
+            fid = self._fids.get(self.number_of(a))
             if fid is None or not fid.node.shows(a) or (allowing and not fid.node.allows(a)):
                 return None
             with self._counts:
@@ -161,7 +161,7 @@ class KernelTable(FidTable):
     def seen(self, a: Attributes, parent: Node, name: bytes) -> None:
         """Note where a file that the kernel may know is found from now on."""
         with self.lock.writing:
-            fid = self._fids.get(self.path_of(a))
+            fid = self._fids.get(self.number_of(a))
             if fid is not None and fid.node.shows(a) and fid.node.place is not None:
                 fid.node.place = parent, name
 
@@ -172,22 +172,22 @@ class KernelTable(FidTable):
         assert self._paths is not None
         if (node.device.number, node.inode) == self._root and not node.aside:
             return ROOT_NODEID, self._fids.get(ROOT_NODEID)
-        number = node.path = self._paths.path_of(node.device, node.inode, node.aside)
+        number = node.number = self._paths.path_of(node.device, node.inode, node.aside)
         fid = self._fids.get(number)
         if fid is None or fid.node.has_number_of(node):
             return number, fid
-        number = node.path = self._paths.apart(
+        number = node.number = self._paths.apart(
             node.device, node.inode, node.aside, lambda number: number not in self._fids
         )
         return number, None
 
     def _is_shared(self, node: Node) -> bool:
         # Without the table's lock: a nodeid that leaves the table meanwhile leaves the node later.
-        fid = self._fids.get(node.path)
+        fid = self._fids.get(node.number)
         return fid is not None and fid.node is node
 
     def _leaves(self, fid: Fid) -> None:
-        super()._leaves(fid)
+        self._count(fid.opened, -1)
         if fid.number < FIRST_HANDLE and self._paths is not None:
             node = fid.node
             self.set_id.discard(fid.number)

@@ -92,7 +92,7 @@ class Leaver:
                 fd, uses = -1, node.uses
                 try:
                     if not has_names(node.fd):
-                        nameless.append(node.path)
+                        nameless.append(node.number)
                     else:
                         fd = fids.take_descriptor(node, uses)
                 finally:

@@ -34,7 +34,7 @@ class Node:
         "kind",
         "mark",
         "mount",
-        "path",
+        "number",
         "pins",
         "place",
         "recent",
@@ -44,14 +44,14 @@ class Node:
 
     def __init__(
         self,
-        path: int,
+        number: int,
         a: Attributes,
         device: Device,
         mount: Mount,
         mark: Mark,
         place: tuple[Node, bytes] | None,
     ) -> None:
-        self.path = path  # qid path
+        self.number = number  # qid path
         self.kind = a.kind  # S_IFREG, S_IFDIR, …
         self.device = device
         self.mount = mount  # that it was found by
@@ -73,7 +73,7 @@ class Node:
 
     def __repr__(self) -> str:
         name = self.place[1] if self.place else b"/"
-        return f"<node {self.path} {name!r} fd {self.fd} refs {self.refs} pins {self.pins}>"
+        return f"<node {self.number} {name!r} fd {self.fd} refs {self.refs} pins {self.pins}>"
 
     def shows(self, a: Attributes, mark: Mark = None) -> bool:
         """Whether the attributes are this file's, not those of one that has its number now.

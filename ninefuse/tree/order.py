@@ -10,6 +10,9 @@ Requests come in the order in which the dispatcher starts their bodies. A body s
 going to change before its first call. One that has to wait is put aside by its driver and occupies
 no thread; whoever ends the last change that it waits for resumes it.
 
+Names have an order as well (`Names`): who takes a name away from a file, because it is that
+file's, must not find another's there when he takes it.
+
 Locks touched: the mutex of a `Ranges`, for list work only.
 """
 
@@ -26,6 +29,7 @@ END = 1 << 63  # no file is so long
 
 _start = attrgetter("start")
 _number = attrgetter("number")
+_place = attrgetter("path", "start")
 
 
 class Turn:
@@ -210,3 +214,55 @@ class Ranges:
             first = file
             file = self._files[first.path] = _File(first)
         return file
+
+
+class Names(Ranges):
+    """The names that are being taken away: by unlinkat and remove, by renames of and to them.
+
+    A name that is there can come to be another file's only after it was taken away. So whoever is
+    alone in that can look whose it is, and take it. (From the source itself, where nobody asks,
+    it may be taken at any time.)
+    """
+
+    def taking(self, directory: int, name: bytes) -> Turn:
+        """``async with names.taking(directory, name):`` around taking a name away.
+
+        Args:
+            directory: its qid path.
+            name: the name in it.
+        """
+        # A name is a byte of the directory's; two that fall together wait for one another.
+        at = hash(name) & END - 1
+        return _NameTurn(self, directory, at, at + 1)
+
+    def taking_both(self, one: tuple[int, bytes], other: tuple[int, bytes]) -> Taking:
+        """As `taking`, of two names, which may be the same."""
+        # In one order, whoever asks: so nobody waits in a circle.
+        turns = sorted((self.taking(*one), self.taking(*other)), key=_place)
+        return Taking(turns[:1] if _place(turns[0]) == _place(turns[1]) else turns)
+
+
+class _NameTurn(Turn):
+    """A name that a body is about to take away."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return f"a name of inode {self.path} that is being taken away"
+
+
+class Taking:
+    """Two names that a body takes away; `Names.taking_both`."""
+
+    __slots__ = ("_turns",)
+
+    def __init__(self, turns: list[Turn]) -> None:
+        self._turns = turns
+
+    async def __aenter__(self) -> None:
+        for turn in self._turns:
+            await turn.__aenter__()
+
+    async def __aexit__(self, *exc: object) -> None:
+        for turn in self._turns:
+            await turn.__aexit__()

@@ -23,7 +23,7 @@ from ninefuse.locks import RenameLock
 from ninefuse.tree.descriptors import MOST, Descriptors
 from ninefuse.tree.kernel import KernelTable
 from ninefuse.tree.nodes import Node
-from ninefuse.tree.order import Ranges
+from ninefuse.tree.order import Names, Ranges
 from ninefuse.tree.table import Fid, FidTable
 
 T = TypeVar("T")
@@ -87,6 +87,7 @@ class Session:
             self.fids = FidTable(driver.defer)
         self.rename_lock = RenameLock()
         self.ranges = Ranges()
+        self.names = Names()
         self.read_only = read_only
         # Whether the mount that the requests come by has been made writable since.
         self.has_become_writable: Callable[[], bool] = bool
@@ -138,7 +139,7 @@ class Session:
             OSError: ESTALE, they do not lead there any more; ENFILE.
         """
         reopen = self.descriptors.reopen
-        await self.unless_moved(lambda: blocking(node.path, reopen, node, looking))
+        await self.unless_moved(lambda: blocking(node.number, reopen, node, looking))
 
     async def unless_moved(self, find: Callable[[], Awaitable[T]]) -> T:
         """Await what finds a file by its remembered place; again, if a rename came in between.
@@ -212,7 +213,7 @@ class Session:
         self.descriptors.claim(owner)
         if self.descriptors.are_short:
             try:
-                await blocking(near.path, self.descriptors.make_room_for_open, near)
+                await blocking(near.number, self.descriptors.make_room_for_open, near)
             except BaseException:
                 self.fids.unclaim(owner)
                 raise
@@ -220,7 +221,7 @@ class Session:
     async def settle(self, directory: Node) -> None:
         """Make what was changed in a directory durable, where the mount asks for it."""
         if self.sync_directories:
-            await blocking(directory.path, _sync_directory, directory.fd)
+            await blocking(directory.number, _sync_directory, directory.fd)
 
 
 class Keeping:
@@ -237,7 +238,7 @@ class Keeping:
     async def __aenter__(self) -> Node | None:
         session, directory, fids = self._session, self._directory, self._session.fids
         try:
-            a = await blocking(directory.path, session.stat_name, directory.fd, self._name)
+            a = await blocking(directory.number, session.stat_name, directory.fd, self._name)
         except FileNotFoundError:
             return None
         node = fids.known(a)
@@ -249,7 +250,7 @@ class Keeping:
         if not has_descriptor:
             try:
                 open_named = session.descriptors.open_named
-                await blocking(directory.path, open_named, directory, self._name, node)
+                await blocking(directory.number, open_named, directory, self._name, node)
             except BaseException:
                 fids.unpin(node)
                 raise
@@ -373,11 +374,6 @@ def _sync_directory(fd: int) -> None:
         os.fsync(readable)
     finally:
         os.close(readable)
-
-
-def path_of(fd: int) -> str:
-    """The path by which calls that take no descriptor reach an open file (proc(5))."""
-    return f"/proc/self/fd/{fd}"
 
 
 def check_offset(*offsets: int) -> None:

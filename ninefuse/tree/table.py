@@ -114,7 +114,7 @@ class FidTable(Counts):
             self._root, self._source = new, new[0]
             self._paths = QidPaths(root, self.devices)
 
-    def path_of(self, a: Attributes) -> int:
+    def number_of(self, a: Attributes) -> int:
         """The qid path of a file of the source."""
         if self._root == ((a.dev_major, a.dev_minor), a.ino) and not self.devices.aside(a):
             return a.ino
@@ -128,7 +128,7 @@ class FidTable(Counts):
 
     def qid_of(self, a: Attributes) -> Qid:
         """The qid of a file of the source."""
-        return qid_of(self.path_of(a), a)
+        return qid_of(self.number_of(a), a)
 
     # References
 
@@ -181,7 +181,7 @@ class FidTable(Counts):
             place: the parent and name it was found at, None for the root.
             mark: what tells it from later files that get its number (`Devices.mark`).
         """
-        node = Node(self.path_of(a), a, self.devices.of(a), self.devices.mount_of(a), mark, place)
+        node = Node(self.number_of(a), a, self.devices.of(a), self.devices.mount_of(a), mark, place)
         if fd >= 0:
             self.give_descriptor(node, fd)
         return node

@@ -7,6 +7,7 @@ there made before.
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -17,6 +18,9 @@ from pathlib import Path
 import pytest
 from blocks import Key, block_of, blocks
 from mounting import ENVIRONMENT, PATIENCE, REPO, detach
+
+from ninefuse.fuse import callbacks
+from ninefuse.fuse.adapter import Adapter
 
 MOUNT = "ninefuse /tmp/src /tmp/mnt --log /tmp/log"
 UNMOUNT = "fusermount3 -u /tmp/mnt"
@@ -191,3 +195,18 @@ def test_a_block_does_what_the_page_says(key: Key, place: Path, mountpoint: Path
         match = re.search(pattern, shown, re.M)
         assert match, f"{pattern!r} is not in\n{shown}"
         shown = shown[match.end() :]
+
+
+def test_the_table_of_operations_is_that_of_the_callbacks() -> None:
+    """The same names in the same order, and each is a callback of the adapter."""
+    text = (REPO / "docs" / "operations.md").read_text(encoding="utf-8")
+    rows = text[text.index("| callback |") :].split("\n\n")[0].split("\n")[2:]
+    documented = [name for row in rows for name in row.split("|")[1].strip().split(", ")]
+    written = [
+        name
+        for name, function in vars(callbacks).items()
+        if inspect.iscoroutinefunction(function) and function.__module__ == callbacks.__name__
+        if not name.startswith("_")
+    ]
+    assert documented == written
+    assert all(inspect.iscoroutinefunction(vars(Adapter)[name]) for name in documented)

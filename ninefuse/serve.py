@@ -140,6 +140,7 @@ def _traced(
     title = f"ninefuse {source} on {mountpoint}, model {settings.model}"
     with tracing.Tracer(TraceFile(path, title)) as tracer:
         driver.observer = tracer
+        session.announces = True
         session.fids.lock.on_wait = tracer.waited_for_table
         try:
             yield tracer

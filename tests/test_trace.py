@@ -261,15 +261,6 @@ def test_a_killed_daemon_leaves_a_trace_that_can_be_read(guard: Watchdog, tmp_pa
     assert sum(e["ph"] == "e" and e["name"] == "create" for e in events) > 10
 
 
-def test_without_trace_the_messages_are_untouched(tmp_path: Path) -> None:
-    before = {name: getattr(ops, name) for name in ops.__all__}
-    file = TraceFile(str(tmp_path / "trace"), "title")
-    with Tracer(file) as tracer:
-        assert ops.walk is not before["walk"]
-        tracer.close()
-    assert {name: getattr(ops, name) for name in ops.__all__} == before
-
-
 def test_a_trace_that_cannot_be_written_is_refused(
     new_mount: Callable[..., Mount], tmp_path: Path
 ) -> None:
@@ -399,6 +390,7 @@ def test_operations_do_the_same_under_a_tracer(tmp_path: Path) -> None:
 
     async def scenario(driver: executor.Executor, tracer: Tracer) -> None:
         session = Session(driver)
+        session.announces = True
         fd = os.open(source, os.O_PATH | os.O_DIRECTORY)
         await answer(driver, "version", ops.version(session, ops.MAX_MSIZE, ops.VERSION))
         await answer(driver, "attach", ops.attach(session, 1, fd))

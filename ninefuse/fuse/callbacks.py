@@ -22,7 +22,7 @@ from collections.abc import Awaitable, Sequence
 from typing import NamedTuple, TypeVar
 
 from ninefuse import ops
-from ninefuse.calls import blocking
+from ninefuse.calls import Begin, blocking
 from ninefuse.errors import error
 from ninefuse.fuse import changes, entries, labels
 from ninefuse.fuse.entries import EntryPlus
@@ -55,7 +55,11 @@ async def lookup(session: Session, parent: int, name: bytes) -> tuple[Fid, Attri
 
 async def forget(session: Session, forgets: Sequence[tuple[int, int]]) -> int:
     """clunk each fid whose lookups have all been taken back; how many these were."""
-    return session.kernel.forget(forgets)
+    gone = session.kernel.forget(forgets)
+    if session.announces:
+        for _ in range(gone):
+            await Begin("clunk")
+    return gone
 
 
 async def getattr(session: Session, nodeid: int) -> Attributes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 
-from ninefuse.calls import Ended, blocking
+from ninefuse.calls import Begin, Ended, blocking
 from ninefuse.errors import error
 from ninefuse.linux.syscalls import stat_descriptor
 from ninefuse.tree.qids import Qid
@@ -35,6 +35,8 @@ async def version(session: Session, msize: int, wanted: str) -> tuple[int, str]:
 
     Source: version(5) of Plan 9; QEMU hw/9pfs/9p.c, v9fs_version.
     """
+    if session.announces:
+        await Begin("version")
     session.fids.clear()
     if msize < MIN_MSIZE:
         raise error(errno.EMSGSIZE)
@@ -57,6 +59,8 @@ async def attach(session: Session, fid: int, directory: int | str) -> Qid:
     Source: attach(5) of Plan 9. There is no authentication: whoever could mount the
     source could read it.
     """
+    if session.announces:
+        await Begin("attach", fid)
     fd = await blocking(None, _open_root, directory)
     try:
         attributes = await blocking(None, stat_descriptor, fd)
@@ -80,6 +84,8 @@ async def flush(session: Session, oldtag: int) -> None:
     Never an error. A body that has started always runs to its end, so this waits for
     the old request, whose own answer goes out first (flush(5) of Plan 9).
     """
+    if session.announces:
+        await Begin("flush")
     await Ended(oldtag)
 
 

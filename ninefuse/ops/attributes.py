@@ -10,7 +10,7 @@ import os
 import stat as st
 from typing import NamedTuple
 
-from ninefuse.calls import blocking, brief
+from ninefuse.calls import Begin, blocking, brief
 from ninefuse.errors import error
 from ninefuse.linux.credentials import CHANGE, ENTER, OWN, Caller, acting_as
 from ninefuse.linux.syscalls import Attributes, SetTime, proc_path, set_times, stat_descriptor
@@ -46,6 +46,8 @@ async def getattr(session: Session, fid: int, on: int | None = None) -> Attribut
 
     Source: Tgetattr of 9P2000.L.
     """
+    if session.announces:
+        await Begin("getattr", fid)
     async with session.using(fid, looking=True) as use:
         on = use.node.number if on is None else on
         attributes = await brief(on, stat_descriptor, use.fd)
@@ -73,6 +75,8 @@ async def setattr(
 
     Source: Tsetattr of 9P2000.L.
     """
+    if session.announces:
+        await Begin("setattr", fid)
     session.writable()
     async with session.using(fid) as use:
         on = use.node.number
@@ -106,6 +110,8 @@ async def readlink(session: Session, fid: int) -> bytes:
 
     Source: Treadlink of 9P2000.L.
     """
+    if session.announces:
+        await Begin("readlink", fid)
     async with session.using(fid) as use:
         if use.node.kind != st.S_IFLNK:
             raise error(errno.EINVAL)
@@ -120,6 +126,8 @@ async def statfs(session: Session, fid: int) -> os.statvfs_result:
 
     Source: Tstatfs of 9P2000.L.
     """
+    if session.announces:
+        await Begin("statfs", fid)
     async with session.using(fid) as use:
         return await blocking(use.node.number, os.statvfs, use.fd)
 

@@ -10,7 +10,7 @@ import os
 import sys
 from typing import NamedTuple
 
-from ninefuse.calls import blocking, brief
+from ninefuse.calls import Begin, blocking, brief
 from ninefuse.errors import error
 from ninefuse.linux.records import DirectoryEntry
 from ninefuse.linux.syscalls import Attributes, stat_descriptor
@@ -49,6 +49,8 @@ async def readdir(
 
     Source: Treaddir of 9P2000.L.
     """
+    if session.announces:
+        await Begin("readdir", fid)
     use = session.fids.get(fid)
     try:
         directory = open_directory_of(use)
@@ -74,19 +76,19 @@ async def look_at(
     if entry.name == b"..":
         return Look(entry)
     if entry.name == b".":
-        return await _stat_itself(use, directory, entry)
+        if session.announces:
+            await Begin("getattr", use.number)
+        return Look(entry, await brief(use.node.number, stat_descriptor, directory.fd))
     return await _walk_entry(session, use, directory, entry)
-
-
-async def _stat_itself(use: Fid, directory: OpenDirectory, entry: DirectoryEntry) -> Look:
-    """getattr of the directory, for its own entry."""
-    return Look(entry, await brief(use.node.number, stat_descriptor, directory.fd))
 
 
 async def _walk_entry(
     session: Session, use: Fid, directory: OpenDirectory, entry: DirectoryEntry
 ) -> Look | None:
     """walk to an entry and getattr of it, which are a single call; None if it has gone."""
+    if session.announces:
+        await Begin("walk", use.number)
+        await Begin("getattr")
     on = use.node.number
     try:
         return Look(entry, *await blocking(on, _stat_entry, session, directory.fd, entry.name))

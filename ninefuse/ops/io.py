@@ -9,7 +9,7 @@ import errno
 import mmap
 import os
 
-from ninefuse.calls import Fsync, Pread, Pwrite, blocking
+from ninefuse.calls import Begin, Fsync, Pread, Pwrite, blocking
 from ninefuse.errors import error
 from ninefuse.linux.credentials import (
     spending_as,
@@ -39,6 +39,8 @@ async def read(session: Session, fid: int, offset: int, count: int) -> bytes:
 
     Source: read(5) of Plan 9.
     """
+    if session.announces:
+        await Begin("read", fid)
     use = session.fids.get(fid)
     try:
         opened = use.opened
@@ -79,6 +81,8 @@ async def write(session: Session, fid: int, offset: int, data: bytes) -> int:
 
     Source: read(5) of Plan 9.
     """
+    if session.announces:
+        await Begin("write", fid)
     use = session.fids.get(fid)
     try:
         opened = use.opened
@@ -120,6 +124,8 @@ async def fsync(session: Session, fid: int, datasync: bool = False) -> None:
 
     Source: Tfsync of 9P2000.L.
     """
+    if session.announces:
+        await Begin("fsync", fid)
     use = session.fids.get(fid)
     try:
         if not isinstance(use.opened, OpenFile | OpenDirectory):

@@ -12,7 +12,7 @@ import struct
 from enum import IntEnum
 from typing import NamedTuple
 
-from ninefuse.calls import blocking
+from ninefuse.calls import Begin, blocking
 from ninefuse.errors import error
 from ninefuse.tree.session import Session, check_offset
 from ninefuse.tree.table import open_file_of
@@ -51,6 +51,8 @@ async def lock(session: Session, fid: int, flags: int, wanted: LockRange) -> Loc
 
     Source: Tlock of 9P2000.L. Open-file-description locks, which end with the fid.
     """
+    if session.announces:
+        await Begin("lock", fid)
     if flags & ~_LOCK_FLAGS:
         raise error(errno.EINVAL)
     use = session.fids.get(fid)
@@ -74,6 +76,8 @@ async def getlock(session: Session, fid: int, wanted: LockRange) -> LockRange:
 
     Source: Tgetlock of 9P2000.L.
     """
+    if session.announces:
+        await Begin("getlock", fid)
     use = session.fids.get(fid)
     try:
         file = open_file_of(use)

@@ -11,7 +11,7 @@ import os
 import stat
 from collections.abc import Callable
 
-from ninefuse.calls import blocking
+from ninefuse.calls import Begin, blocking
 from ninefuse.errors import error
 from ninefuse.linux.credentials import ENTER, MAKE, OWN, PASS, TAKE, Caller, acting_as
 from ninefuse.linux.syscalls import (
@@ -58,6 +58,8 @@ async def mkdir(
 
     Source: Tmkdir of 9P2000.L.
     """
+    if session.announces:
+        await Begin("mkdir", dirfid)
     return await _make(session, dirfid, name, _mkdir, mode & PERMISSIONS, caller)
 
 
@@ -84,6 +86,8 @@ async def mknod(
 
     Source: Tmknod of 9P2000.L.
     """
+    if session.announces:
+        await Begin("mknod", dirfid)
     return await _make(session, dirfid, name, _mknod, mode & 0xFFFF, rdev, caller)
 
 
@@ -98,6 +102,8 @@ async def symlink(
 
     Source: Tsymlink of 9P2000.L.
     """
+    if session.announces:
+        await Begin("symlink", dirfid)
     if b"\0" in target:
         raise error(errno.EINVAL)
     return await _make(session, dirfid, name, _symlink, target, caller)
@@ -125,6 +131,8 @@ async def link(
 
     Source: Tlink of 9P2000.L.
     """
+    if session.announces:
+        await Begin("link", dirfid)
     check_new_name(name)
     session.writable()
     async with session.using(dirfid) as directory, session.using(fid) as file:
@@ -152,6 +160,8 @@ async def rename(session: Session, fid: int, dirfid: int, name: bytes) -> None:
 
     Source: Trename of 9P2000.L.
     """
+    if session.announces:
+        await Begin("rename", fid)
     _check_moved_name(name)
     session.writable()
     async with session.using(fid) as file, session.using(dirfid) as directory:
@@ -188,6 +198,8 @@ async def renameat(
 
     Source: Trenameat of 9P2000.L.
     """
+    if session.announces:
+        await Begin("renameat", olddirfid)
     if flags not in _RENAME_FLAGS:
         raise error(errno.EINVAL)
     _check_moved_name(oldname)
@@ -215,6 +227,8 @@ async def unlinkat(
 
     Source: Tunlinkat of 9P2000.L.
     """
+    if session.announces:
+        await Begin("unlinkat", dirfid)
     if flags & ~AT_REMOVEDIR:
         raise error(errno.EINVAL)
     check_component(name)

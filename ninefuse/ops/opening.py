@@ -11,7 +11,7 @@ import fcntl
 import os
 import stat
 
-from ninefuse.calls import blocking, blocking_unless, brief
+from ninefuse.calls import Begin, blocking, blocking_unless, brief
 from ninefuse.errors import error
 from ninefuse.linux.credentials import ENTER, MAKE, OWN, Caller, acting_as, keeps_mark, needs_acting
 from ninefuse.linux.syscalls import Attributes, check_execution, proc_path, stat_descriptor
@@ -67,6 +67,8 @@ async def lopen(
 
     Source: Tlopen of 9P2000.L; CVE-2023-2861.
     """
+    if session.announces:
+        await Begin("lopen", fid)
     async with session.using(fid) as use:
         return await _open(session, use.fid, use.node, flags, caller, executes)
 
@@ -145,6 +147,8 @@ async def lcreate(
 
     Source: Tlcreate of 9P2000.L; QEMU hw/9pfs/9p.c, v9fs_lcreate.
     """
+    if session.announces:
+        await Begin("lcreate", fid)
     check_new_name(name)
     session.writable()
     async with session.using(fid) as use:

@@ -10,7 +10,7 @@ import os
 import stat
 from collections.abc import Callable
 
-from ninefuse.calls import blocking, blocking_unless
+from ninefuse.calls import Begin, blocking, blocking_unless
 from ninefuse.errors import error
 from ninefuse.linux.credentials import LABEL, acting_as
 from ninefuse.linux.syscalls import Attributes, open_cached, open_step, stat_descriptor
@@ -57,6 +57,8 @@ async def walk(
 
     Source: walk(5) of Plan 9; QEMU hw/9pfs/9p.c, v9fs_walk.
     """
+    if session.announces:
+        await Begin("walk", fid)
     if len(names) > MAXWELEM:
         raise error(errno.EINVAL)
     if not names:
@@ -90,6 +92,8 @@ async def walkgetattr(
 
     Source: Twalkgetattr, gVisor's addition to 9P2000.L.
     """
+    if session.announces:
+        await Begin("walkgetattr", fid)
     _, found, attributes = await _walk_names(session, fid, newfid, (name,))
     assert found is not None  # a walk of one name succeeds or raises
     assert attributes is not None
@@ -311,6 +315,8 @@ async def clunk(session: Session, fid: int) -> None:
 
     Source: clunk(5) of Plan 9; QEMU hw/9pfs/9p.c, v9fs_xattr_fid_clunk.
     """
+    if session.announces:
+        await Begin("clunk", fid)
     gone = session.fids.remove(fid)
     try:
         if isinstance(gone.opened, AttributeWrite):
@@ -355,6 +361,8 @@ async def remove(session: Session, fid: int) -> None:
 
     Source: remove(5) of Plan 9.
     """
+    if session.announces:
+        await Begin("remove", fid)
     gone = session.fids.remove(fid)
     try:
         session.writable()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import os
 
-from ninefuse.calls import blocking
+from ninefuse.calls import Begin, blocking
 from ninefuse.errors import error
 from ninefuse.linux.credentials import ENTER, Caller, acting_as, may_see_trusted
 from ninefuse.linux.syscalls import proc_path
@@ -43,6 +43,8 @@ async def xattrwalk(
 
     Source: Txattrwalk of 9P2000.L.
     """
+    if session.announces:
+        await Begin("xattrwalk", fid)
     async with session.using(fid) as use:
         path = proc_path(use.fd)
         if b"\0" in name:
@@ -83,6 +85,8 @@ async def xattrcreate(
 
     Source: Txattrcreate of 9P2000.L.
     """
+    if session.announces:
+        await Begin("xattrcreate", fid)
     if size > XATTR_SIZE_MAX:
         raise error(errno.E2BIG)
     if size < 0 or not name or b"\0" in name or flags & ~(os.XATTR_CREATE | os.XATTR_REPLACE):

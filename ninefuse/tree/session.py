@@ -80,6 +80,7 @@ class Session:
         attr_timeout: float = 0.0,
     ) -> None:
         self.attr_timeout = attr_timeout
+        self.announces = False  # whether operations say which message they are (`Begin`)
         self.defer = driver.defer
         if kernel:
             self.fids = self.kernel = KernelTable(driver.defer)

@@ -1,11 +1,10 @@
 """`--trace FILE`: the way of every request, in the Chrome trace-event format.
 
-Nothing in the drivers or the operations knows of it. A `Tracer` puts itself around
-things: around each body (`_TracedBody` stands between it and its driver, and sees when and
-on which thread it is run, what it asks for, and how it ends), around each call that a body
-asks for, around the locks it takes, and around the messages in `ninefuse.ops`. So a trace
-shows what a driver does, not what it is meant to do, and without one there is nothing to
-pay for but a comparison or two for each request.
+A `Tracer` is a driver's observer. It has a `_TracedBody` stand between each body and its driver:
+that sees when and on which thread the body runs, which messages it begins (`Begin`), what it
+waits for, which calls it asks for and where these are made. So a trace shows what a driver does,
+not what it is meant to do. Without one there is nothing to pay for but a comparison for each
+message and each call.
 
 What was seen of a request is handed to a thread that writes it (trace_file.py) when the
 request is answered.
@@ -16,21 +15,15 @@ Locks touched: none; it is called inside sections of the fid table's lock.
 from __future__ import annotations
 
 import errno
-import functools
-import inspect
 import sys
 import threading
 import time
-import types
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import Any, TypeVar
 
 import trio
 
-from ninefuse import ops
 from ninefuse.calls import Begin, Body, Call, Command, words_of
-from ninefuse.fuse import callbacks
-from ninefuse.ops import directory
 from ninefuse.watching.trace_file import Lane, Message, Piece, TraceFile, Wait, Way
 
 T = TypeVar("T")
@@ -38,36 +31,16 @@ WaitReadable = Callable[[int], Awaitable[None]]
 
 _now = time.perf_counter_ns
 
-_MESSAGES = tuple(
-    name for name in ops.__all__ if inspect.iscoroutinefunction(getattr(ops, name, None))
-)
-# Messages go by the names of the protocol; these are not theirs.
-_NAMES = {"readdirplus": "readdir"}
-
 _INTERVAL = 1e-4  # seconds
 
 # pyfuse3 may end a task after a reply, which then does not come back to wait.
 _MOST_REPLYING = 4096
 
-_FID_PARAMETERS = ("fid", "dirfid", "olddirfid")
-
-
-class _Ends:
-    """The message that began last ends."""
-
-
-_ENDS = _Ends()
-
-
-@types.coroutine
-def _say(command: _Ends) -> Generator[_Ends, None, None]:
-    yield command
-
 
 class Tracer:
     """Watches the requests of one driver and has them written; an executor's `Observer`.
 
-    A context manager: inside, the messages in `ninefuse.ops` are watched too.
+    A context manager: inside, threads are switched more often.
 
     Args:
         file: where to write.
@@ -77,7 +50,6 @@ class Tracer:
         self._file = file
         self._lanes: dict[int, Lane] = {}  # by the thread's ident
         self._running: dict[int, _TracedBody[Any]] = {}  # likewise: whose code runs there
-        self._undo: list[tuple[Any, str, Any]] = []
         # By pyfuse3's tasks: requests that are being answered, and when one was there to read.
         self._replying: dict[trio.lowlevel.Task, Way] = {}
         self._received: dict[trio.lowlevel.Task, int] = {}
@@ -87,23 +59,10 @@ class Tracer:
         # interpreter's lock for milliseconds: for calls that take microseconds.
         self._interval = sys.getswitchinterval()
         sys.setswitchinterval(_INTERVAL)
-        for name in _MESSAGES:
-            self._replace(ops, name, _announced(getattr(ops, name), _NAMES.get(name, name)))
-        # What readdirplus does in the place of messages of their own, and forget.
-        self._replace(directory, "_stat_itself", _announced(directory._stat_itself, "getattr"))
-        both = _announced(directory._walk_entry, "walk", "getattr")
-        self._replace(directory, "_walk_entry", both)
-        self._replace(callbacks, "forget", _clunks(callbacks.forget))
         return self
 
     def __exit__(self, *exc: object) -> None:
         sys.setswitchinterval(self._interval)
-        while self._undo:
-            setattr(*self._undo.pop())
-
-    def _replace(self, module: Any, name: str, function: Any) -> None:
-        self._undo.append((module, name, getattr(module, name)))
-        setattr(module, name, function)
 
     def watch(self, tag: int, name: str, body: Body[T], *, awaited: bool) -> Body[T]:
         """Return a body that does the same and is watched.
@@ -203,7 +162,6 @@ class _TracedBody(Coroutine[Any, Any, T]):
         self._tracer = tracer
         self._body = body
         self._awaited = awaited
-        self._open: list[int] = []  # messages that have begun and not ended, by number
         self._waiting: tuple[str, int] | None = None  # for what, since when
 
     def send(self, value: Any) -> Any:
@@ -220,7 +178,7 @@ class _TracedBody(Coroutine[Any, Any, T]):
 
     def make(self, call: Call[Any], *, now: bool) -> Any:
         """Make a call that the body asked for, as its driver has it made."""
-        tracer, message = self._tracer, self._open[-1] if self._open else -1
+        tracer, message = self._tracer, len(self.way.messages) - 1
         lane, ident = tracer.lane(), threading.get_ident()
         tracer._running[ident] = self
         name = call.label
@@ -255,16 +213,11 @@ class _TracedBody(Coroutine[Any, Any, T]):
         tracer._running[ident] = self
         try:
             while True:
-                command: Command | _Ends = resume(*value)
-                if isinstance(command, Begin):
-                    begin = self._cut(lane, begin)
-                    self.way.messages.append(Message(f"T{command.message}", command.fid))
-                    self._open.append(len(self.way.messages) - 1)
-                elif isinstance(command, _Ends):
-                    begin = self._cut(lane, begin)
-                    self._open.pop()
-                else:
+                command: Command = resume(*value)
+                if not isinstance(command, Begin):
                     break
+                begin = self._cut(lane, begin)
+                self.way.messages.append(Message(f"T{command.message}", command.fid))
                 resume, value = self._body.send, (None,)
         except BaseException as end:  # StopIteration is how a body ends
             self._cut(lane, begin)
@@ -281,43 +234,9 @@ class _TracedBody(Coroutine[Any, Any, T]):
     def _cut(self, lane: Lane, begin: int) -> int:
         """Note that the body ran here until now; return now."""
         now = _now()
-        message = self._open[-1] if self._open else -1
+        message = len(self.way.messages) - 1
         self.way.pieces.append(Piece(lane, begin, now, "", message))
         return now
-
-
-def _announced(
-    function: Callable[..., Awaitable[Any]], *names: str
-) -> Callable[..., Coroutine[Any, Any, Any]]:
-    """The same message, which says when it begins and ends."""
-    parameters = list(inspect.signature(function).parameters)
-    has_fid = len(parameters) > 1 and parameters[1] in _FID_PARAMETERS
-
-    @functools.wraps(function)
-    async def announced(session: Any, *args: Any, **kwargs: Any) -> Any:
-        for name in names:
-            await Begin(name, args[0] if has_fid and args else kwargs.get("fid"))
-        try:
-            return await function(session, *args, **kwargs)
-        finally:
-            for _ in names:
-                await _say(_ENDS)
-
-    return announced
-
-
-def _clunks(function: Callable[..., Awaitable[int]]) -> Callable[..., Coroutine[Any, Any, int]]:
-    """callbacks.forget, which says how many fids it clunks."""
-
-    @functools.wraps(function)
-    async def forget(*args: Any) -> int:
-        gone = await function(*args)
-        for _ in range(gone):
-            await Begin("clunk")
-            await _say(_ENDS)
-        return gone
-
-    return forget
 
 
 def _error_name(error: BaseException) -> str:

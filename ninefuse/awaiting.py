@@ -98,10 +98,12 @@ class _End:
         self.is_here = False  # the end is known on the dispatcher
 
     def __call__(self, request: Request) -> None:
-        if get_ident() == self._thread:
-            self._arrive()
-        else:
+        if get_ident() != self._thread:
             self._awaiting.driver.dispatcher.post(self._arrive)
+        elif self.is_awaited:
+            self._arrive()
+        else:  # it never went anywhere else
+            self.is_here = True
 
     def _arrive(self) -> None:
         self.is_here = True

@@ -197,7 +197,7 @@ class Adapter(pyfuse3.Operations):
         )
         if changes == ops.Changes():
             changes = changes._replace(ctime=True)  # a chown to nobody: it moves that at least
-        handle = None if fh is None else _fid(fh)
+        handle = None if fh is None else FIRST_HANDLE + fh
         body = callbacks.setattr(self._session, inode, handle, changes, self._caller(ctx))
         return self._attributes(inode, await self._answer("setattr", body, ctx.uid))
 
@@ -238,27 +238,27 @@ class Adapter(pyfuse3.Operations):
         return self._opened(handle, flags), self._entry(fid, attributes)
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
-        fid = _fid(fh)
+        fid = FIRST_HANDLE + fh
         body = callbacks.read(self._session, fid, off, size)
         return await self._answer("read", body, self._opener_of(fid))
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:
-        fid = _fid(fh)
+        fid = FIRST_HANDLE + fh
         body = callbacks.write(self._session, fid, off, buf)
         return await self._answer("write", body, self._opener_of(fid))
 
     async def flush(self, fh: int) -> None:
-        fid = _fid(fh)
+        fid = FIRST_HANDLE + fh
         body = callbacks.flush(self._session, fid)
         await self._answer("flush", body, self._opener_of(fid))
 
     async def fsync(self, fh: int, datasync: bool) -> None:
-        fid = _fid(fh)
+        fid = FIRST_HANDLE + fh
         body = callbacks.fsync(self._session, fid, datasync)
         await self._answer("fsync", body, self._opener_of(fid))
 
     async def release(self, fh: int) -> None:
-        await self._answer("release", callbacks.release(self._session, _fid(fh)))
+        await self._answer("release", callbacks.release(self._session, FIRST_HANDLE + fh))
 
     # Directories
 
@@ -267,7 +267,7 @@ class Adapter(pyfuse3.Operations):
         return _handle(await self._answer("opendir", body, ctx.uid))
 
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        directory = _fid(fh)
+        directory = FIRST_HANDLE + fh
         body = callbacks.readdir(self._session, directory, start_id)
         entries = await self._answer("readdir", body, self._opener_of(directory))
         fit = 0
@@ -289,12 +289,12 @@ class Adapter(pyfuse3.Operations):
             fitted(self._session, directory, entries, fit)
 
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
-        fid = _fid(fh)
+        fid = FIRST_HANDLE + fh
         body = callbacks.fsyncdir(self._session, fid, datasync)
         await self._answer("fsyncdir", body, self._opener_of(fid))
 
     async def releasedir(self, fh: int) -> None:
-        await self._answer("releasedir", callbacks.releasedir(self._session, _fid(fh)))
+        await self._answer("releasedir", callbacks.releasedir(self._session, FIRST_HANDLE + fh))
 
     # Extended attributes
 
@@ -426,11 +426,6 @@ def _shortened(result: object) -> str:
     if isinstance(result, list):
         return f"{len(result)} entries"
     return "done" if result is None else str(result)
-
-
-def _fid(handle: int) -> int:
-    """The fid behind the kernel's 64-bit file handle."""
-    return FIRST_HANDLE + handle
 
 
 def _handle(fid: int) -> int:

@@ -9,7 +9,7 @@ import errno
 import mmap
 import os
 
-from ninefuse.calls import Begin, Fsync, Pread, Pwrite, blocking
+from ninefuse.calls import Begin, Call, Fsync, Pread, Pwrite, blocking
 from ninefuse.errors import error
 from ninefuse.linux.credentials import (
     spending_as,
@@ -98,11 +98,11 @@ async def write(session: Session, fid: int, offset: int, data: bytes) -> int:
         async with session.ranges.changing(on, offset, end):
             if session.fids.set_id and on in session.fids.set_id and file.group is None:
                 await blocking(on, _keep_mark, file)  # it may have come after the open
-            written = await _write(on, file, data, offset)
+            written = await _writing(on, file, data, offset)
             while written < len(data) and _may_be_written_back(file, offset):
                 # Of such a write the kernel heeds the error alone: a short count would be a loss
                 # that no msync or fsync tells of.
-                more = await _write(on, file, data[written:], offset + written)
+                more = await _writing(on, file, data[written:], offset + written)
                 if not more:
                     raise error(errno.EIO)
                 written += more
@@ -155,11 +155,12 @@ def _write_once(fd: int, data: bytes, offset: int) -> int:
     return os.write(fd, data)
 
 
-async def _write(on: int, file: OpenFile, data: bytes, offset: int) -> int:
+def _writing(on: int, file: OpenFile, data: bytes, offset: int) -> Call[int]:
+    """The call that writes."""
     if file.live:
-        return await blocking(on, _write_live, file, data, offset)
+        return blocking(on, _write_live, file, data, offset)
     durable = bool(file.flags & os.O_DSYNC)
-    return await Pwrite(on, file.fd, data, offset, durable, file.writer, file.group)
+    return Pwrite(on, file.fd, data, offset, durable, file.writer, file.group)
 
 
 def _may_be_written_back(file: OpenFile, offset: int) -> bool:

@@ -138,6 +138,18 @@ class FidTable(Counts):
         Raises:
             OSError: it is not in the table (`unknown`).
         """
+        # Without the table's lock, since one look into a dictionary is one step for all threads
+        # (a `get` with a key that is an int runs none of anybody's code): what is found was in the
+        # table at that moment, as it would have been for a reader who came before whoever takes
+        # it out just now. It may be in no table any more, but it has not ended as long as it has
+        # references, and whoever takes it out drops the table's only afterwards.
+        fid = self._fids.get(number)
+        if fid is not None:
+            with self._counts:
+                if fid.refs:
+                    fid.refs += 1
+                    return fid
+        # It has ended, or is not there: perhaps for the moment in which somebody moves it.
         with self.lock.reading:
             fid = self._fids.get(number)
             if fid is None:

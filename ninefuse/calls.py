@@ -29,7 +29,7 @@ from functools import partial
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 
 from ninefuse.linux import transfer
-from ninefuse.linux.credentials import Caller
+from ninefuse.linux.callers import Caller
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -27,7 +27,7 @@ from ninefuse.exitcodes import ExitCode, Failure
 from ninefuse.fuse import device, rootmount
 from ninefuse.fuse.adapter import Adapter
 from ninefuse.fuse.forgetting import Forgetter
-from ninefuse.linux import credentials, mountflags, mountinfo, syscalls
+from ninefuse.linux import callers, capabilities, mountflags, mountinfo, syscalls
 from ninefuse.linux.mountinfo import MountsBelow, OwnMount
 from ninefuse.process import logs, memory, signals
 from ninefuse.process.loglines import ASKED_FOR
@@ -65,9 +65,9 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
         Failure: the mount was refused.
     """
     signals.block()
-    credentials.settle()
-    credentials.leave_groups()
-    credentials.look_apart()
+    capabilities.settle()
+    capabilities.leave_groups()
+    callers.look_apart()
     os.umask(0)  # the callers' count; see credentials.py
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -353,7 +353,7 @@ def _init(adapter: Adapter, settings: Settings, mountpoint: str) -> None:
 
 
 def _refused(mountpoint: str, reason: str) -> Failure:
-    if credentials.can_become_able_to_mount():
+    if capabilities.can_become_able_to_mount():
         advice = "mounting takes CAP_SYS_ADMIN, or fusermount3 and a mount point of one's own"
     else:
         advice = (

@@ -33,7 +33,7 @@ from ninefuse import ops
 from ninefuse.calls import Body
 from ninefuse.executor import create
 from ninefuse.fuse import callbacks
-from ninefuse.linux.credentials import Caller
+from ninefuse.linux.callers import Caller
 from ninefuse.linux.syscalls import Attributes
 from ninefuse.ops import Changes
 from ninefuse.tree.kernel import FIRST_HANDLE

@@ -22,8 +22,10 @@ from ops_helpers import source as source
 
 from ninefuse import ops
 from ninefuse.exitcodes import ExitCode
-from ninefuse.linux import credentials
-from ninefuse.linux.credentials import Caller, acting_as, pwrite_as, settle, spending_as
+from ninefuse.linux import callers, capabilities, credentials
+from ninefuse.linux.callers import Caller
+from ninefuse.linux.capabilities import settle
+from ninefuse.linux.credentials import acting_as, pwrite_as, spending_as
 from ninefuse.ops import Changes
 
 pytestmark = pytest.mark.usefixtures("leak_free")
@@ -309,16 +311,16 @@ def test_of_a_process_with_other_ids_nothing_is_taken() -> None:
     """It could have the kernel ask so to be rid of groups that may less than others."""
 
     def rights(who: Caller) -> Callable[[int], tuple[int, int]]:
-        permitted = credentials._get_capabilities().permitted
+        permitted = capabilities.get_capabilities().permitted
 
         def ask(pid: int) -> tuple[int, int]:
-            found = credentials._rights_of(who._replace(pid=pid), permitted)
+            found = callers.rights_of(who._replace(pid=pid), permitted)
             return found.capabilities & permitted, len(found.groups)
 
         return ask
 
-    permitted = credentials._get_capabilities().permitted
-    checked = credentials._CHECKED & permitted
+    permitted = capabilities.get_capabilities().permitted
+    checked = callers._CHECKED & permitted
     other = Caller(SOMEBODY.uid + 1, SOMEBODY.gid)
     assert look_at(as_somebody, rights(SOMEBODY)) == (0, 2)
     assert look_at(as_somebody, rights(other)) == (0, 0)
@@ -354,8 +356,8 @@ def test_a_process_ends_rather_than_go_on_with_a_strangers_rights() -> None:
         try:
             with acting_as(SOMEBODY):
                 # The rights to have them back have gone.
-                c = credentials._get_capabilities()
-                credentials._set_capabilities(credentials._Capabilities(0, 0, c.inheritable))
+                c = capabilities.get_capabilities()
+                capabilities.set_capabilities(capabilities.Capabilities(0, 0, c.inheritable))
         finally:
             os._exit(99)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == ExitCode.INTERNAL
@@ -378,10 +380,10 @@ def test_spending_takes_the_ids_and_leaves_nothing_that_root_may(group: int | No
             assert (int(uids.split()[-1]), int(gids.split()[-1])) == who[:2]
             assert groups.split() == (["77"] if group is None else ["4321"])
             assert permitted == before[3]
-            over_files = credentials._OVER_FILES | credentials._CAP_MKNOD
+            over_files = callers._OVER_FILES | capabilities.CAP_MKNOD
             if who.uid:
                 # What is no matter of files stays: no write asks for it.
-                assert not int(now, 16) & (over_files & ~credentials._CAP_SETFCAP)
+                assert not int(now, 16) & (over_files & ~capabilities.CAP_SETFCAP)
             assert not int(now, 16) & (FSETID | SYS_RESOURCE)
             assert identity() == before
             with pytest.raises(ZeroDivisionError):
@@ -399,8 +401,8 @@ def test_nothing_is_spent_without_the_callers_ids(group: int | None, capability:
     """A daemon that may not take them on refuses."""
 
     def act() -> None:
-        c = credentials._get_capabilities()
-        credentials._set_capabilities(c._replace(effective=c.effective & ~(1 << capability)))
+        c = capabilities.get_capabilities()
+        capabilities.set_capabilities(c._replace(effective=c.effective & ~(1 << capability)))
         before = identity()
         called: list[int] = []
         with fails(errno.EPERM):
@@ -415,8 +417,8 @@ def test_nothing_is_spent_without_the_callers_ids(group: int | None, capability:
 @pytest.mark.parametrize("group", [None, 4321])
 def test_a_process_ends_rather_than_go_on_after_spending(group: int | None) -> None:
     def lose() -> int:
-        c = credentials._get_capabilities()
-        credentials._set_capabilities(credentials._Capabilities(0, 0, c.inheritable))
+        c = capabilities.get_capabilities()
+        capabilities.set_capabilities(capabilities.Capabilities(0, 0, c.inheritable))
         return 99
 
     pid = os.fork()
@@ -483,8 +485,8 @@ def test_a_write_for_somebody_takes_set_user_id_away(file: int) -> None:
 @pytest.mark.usefixtures("ways")
 def test_nothing_is_written_without_the_callers_ids(file: int, capability: int) -> None:
     def act() -> None:
-        c = credentials._get_capabilities()
-        credentials._set_capabilities(c._replace(effective=c.effective & ~(1 << capability)))
+        c = capabilities.get_capabilities()
+        capabilities.set_capabilities(c._replace(effective=c.effective & ~(1 << capability)))
         before = identity()
         with fails(errno.EPERM):
             pwrite_as(SOMEBODY, None, file, b"x", 0)
@@ -510,8 +512,8 @@ def refuse_capset() -> None:
     )
     kept = ctypes.create_string_buffer(program)
     header = struct.pack("@HP", 4, ctypes.addressof(kept))
-    assert not credentials._libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
-    assert not credentials._libc.prctl(22, 2, header)  # PR_SET_SECCOMP
+    assert not capabilities.libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+    assert not capabilities.libc.prctl(22, 2, header)  # PR_SET_SECCOMP
 
 
 @needs_root
@@ -635,9 +637,9 @@ def test_a_right_that_is_not_permitted_is_not_asked_for() -> None:
     """A daemon without it goes on without it."""
 
     def keep() -> None:
-        c = credentials._get_capabilities()
+        c = capabilities.get_capabilities()
         without = c.permitted & ~FSETID
-        credentials._set_capabilities(
+        capabilities.set_capabilities(
             c._replace(effective=without & c.effective, permitted=without)
         )
         before = identity()
@@ -653,10 +655,10 @@ def test_capabilities_that_may_not_be_had() -> None:
     """EPERM for more than is permitted, as capset says."""
 
     def raise_them() -> None:
-        c = credentials._get_capabilities()
-        credentials._set_capabilities(c._replace(effective=0, permitted=0))
+        c = capabilities.get_capabilities()
+        capabilities.set_capabilities(c._replace(effective=0, permitted=0))
         assert effective() == 0
         with fails(errno.EPERM):
-            credentials._set_capabilities(c._replace(effective=FSETID, permitted=FSETID))
+            capabilities.set_capabilities(c._replace(effective=FSETID, permitted=FSETID))
 
     on_a_thread(raise_them)

@@ -31,7 +31,7 @@ from ops_helpers import source as source
 from ninefuse import ops
 from ninefuse.fuse import callbacks
 from ninefuse.fuse.entries import fitted, readdirplus
-from ninefuse.linux.credentials import Caller
+from ninefuse.linux.callers import Caller
 from ninefuse.linux.syscalls import Attributes
 from ninefuse.tree import descriptors
 from ninefuse.tree.descriptors import Descriptors

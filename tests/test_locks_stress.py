@@ -39,7 +39,7 @@ from ninefuse.driving.uring import Uring
 from ninefuse.executor import Executor, SecondModel
 from ninefuse.fuse import callbacks
 from ninefuse.fuse.entries import fitted, readdirplus
-from ninefuse.linux.credentials import Caller
+from ninefuse.linux.callers import Caller
 from ninefuse.linux.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
 from ninefuse.locks import RenameLock
 from ninefuse.tree.nodes import Node

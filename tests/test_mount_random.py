@@ -33,7 +33,7 @@ from hypothesis import strategies as st
 from mounting import PATIENCE, SOAK, Child, Mount, become
 from servers import SERVERS, need_engine
 
-from ninefuse.linux import credentials, syscalls
+from ninefuse.linux import capabilities, syscalls
 
 pytestmark = pytest.mark.soak
 
@@ -595,7 +595,7 @@ def _serve(connection: Connection[Any, Any], bases: dict[str, Path], uid: int) -
     if uid:
         become(uid)
     elif AS_ROOT:
-        credentials.settle()
+        capabilities.settle()
     while True:
         function, base, path, arguments = connection.recv()
         try:

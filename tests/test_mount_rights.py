@@ -18,7 +18,7 @@ import pytest
 from mounting import SOAK, Child, Mount, Watchdog, errno_of, fresh_place
 from rights import ACCESS, DEFAULT, acl, tree
 
-from ninefuse.linux import credentials
+from ninefuse.linux import capabilities
 
 pytestmark = [
     pytest.mark.soak,
@@ -223,15 +223,15 @@ def drop_to(uid: int, gid: int, groups: Sequence[int] = (), kept: int = 0) -> No
     os.setgroups(groups)
     os.setresgid(gid, gid, gid)
     os.setresuid(uid, uid, uid)
-    own = credentials._get_capabilities()
+    own = capabilities.get_capabilities()
     kept &= own.permitted
-    credentials._set_capabilities(own._replace(effective=kept, permitted=kept))
+    capabilities.set_capabilities(own._replace(effective=kept, permitted=kept))
 
 
 def root_without(missing: int) -> None:
     os.setgroups([])
-    own = credentials._get_capabilities()
-    credentials._set_capabilities(own._replace(effective=own.permitted & ~missing))
+    own = capabilities.get_capabilities()
+    capabilities.set_capabilities(own._replace(effective=own.permitted & ~missing))
 
 
 def in_a_namespace(uid: int) -> None:

@@ -20,7 +20,7 @@ from ninefuse.calls import Body
 from ninefuse.fuse import callbacks
 from ninefuse.fuse.entries import readdirplus
 from ninefuse.linux import filesystems, records, syscalls
-from ninefuse.linux.credentials import Caller
+from ninefuse.linux.callers import Caller
 from ninefuse.linux.syscalls import RENAME_EXCHANGE
 from ninefuse.ops import Changes, LockRange
 from ninefuse.tree.session import Session

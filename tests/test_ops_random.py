@@ -20,7 +20,7 @@ from ops_helpers import ROOT, UNKNOWN_NODEID, Client, client_of, fails, no_leaks
 from ninefuse import ops
 from ninefuse.fuse import callbacks
 from ninefuse.fuse.entries import fitted
-from ninefuse.linux.credentials import Caller
+from ninefuse.linux.callers import Caller
 from ninefuse.linux.syscalls import SetTime
 from ninefuse.ops import Changes, LockRange
 from ninefuse.tree.kernel import FIRST_HANDLE

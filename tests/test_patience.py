@@ -27,7 +27,7 @@ from ninefuse.driving.clock import Clock
 from ninefuse.driving.patience import Patience
 from ninefuse.executor import Executor
 from ninefuse.fuse import callbacks
-from ninefuse.linux.credentials import Caller
+from ninefuse.linux.callers import Caller
 from ninefuse.tree import session
 from ninefuse.tree.qids import is_on_own_device
 from ninefuse.tree.session import Session, patiently

@@ -29,7 +29,7 @@ from mounting import PATIENCE
 from ops_helpers import descriptors
 from ops_helpers import leak_free as leak_free
 
-from ninefuse.linux import credentials
+from ninefuse.linux import capabilities
 
 if TYPE_CHECKING:
     from ninefuse.driving._ring import Ring, probe
@@ -704,10 +704,10 @@ os._exit(0)  # what is in flight cannot be got rid of
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root has rights to lay down")
 def test_a_write_is_made_with_the_rights_that_were_registered(ring: Ring, file: int) -> None:
     """The right to keep set-user-id bits tells which they are; a number is not given twice."""
-    own = credentials._get_capabilities()
+    own = capabilities.get_capabilities()
     number = ring.register_personality()  # which may
     try:
-        credentials._set_capabilities(own._replace(effective=own.effective & ~(1 << 4)))
+        capabilities.set_capabilities(own._replace(effective=own.effective & ~(1 << 4)))
         less = ring.register_personality()
         for personality, left in ((number, 0o4777), (less, 0o777)):
             os.fchmod(file, 0o4777)
@@ -722,7 +722,7 @@ def test_a_write_is_made_with_the_rights_that_were_registered(ring: Ring, file: 
         assert one(ring)[1] == 1
         assert os.fstat(file).st_mode & 0o7777 == 0o4777
     finally:
-        credentials._set_capabilities(own)
+        capabilities.set_capabilities(own)
     ring.write("token", file, b"x", 0, number)
     ring.submit()
     assert one(ring)[1] == -errno.EINVAL

@@ -27,8 +27,8 @@ from ninefuse.driving import uring
 from ninefuse.driving.uring import PLACES, Refused, Uring
 from ninefuse.executor import Executor, Request, SecondModel
 from ninefuse.fuse import callbacks
-from ninefuse.linux import credentials, transfer
-from ninefuse.linux.credentials import Caller
+from ninefuse.linux import capabilities, credentials, transfer
+from ninefuse.linux.callers import Caller
 from ninefuse.tree.qids import is_on_own_device
 from ninefuse.tree.session import Session
 
@@ -190,12 +190,12 @@ def rights() -> list[str]:
 @pytest.fixture
 def settled() -> Iterator[None]:
     """As a daemon: without the right to keep set-id bits."""
-    before = credentials._get_capabilities()
-    credentials.settle()
+    before = capabilities.get_capabilities()
+    capabilities.settle()
     settled = rights()
     yield
     assert rights() == settled
-    credentials._set_capabilities(before)
+    capabilities.set_capabilities(before)
 
 
 @needs_root

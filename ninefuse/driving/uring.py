@@ -31,7 +31,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ninefuse.calls import Call, Fsync, Pread, Pwrite
 from ninefuse.driving.request import Request
-from ninefuse.linux.credentials import Caller, registered_as
+from ninefuse.linux.callers import Caller
+from ninefuse.linux.credentials import registered_as
 
 if TYPE_CHECKING:
     from ninefuse.driving._ring import Ring

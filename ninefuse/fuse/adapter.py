@@ -30,7 +30,7 @@ from ninefuse.fuse import callbacks
 from ninefuse.fuse.answers import NOT_REFUSED, Opens, errno_for_kernel
 from ninefuse.fuse.callbacks import Handle
 from ninefuse.fuse.entries import fitted
-from ninefuse.linux.credentials import Caller
+from ninefuse.linux.callers import Caller
 from ninefuse.linux.syscalls import Attributes
 from ninefuse.settings import Settings
 from ninefuse.tree.kernel import FIRST_HANDLE

@@ -26,7 +26,7 @@ from ninefuse.calls import Begin, blocking
 from ninefuse.errors import error
 from ninefuse.fuse import changes, entries, labels
 from ninefuse.fuse.entries import EntryPlus
-from ninefuse.linux.credentials import Caller
+from ninefuse.linux.callers import Caller
 from ninefuse.linux.syscalls import Attributes
 from ninefuse.ops.names import AT_REMOVEDIR
 from ninefuse.tree.opened import OpenFile

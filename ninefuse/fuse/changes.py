@@ -15,7 +15,8 @@ import time
 
 from ninefuse import ops
 from ninefuse.calls import blocking
-from ninefuse.linux.credentials import ENTER, Caller, acting_as
+from ninefuse.linux.callers import ENTER, Caller
+from ninefuse.linux.credentials import acting_as
 from ninefuse.linux.syscalls import Attributes, SetTime, may_write, proc_path, stat_descriptor
 from ninefuse.tree.session import Session
 

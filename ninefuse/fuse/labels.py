@@ -13,7 +13,7 @@ import time
 
 from ninefuse import ops
 from ninefuse.errors import error
-from ninefuse.linux.credentials import Caller
+from ninefuse.linux.callers import Caller
 from ninefuse.linux.mountflags import NOSUID
 from ninefuse.tree.nodes import Node
 from ninefuse.tree.session import Session

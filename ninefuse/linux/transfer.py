@@ -9,7 +9,8 @@ import errno
 import os
 import threading
 
-from ninefuse.linux.credentials import Caller, pwrite_as, spending_as
+from ninefuse.linux.callers import Caller
+from ninefuse.linux.credentials import pwrite_as, spending_as
 
 
 def read_fully(fd: int, count: int, offset: int) -> bytes:

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from ninefuse.calls import Begin, blocking, brief
 from ninefuse.errors import error
-from ninefuse.linux.credentials import CHANGE, ENTER, OWN, Caller, acting_as
+from ninefuse.linux.callers import CHANGE, ENTER, OWN, Caller
+from ninefuse.linux.credentials import acting_as
 from ninefuse.linux.syscalls import Attributes, SetTime, proc_path, set_times, stat_descriptor
 from ninefuse.tree.opened import OpenFile
 from ninefuse.tree.order import END

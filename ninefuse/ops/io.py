@@ -11,9 +11,7 @@ import os
 
 from ninefuse.calls import Begin, Call, Fsync, Pread, Pwrite, blocking
 from ninefuse.errors import error
-from ninefuse.linux.credentials import (
-    spending_as,
-)
+from ninefuse.linux.credentials import spending_as
 from ninefuse.ops.opening import keep_mark as _keep_mark
 from ninefuse.tree.opened import AttributeRead, AttributeWrite, OpenDirectory, OpenFile
 from ninefuse.tree.order import END

@@ -13,7 +13,8 @@ from collections.abc import Callable
 
 from ninefuse.calls import Begin, blocking
 from ninefuse.errors import error
-from ninefuse.linux.credentials import ENTER, MAKE, OWN, PASS, TAKE, Caller, acting_as
+from ninefuse.linux.callers import ENTER, MAKE, OWN, PASS, TAKE, Caller
+from ninefuse.linux.credentials import acting_as
 from ninefuse.linux.syscalls import (
     RENAME_EXCHANGE,
     RENAME_NOREPLACE,

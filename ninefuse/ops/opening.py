@@ -13,7 +13,8 @@ import stat
 
 from ninefuse.calls import Begin, blocking, blocking_unless, brief
 from ninefuse.errors import error
-from ninefuse.linux.credentials import ENTER, MAKE, OWN, Caller, acting_as, keeps_mark, needs_acting
+from ninefuse.linux.callers import ENTER, MAKE, OWN, Caller, keeps_mark, needs_acting
+from ninefuse.linux.credentials import acting_as
 from ninefuse.linux.syscalls import Attributes, check_execution, proc_path, stat_descriptor
 from ninefuse.ops.walk import look
 from ninefuse.tree.identity import Mark

@@ -12,7 +12,8 @@ from collections.abc import Callable
 
 from ninefuse.calls import Begin, blocking, blocking_unless
 from ninefuse.errors import error
-from ninefuse.linux.credentials import LABEL, acting_as
+from ninefuse.linux.callers import LABEL
+from ninefuse.linux.credentials import acting_as
 from ninefuse.linux.syscalls import Attributes, open_cached, open_step, stat_descriptor
 from ninefuse.tree.identity import Mark
 from ninefuse.tree.nodes import Node

@@ -14,7 +14,8 @@ import os
 
 from ninefuse.calls import Begin, blocking
 from ninefuse.errors import error
-from ninefuse.linux.credentials import ENTER, Caller, acting_as, may_see_trusted
+from ninefuse.linux.callers import ENTER, Caller, may_see_trusted
+from ninefuse.linux.credentials import acting_as
 from ninefuse.linux.syscalls import proc_path
 from ninefuse.tree.opened import AttributeRead, AttributeWrite
 from ninefuse.tree.session import Session

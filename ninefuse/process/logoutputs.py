@@ -20,7 +20,7 @@ import syslog
 import threading
 from typing import Protocol
 
-from ninefuse.linux import credentials
+from ninefuse.linux import capabilities
 from ninefuse.process import ownfile
 from ninefuse.process.loglines import priority
 
@@ -191,7 +191,7 @@ class QueuedHandler(logging.Handler):
         super().close()
 
     def _write_all(self) -> None:
-        credentials.settle()  # as all threads of a daemon: this one is there before it is one
+        capabilities.settle()  # as all threads of a daemon: this one is there before it is one
         told = 0  # of how many lost lines
         ended = False
         while not ended:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-from ninefuse.linux.credentials import Caller
+from ninefuse.linux.callers import Caller
 from ninefuse.tree.listing import Listing
 
 

@@ -52,9 +52,9 @@ SERVERS = {
 LYING = (
     sys.executable,
     "-c",
-    "import os, sys; from ninefuse.fuse import adapter; from ninefuse.command import cli;"
+    "import os, sys; from ninefuse.fuse import answers; from ninefuse.command import cli;"
     " os.fsync = os.fdatasync = lambda fd: None;"
-    " adapter.Adapter._kept = lambda self, flags: flags & ~adapter._SYNC;"
+    " answers.Opens.kept = lambda self, flags: flags & ~answers._SYNC;"
     " sys.exit(cli.main())",
 )
 # The same with calls that sync after they have been answered.

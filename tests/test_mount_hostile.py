@@ -383,10 +383,8 @@ def test_no_operation_opens_a_special_file(tmp_path: Path) -> None:
     found, opened = in_child(use, seconds=10.0)
     assert opened == []
     for done in found:
-        assert {"getattr", "setattr", "wstat", "rename", "renameat", "unlinkat", "remove"} <= {
-            *done
-        }
-        assert not {"lopen", "open_fid", "lcreate", "read", "write", "fsync", "lock"} & {*done}
+        assert {"getattr", "setattr", "rename", "renameat", "unlinkat", "remove"} <= {*done}
+        assert not {"lopen", "open", "lcreate", "read", "write", "fsync", "lock"} & {*done}
     assert os.listdir(tmp_path) == []
 
 

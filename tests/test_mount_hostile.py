@@ -396,7 +396,7 @@ def test_no_operation_opens_a_special_file(tmp_path: Path) -> None:
     assert opened == []
     for done in found:
         assert {"getattr", "setattr", "rename", "renameat", "unlinkat", "remove"} <= {*done}
-        assert not {"lopen", "open_fid", "lcreate", "read", "write", "fsync", "lock"} & {*done}
+        assert not {"lopen", "open", "lcreate", "read", "write", "fsync", "lock"} & {*done}
     assert os.listdir(tmp_path) == []
 
 

@@ -27,7 +27,7 @@ from ninefuse.exitcodes import ExitCode, Failure
 from ninefuse.fuse import device, rootmount
 from ninefuse.fuse.adapter import Adapter
 from ninefuse.fuse.forgetting import Forgetter
-from ninefuse.linux import callers, capabilities, mountflags, mountinfo, syscalls
+from ninefuse.linux import callers, capabilities, filesystems, mountflags, mountinfo, syscalls
 from ninefuse.linux.mountinfo import MountsBelow, OwnMount
 from ninefuse.process import logs, memory, signals
 from ninefuse.process.loglines import ASKED_FOR
@@ -89,7 +89,7 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
     driver = _driver(settings)
     mounts = MountsBelow(settings.source)
     if inline and isinstance(driver, executor.SecondModel):
-        driver.is_near = is_on_own_device if syscalls.is_local(source) else None
+        driver.is_near = is_on_own_device if filesystems.is_local(source) else None
         driver.uring = uring
     session = Session(
         driver,
@@ -300,7 +300,7 @@ def _stopper(settings: Settings, session: Session) -> Stopper:
 def _mind_the_table(session: Session, settings: Settings) -> Forgetter:
     """Have what a big table needs done as it grows."""
     most = settings.max_inodes or sys.maxsize
-    forgetter = Forgetter(session.fids, most, device.prune)
+    forgetter = Forgetter(session.kernel, most, device.prune)
 
     def changed() -> None:
         memory.settle()

@@ -11,7 +11,7 @@ import pytest
 from mounting import Child, Mount, mount_ids, run
 from servers import SOME_MODELS
 
-from ninefuse.linux.mountinfo import MountsBelow, fields_of
+from ninefuse.linux.mountinfo import MountsBelow, lines_of
 
 pytestmark = pytest.mark.soak
 
@@ -39,7 +39,8 @@ def test_mounts_below_a_directory_are_noticed_as_they_come_and_go(
 
 def test_names_in_the_mount_table_are_unescaped() -> None:
     line = rb"36 35 98:0 /root /mnt/with\040space\134 rw - ext3 /dev/root rw"
-    assert list(fields_of(line + b"\n")) == [(b"98:0", b"/mnt/with space\\")]
+    (found,) = lines_of(line + b"\n")
+    assert (found.device, found.point) == (b"98:0", b"/mnt/with space\\")
 
 
 def test_a_server_below_the_source_that_hangs_stops_nobody_else(

@@ -40,13 +40,6 @@ cdef extern from "sys/eventfd.h" nogil:
     int EFD_NONBLOCK
     int eventfd(unsigned, int)
 
-cdef extern from "sched.h" nogil:
-    ctypedef struct cpu_set_t:
-        pass
-    int CPU_SETSIZE
-    void CPU_ZERO(cpu_set_t *)
-    void CPU_SET(int, cpu_set_t *)
-
 cdef extern from "liburing.h" nogil:
     unsigned IORING_SETUP_CQSIZE
     unsigned IORING_SETUP_CLAMP
@@ -81,11 +74,8 @@ cdef extern from "liburing.h" nogil:
     void io_uring_queue_exit(io_uring *)
     int io_uring_register_eventfd(io_uring *, int)
     int io_uring_register_iowq_max_workers(io_uring *, unsigned *)
-    int io_uring_register_iowq_aff(io_uring *, size_t, const cpu_set_t *)
-    int io_uring_unregister_iowq_aff(io_uring *)
     int io_uring_register_personality(io_uring *)
     int io_uring_unregister_personality(io_uring *, int)
-    int io_uring_cq_eventfd_toggle(io_uring *, bint)
     io_uring_sqe *io_uring_get_sqe(io_uring *)
     void io_uring_sqe_set_data64(io_uring_sqe *, uint64_t)
     void io_uring_prep_read(io_uring_sqe *, int, void *, unsigned, uint64_t)
@@ -102,12 +92,6 @@ cdef extern from "liburing.h" nogil:
     io_uring_probe *io_uring_get_probe_ring(io_uring *)
     int io_uring_opcode_supported(io_uring_probe *, int)
     void io_uring_free_probe(io_uring_probe *)
-
-cdef extern from *:
-    """
-    #define full_barrier() __sync_synchronize()
-    """
-    void full_barrier() nogil
 
 cdef int DEFAULT_ENTRIES = 256
 
@@ -390,32 +374,6 @@ cdef class Ring:
         if c_read(self.event, &count, sizeof(count)) < 0 and errno not in (EAGAIN, EINTR):
             raise _error(errno)
 
-    def notify(self, bint wanted):
-        """Have completions signal the eventfd (as they do at first), or not. No system call.
-
-        For a loop that looks at the ring in every round anyway and needs a signal only
-        while it sleeps: ``notify(True)`` before, and no sleep if that returns True;
-        ``notify(False)`` after.
-
-        Returns:
-            Whether there is something to reap already.
-        """
-        self._check()
-        io_uring_cq_eventfd_toggle(&self.ring, wanted)
-        # The kernel posts a completion and then looks at the flag: here the other way round.
-        full_barrier()
-        return bool(
-            self.early or io_uring_cq_ready(&self.ring) or io_uring_cq_has_overflow(&self.ring)
-        )
-
-    def cancel(self):
-        """Ask the kernel to give up all that is in flight, writes and syncs too.
-
-        What it gives up comes back with the result -ECANCELED; the rest as usual.
-        """
-        self._check()
-        self._cancel(True)
-
     def limit_workers(self, unsigned bounded, unsigned unbounded=0):
         """Set how many threads the kernel may use for requests that block.
 
@@ -442,38 +400,6 @@ cdef class Ring:
         if result < 0:
             raise _error(-result)
         return values[0], values[1]
-
-    def set_worker_affinity(self, cpus):
-        """Set which processors the kernel's threads for this one's requests may run on.
-
-        It applies to all rings of the calling thread, and to workers that start later. It
-        can only narrow: workers inherit what this thread was bound to (sched_setaffinity(2))
-        when it asked for them, and that stays, seen with Linux 6.18.
-
-        Args:
-            cpus: their numbers; none: give back what was set.
-
-        Raises:
-            ValueError: a number out of range.
-            OSError: EINVAL, a kernel before 5.14, or none of them is to be had.
-        """
-        cdef cpu_set_t mask
-        cdef int cpu
-        cdef int result
-        cdef bint some = False
-        self._check()
-        CPU_ZERO(&mask)
-        for cpu in cpus:
-            if not 0 <= cpu < CPU_SETSIZE:
-                raise ValueError(f"there is no processor {cpu}")
-            CPU_SET(cpu, &mask)
-            some = True
-        if some:
-            result = io_uring_register_iowq_aff(&self.ring, sizeof(mask), &mask)
-        else:
-            result = io_uring_unregister_iowq_aff(&self.ring)
-        if result < 0:
-            raise _error(-result)
 
     def register_personality(self):
         """Have the kernel keep the rights that this thread has now: ids, groups, capabilities.

@@ -42,7 +42,7 @@ import trio
 
 from ninefuse.errors import error
 from ninefuse.linux import syscalls
-from ninefuse.linux.mountinfo import fields_of
+from ninefuse.linux.mountinfo import connection_at
 from ninefuse.linux.syscalls import PollFd, is_ready
 
 log = logging.getLogger(__name__)
@@ -231,7 +231,7 @@ def raise_limits(mountpoint: str) -> None:
     of 12, a dozen reads stuck in one file stop the buffered reads of all others. Only
     root may raise it (Linux Documentation/filesystems/fuse, fusectl).
     """
-    number = connection(mountpoint)
+    number = connection_at(mountpoint)
     if number is None or os.geteuid() != 0:
         return
     try:
@@ -258,23 +258,3 @@ def _control_file_system() -> Iterator[int]:
         yield control
     finally:
         os.close(control)
-
-
-def connection(mountpoint: str) -> int | None:
-    """The number of a mount's connection, which is its device's minor number.
-
-    Read from mountinfo, since a stat of the mount would wait for ourselves.
-
-    Args:
-        mountpoint: its real path.
-
-    Returns:
-        The number of what lies on top there, None if nothing is mounted.
-    """
-    wanted = os.fsencode(mountpoint)
-    found = None
-    with open("/proc/self/mountinfo", "rb") as file:
-        for device, point in fields_of(file.read()):
-            if point == wanted:
-                found = int(device.split(b":")[1])  # the last one lies on top
-    return found

@@ -17,7 +17,6 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 
 from ninefuse.tree.kernel import KernelTable
-from ninefuse.tree.table import FidTable
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +36,7 @@ class Forgetter:
         asked: how many files it was asked to forget.
     """
 
-    def __init__(self, fids: FidTable, most: int, prune: Callable[[Sequence[int]], None]) -> None:
-        assert isinstance(fids, KernelTable)
+    def __init__(self, fids: KernelTable, most: int, prune: Callable[[Sequence[int]], None]) -> None:
         self._fids = fids
         self._most = most
         self._prune = prune

@@ -60,12 +60,6 @@ def _unescaped(path: bytes) -> bytes:
     return path.decode("unicode_escape").encode("latin-1")
 
 
-def fields_of(table: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Device (major:minor) and mount point of each line of mountinfo."""
-    for line in lines_of(table):
-        yield line.device, line.point
-
-
 def kind_at(path: str) -> str:
     """The type of what is mounted on top at a real path; "" where nothing is."""
     kind = b""

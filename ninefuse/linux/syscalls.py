@@ -15,7 +15,6 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 from ninefuse.errors import error
-from ninefuse.linux.filesystems import is_local as is_local
 from ninefuse.linux.libc import AT_EMPTY_PATH, function
 
 _AT_FDCWD = -100

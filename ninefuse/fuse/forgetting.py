@@ -36,7 +36,9 @@ class Forgetter:
         asked: how many files it was asked to forget.
     """
 
-    def __init__(self, fids: KernelTable, most: int, prune: Callable[[Sequence[int]], None]) -> None:
+    def __init__(
+        self, fids: KernelTable, most: int, prune: Callable[[Sequence[int]], None]
+    ) -> None:
         self._fids = fids
         self._most = most
         self._prune = prune

@@ -22,7 +22,7 @@ from ops_helpers import ROOT, fails
 
 from ninefuse import ops
 from ninefuse.calls import Later
-from ninefuse.driving import patience
+from ninefuse.driving import clock, patience
 from ninefuse.driving.clock import Clock
 from ninefuse.driving.patience import Patience
 from ninefuse.executor import Executor
@@ -35,7 +35,8 @@ from ninefuse.tree.session import Session, patiently
 ME = Caller(os.geteuid(), os.getegid())
 
 
-def test_what_waits_goes_on_and_the_thread_ends() -> None:
+def test_what_waits_goes_on_and_the_thread_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock, "_SPARE_TIME", 0.1)
     waiting, events = Patience(Clock()), [threading.Event() for _ in range(3)]
     before = threading.active_count()
     for event in events:
@@ -89,13 +90,13 @@ def test_without_a_thread_the_next_that_waits_tries_again(monkeypatch: pytest.Mo
 
 
 def test_at_the_end_all_goes_on_at_once() -> None:
-    clock = Clock()
-    waiting, left = Patience(clock), list[int]()
+    ticking = Clock()
+    waiting, left = Patience(ticking), list[int]()
     before = threading.active_count()
     for number in range(100):
         waiting.wait(partial(left.append, number), 1001)
     waiting.close()
-    clock.close()
+    ticking.close()
     assert sorted(left) == list(range(100))
     assert threading.active_count() == before
 

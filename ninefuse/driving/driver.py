@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import itertools
 import logging
-import os
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -30,6 +29,7 @@ from ninefuse.driving.dispatcher import Dispatcher
 from ninefuse.driving.patience import Patience
 from ninefuse.driving.request import Done, Request, Step, Watch
 from ninefuse.driving.workers import PoolStatistics
+from ninefuse.errors import error
 
 log = logging.getLogger(__name__)
 
@@ -224,7 +224,7 @@ class Executor(ABC):
                 return Step.DONE
             except BaseException as failure:
                 log.error("%s ended in %r", request.name, failure, exc_info=failure)
-                request.error = OSError(errno.EIO, os.strerror(errno.EIO))
+                request.error = error(errno.EIO)
                 self._end(request)
                 return Step.DONE
             if isinstance(command, Call):

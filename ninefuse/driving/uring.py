@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ninefuse.calls import Call, Fsync, Pread, Pwrite
 from ninefuse.driving.request import Request
+from ninefuse.errors import error
 from ninefuse.linux.callers import Caller
 from ninefuse.linux.credentials import registered_as
 
@@ -259,7 +260,7 @@ class Uring:
             is_for_a_caller = isinstance(call, Pwrite) and call.writer is not None
             if is_for_a_caller and result in _REFUSED:
                 return False
-            request.error = OSError(-result, os.strerror(-result))
+            request.error = error(-result)
         elif isinstance(call, Pread):
             assert data is not None
             # A short read is the end of the file to whoever asked; make sure that it is.

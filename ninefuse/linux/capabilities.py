@@ -13,6 +13,8 @@ import struct
 import sys
 from typing import NamedTuple
 
+from ninefuse.errors import error
+
 # These calls wait for nothing: letting the interpreter's lock go around them costs more.
 libc = ctypes.PyDLL(None, use_errno=True)
 libc.setfsuid.restype = libc.setfsgid.restype = ctypes.c_uint32
@@ -90,15 +92,14 @@ def set_groups(groups: frozenset[int] | list[int]) -> None:
     """
     array = (ctypes.c_uint32 * len(groups))(*groups)
     if SYS_SETGROUPS is None:
-        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+        raise error(errno.EPERM)
     if libc.syscall(ctypes.c_long(SYS_SETGROUPS), ctypes.c_long(len(groups)), array):
         raise failure()
 
 
 def failure() -> OSError:
     """The error of the last call of `libc`."""
-    code = ctypes.get_errno()
-    return OSError(code, os.strerror(code))
+    return error(ctypes.get_errno())
 
 
 def can_become_able_to_mount() -> bool:

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TypeVar
 
+from ninefuse.errors import error
 from ninefuse.exitcodes import ExitCode
 from ninefuse.linux.callers import (
     ALL,
@@ -149,7 +150,7 @@ def spending_as(caller: Caller, group: int | None, function: Callable[..., T], *
         libc.setfsuid(uid)
         # They report nothing; asking with an impossible id tells what is in force.
         if libc.setfsuid(-1) != uid or libc.setfsgid(-1) != gid:
-            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+            raise error(errno.EPERM)
         return function(*args)
     finally:
         uid, gid = os.geteuid(), os.getegid()
@@ -270,7 +271,7 @@ class _Acting:
             libc.setfsuid(caller.uid)
         # They report nothing; asking with an impossible id tells what is in force.
         if libc.setfsuid(-1) != caller.uid or libc.setfsgid(-1) != caller.gid:
-            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+            raise error(errno.EPERM)
         if self._effective is not None:
             assert self._own is not None
             if caller.uid != os.geteuid() or self._effective != self._own.effective:

@@ -9,6 +9,7 @@ import errno
 import os
 import threading
 
+from ninefuse.errors import error
 from ninefuse.linux.callers import Caller
 from ninefuse.linux.credentials import pwrite_as, spending_as
 
@@ -39,7 +40,7 @@ def read_now(fd: int, count: int, offset: int) -> bytes:
     data = read_cached(fd, count, offset)
     # A short read is the end of the file to whoever asked.
     if len(data) < count and offset + len(data) < os.fstat(fd).st_size:
-        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        raise error(errno.EAGAIN)
     return data
 
 

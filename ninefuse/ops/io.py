@@ -12,14 +12,14 @@ import os
 from ninefuse.calls import Begin, Call, Fsync, Pread, Pwrite, blocking
 from ninefuse.errors import error
 from ninefuse.linux.credentials import spending_as
-from ninefuse.ops.opening import keep_mark as _keep_mark
+from ninefuse.ops.opening import keep_mark
 from ninefuse.tree.opened import AttributeRead, AttributeWrite, OpenDirectory, OpenFile
 from ninefuse.tree.order import END
 from ninefuse.tree.session import (
     Session,
     check_offset,
 )
-from ninefuse.tree.table import open_file_of as _open_file_of
+from ninefuse.tree.table import open_file_of
 
 
 async def read(session: Session, fid: int, offset: int, count: int) -> bytes:
@@ -46,7 +46,7 @@ async def read(session: Session, fid: int, offset: int, count: int) -> bytes:
             return opened.value[offset : offset + count]
         if isinstance(opened, OpenDirectory):
             raise error(errno.EISDIR)
-        file = _open_file_of(use)
+        file = open_file_of(use)
         if not file.readable:
             raise error(errno.EBADF)
         check_offset(offset)
@@ -86,7 +86,7 @@ async def write(session: Session, fid: int, offset: int, data: bytes) -> int:
         opened = use.opened
         if isinstance(opened, AttributeWrite):
             return _write_attribute(opened, offset, data)
-        file = _open_file_of(use)
+        file = open_file_of(use)
         if not file.writable:
             raise error(errno.EBADF)
         check_offset(offset)
@@ -95,7 +95,7 @@ async def write(session: Session, fid: int, offset: int, data: bytes) -> int:
         end = END if file.flags & os.O_APPEND else offset + len(data)
         async with session.ranges.changing(on, offset, end):
             if session.fids.set_id and on in session.fids.set_id and file.group is None:
-                await blocking(on, _keep_mark, file)  # it may have come after the open
+                await blocking(on, keep_mark, file)  # it may have come after the open
             written = await _writing(on, file, data, offset)
             while written < len(data) and _may_be_written_back(file, offset):
                 # Of such a write the kernel heeds the error alone: a short count would be a loss

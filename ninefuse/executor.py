@@ -37,9 +37,11 @@ from typing import TypeVar
 
 from ninefuse.calls import Body, Later
 from ninefuse.driving import plugin
+from ninefuse.driving.clock import STUCK
 from ninefuse.driving.driver import Executor
+from ninefuse.driving.patience import TICK
 from ninefuse.driving.request import Request, Step
-from ninefuse.driving.uring import STUCK, Uring
+from ninefuse.driving.uring import Uring
 from ninefuse.driving.workers import PoolStatistics, WorkerPool
 
 __all__ = ["Executor", "FirstModel", "NoThreading", "Request", "SecondModel", "Step", "create"]
@@ -50,7 +52,6 @@ _BATCH = 6  # deferred calls that may wait for more of them, …
 _BATCH_TIME = 0.01  # … for so many seconds
 _MOST_BEHIND = 8  # deferred calls
 
-_A_WHILE = 0.05  # seconds until another try, without threads
 
 # No place of the pool's: not even one for a call on no inode.
 _NO_PLACE = -1
@@ -73,7 +74,7 @@ class NoThreading(Executor):
 
     def wait_a_while(self, request: Request) -> None:
         """Wait in place: nothing else is under way, and all that comes waits for this."""
-        time.sleep(_A_WHILE)
+        time.sleep(TICK)
 
     def run_here(self, body: Body[T]) -> T:
         """Run a body to its end on this thread; its result or error."""

@@ -1027,7 +1027,7 @@ class Slow:
 @pytest.fixture
 def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers become no more, and what waits for a place is not let through, however long it is."""
-    monkeypatch.setattr(workers, "_STUCK", 10 * PATIENCE)
+    monkeypatch.setattr(workers, "STUCK", 10 * PATIENCE)
 
 
 async def others_are_served(executor: Executor, lock: RenameLock) -> None:

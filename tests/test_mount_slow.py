@@ -31,7 +31,7 @@ STEADY_NINEFUSE = (
     sys.executable,
     "-c",
     "import sys; from ninefuse.command import cli; from ninefuse.driving import workers;"
-    " workers._STUCK = 600.0; sys.exit(cli.main())",
+    " workers.STUCK = 600.0; sys.exit(cli.main())",
 )
 THREADS = 4
 STEP = 8 << 20  # so far apart that the kernel reads ahead for none of them

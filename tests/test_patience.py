@@ -83,7 +83,7 @@ def test_without_a_thread_the_next_that_waits_tries_again(monkeypatch: pytest.Mo
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
         waiting.wait(first.set, None)
-    assert not first.wait(2 * patience._TICK)
+    assert not first.wait(2 * patience.TICK)
     waiting.wait(second.set, None)
     passed(first)
     passed(second)
@@ -115,7 +115,7 @@ def test_where_it_is_worth_trying_all_go_on_soon() -> None:
     for _ in range(5000):
         waiting.wait(resumed, 1001)
     passed(over)
-    assert time.monotonic() - since < 100 * patience._TICK, "eight at a time would take 31 s"
+    assert time.monotonic() - since < 100 * patience.TICK, "eight at a time would take 31 s"
 
 
 @pytest.mark.parametrize("model", ["none", "first", "second"])

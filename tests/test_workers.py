@@ -18,6 +18,7 @@ import pytest
 from helpers_executor import PATIENCE, bounded, eager_switches, passed
 
 from ninefuse.driving import workers
+from ninefuse.driving.clock import STUCK
 from ninefuse.driving.workers import WorkerPool
 
 STUCK = 7  # an inode whose calls hang
@@ -610,7 +611,7 @@ def test_where_all_are_stuck_more_are_started_and_end_again(
         while pool.statistics().threads < 2 * workers.MOST_TIMES:
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        time.sleep(3 * workers._STUCK)
+        time.sleep(3 * STUCK)
         assert pool.statistics().threads == 2 * workers.MOST_TIMES
         gate.set()
         while pool.statistics().threads > 2:
@@ -653,7 +654,7 @@ def _pass_and_note(gate: threading.Event, done: list[int], number: int) -> None:
 def test_a_grown_pool_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """All its threads, those that are just about to end among them."""
     monkeypatch.setattr(workers, "_SPARE_TIME", 0.001)
-    monkeypatch.setattr(workers, "_STUCK", 0.005)
+    monkeypatch.setattr(workers, "STUCK", 0.005)
     before = threading.active_count()
     for _ in range(20):
         gate, done = threading.Event(), list[int]()

@@ -11,6 +11,9 @@ import threading
 import time
 from collections.abc import Callable
 
+# Seconds without any progress after which what is in the way counts as stuck, and others go on.
+STUCK = 0.1
+
 _SPARE_TIME = 10.0  # seconds that the thread waits for something to do
 
 

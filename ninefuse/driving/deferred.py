@@ -17,10 +17,10 @@ from collections.abc import Callable
 from typing import Any
 
 from ninefuse.calls import words_of
+from ninefuse.driving.clock import STUCK
 
 log = logging.getLogger(__name__)
 
-_STUCK = 0.1  # seconds without a deferred call's end
 _MOST = 64  # threads that make deferred calls, where some are stuck
 
 
@@ -63,7 +63,7 @@ class Deferred:
 
     def _may_make(self) -> bool:
         with self._mutex:
-            is_stuck = time.monotonic() > self._last + _STUCK
+            is_stuck = time.monotonic() > self._last + STUCK
             if self._makers < (_MOST if is_stuck else self._most):
                 self._makers += 1
                 return True

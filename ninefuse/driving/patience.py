@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 from ninefuse.driving.clock import Clock
 
-_TICK = 0.05  # seconds
+TICK = 0.05  # seconds
 _AT_ONCE = 8  # of each user, in a tick; twice as many each time that some have succeeded
 
 
@@ -66,7 +66,7 @@ class Patience:
         with self._mutex:
             self._turns.setdefault(user, _Turns()).waiting.append(resume)
             ticks, self._is_ticking = self._is_ticking, True
-        if not ticks and not self._clock.call_later(_TICK, self._tick):
+        if not ticks and not self._clock.call_later(TICK, self._tick):
             self._is_ticking = False  # no thread was to be had: the next that waits tries again
 
     def ended(self, user: int | None) -> None:
@@ -94,5 +94,5 @@ class Patience:
                 resume()
             if not self._is_closed:
                 break
-        if not self._clock.call_later(_TICK, self._tick):
+        if not self._clock.call_later(TICK, self._tick):
             self._is_ticking = False

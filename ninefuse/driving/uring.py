@@ -46,7 +46,6 @@ _REFUSED = frozenset((-errno.EACCES, -errno.EPERM, -errno.EINVAL))
 
 _ENTRIES = 256  # submitted at once; more are submitted in between
 PLACES = 16  # calls under way, and threads that the kernel may use for them
-STUCK = 0.1  # seconds without a result
 PERSONALITIES = 64  # that are kept; those used last
 
 

@@ -26,6 +26,7 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
+from ninefuse.driving.clock import STUCK
 from ninefuse.driving.shares import Shares
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,6 @@ Job = Callable[[], None]
 MOST_TIMES = 64  # as many workers as asked for, where all are stuck
 SHARE_TIMES = 4  # as many for an inode or a user, where those are stuck
 _RESERVE = 4  # times as many as asked for, that are for root alone
-_STUCK = 0.1  # seconds without a job's beginning
 _SPARE_TIME = 10.0  # seconds that a further worker waits for something to do
 
 
@@ -205,7 +205,7 @@ class WorkerPool:
                 if queued and begun == self._begun:
                     self._grow(queued)
                 begun = self._begun
-                self._look.wait(_STUCK)
+                self._look.wait(STUCK)
             if self._is_closed:
                 return
             self._is_watched = False

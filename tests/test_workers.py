@@ -17,8 +17,7 @@ from typing import Any
 import pytest
 from helpers_executor import PATIENCE, bounded, eager_switches, passed
 
-from ninefuse.driving import workers
-from ninefuse.driving.clock import STUCK
+from ninefuse.driving import clock, workers
 from ninefuse.driving.workers import WorkerPool
 
 STUCK = 7  # an inode whose calls hang
@@ -611,7 +610,7 @@ def test_where_all_are_stuck_more_are_started_and_end_again(
         while pool.statistics().threads < 2 * workers.MOST_TIMES:
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        time.sleep(3 * STUCK)
+        time.sleep(3 * clock.STUCK)
         assert pool.statistics().threads == 2 * workers.MOST_TIMES
         gate.set()
         while pool.statistics().threads > 2:

@@ -11,6 +11,7 @@ Locks touched: none.
 
 from __future__ import annotations
 
+import contextlib
 from threading import get_ident
 from typing import TypeVar
 
@@ -73,7 +74,12 @@ class Awaiting(trio.abc.Instrument):
         """Something ends elsewhere: from now on it has to come back."""
         self._has_begun = True
         token = trio.lowlevel.current_trio_token()
-        self.driver.dispatcher.wake = lambda: token.run_sync_soon(_nothing, idempotent=True)
+
+        def wake() -> None:
+            with contextlib.suppress(trio.RunFinishedError):  # the loop is no more: nobody sleeps
+                token.run_sync_soon(_nothing, idempotent=True)
+
+        self.driver.dispatcher.wake = wake
         trio.lowlevel.add_instrument(self)
         if self.driver.fd >= 0:
             trio.lowlevel.spawn_system_task(self._be_woken)

@@ -104,16 +104,18 @@ class _Pooled(Executor):
         super().__init__(most_cleaners=max(1, threads // 2))
         self.pool = WorkerPool(threads, by_user=by_user)
         self._cleans_later = False
+        self._is_closing = False
 
     def close(self) -> None:
         """Let everything that was started or deferred finish, then end the workers."""
+        self._is_closing = True
         self._after()
         self._patience.close()
         self.clock.close()
         self.pool.close()
 
     def _clean_later(self) -> None:
-        if not self._cleans_later:
+        if not self._cleans_later and not self._is_closing:
             self._cleans_later = True
             self._patience.wait(self._clean_again, None)
 

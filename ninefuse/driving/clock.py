@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Callable
+
+log = logging.getLogger(__name__)
 
 # Seconds without any progress after which what is in the way counts as stuck, and others go on.
 STUCK = 0.1
@@ -26,10 +29,10 @@ class Clock:
         self._numbers = itertools.count()
         self._thread: threading.Thread | None = None
         self._look = threading.Event()
-        self._is_closed = False
+        self._ends = False
 
     def call_later(self, seconds: float, function: Callable[[], None]) -> bool:
-        """Have a function called. Any thread; once closed, it is called at once.
+        """Have a function called. Any thread.
 
         Args:
             seconds: from now.
@@ -38,41 +41,40 @@ class Clock:
         Returns:
             False if there is no thread to be had: then it is called with the next one.
         """
+        due = time.monotonic() + seconds, next(self._numbers), function
         with self._mutex:
-            if not self._is_closed:
-                due = time.monotonic() + seconds, next(self._numbers), function
-                heapq.heappush(self._due, due)
-                is_first = self._due[0] is due
-                if self._thread is None:
-                    thread = threading.Thread(target=self._run, name="clock", daemon=True)
-                    try:
-                        thread.start()
-                    except RuntimeError:
-                        return False
-                    self._thread = thread
-                elif is_first:
-                    self._look.set()
-                return True
-        function()
+            heapq.heappush(self._due, due)
+            if self._thread is None:
+                thread = threading.Thread(target=self._run, name="clock", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:
+                    return False
+                self._thread = thread
+            elif self._due[0] is due:
+                self._look.set()
         return True
 
     def close(self) -> None:
-        """Have all that waits called now, on this thread or its own, and end that."""
+        """Have all that waits now called at once, and end the thread; others may come later."""
         with self._mutex:
-            self._is_closed = True
+            self._ends = True
             thread = self._thread
         self._look.set()
         if thread is not None:
             thread.join()
-        for _, _, function in sorted(self._due):
+        with self._mutex:
+            due, self._due = sorted(self._due), []
+            self._thread = None
+            self._ends = False
+        for _, _, function in due:
             function()
-        self._due.clear()
 
     def _run(self) -> None:
         idle_since = time.monotonic()
         while True:
             with self._mutex:
-                if self._is_closed:
+                if self._ends:
                     return
                 now = time.monotonic()
                 wait = self._due[0][0] - now if self._due else idle_since + _SPARE_TIME - now
@@ -87,5 +89,8 @@ class Clock:
             if function is None:
                 self._look.wait(wait)
             else:
-                function()
+                try:
+                    function()
+                except Exception:  # must not cost all others their time
+                    log.exception("what was to be done later failed")
                 idle_since = time.monotonic()

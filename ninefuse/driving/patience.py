@@ -49,7 +49,6 @@ class Patience:
         self._mutex = threading.Lock()
         self._turns: dict[int | None, _Turns] = {}
         self._is_ticking = False
-        self._is_closed = False
 
     def __len__(self) -> int:
         """How much waits."""
@@ -77,22 +76,23 @@ class Patience:
                 turns.succeeded = True
 
     def close(self) -> None:
-        """Have all that waits go on at once; the clock is to be closed next."""
-        with self._mutex:
-            self._is_closed = True
-        self._tick()
-
-    def _tick(self) -> None:
-        while True:
-            with self._mutex:
-                due = [resume for turns in self._turns.values() for resume in turns.due()]
-                self._turns = {user: turns for user, turns in self._turns.items() if turns.waiting}
-                if not due:
-                    self._is_ticking = False
-                    return
+        """Have all that waits now go on at once."""
+        while due := self._due():
             for resume in due:
                 resume()
-            if not self._is_closed:
-                break
-        if not self._clock.call_later(TICK, self._tick):
+
+    def _tick(self) -> None:
+        due = self._due()
+        for resume in due:
+            resume()
+        if due and not self._clock.call_later(TICK, self._tick):
             self._is_ticking = False
+
+    def _due(self) -> list[Callable[[], None]]:
+        """Those whose turn it is. Where there are none, the ticking ends."""
+        with self._mutex:
+            due = [resume for turns in self._turns.values() for resume in turns.due()]
+            self._turns = {user: turns for user, turns in self._turns.items() if turns.waiting}
+            if not due:
+                self._is_ticking = False
+            return due

@@ -498,6 +498,22 @@ def test_a_dropped_ring_without_requests_gives_all_back(file: int) -> None:
 # ---- ending -------------------------------------------------------------------------------------
 
 
+def test_writes_that_wait_can_be_asked_back(ring: Ring, pipe: tuple[int, int], file: int) -> None:
+    ring.cancel_writes()
+    os.set_blocking(pipe[1], False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(pipe[1], bytes(4096))
+    os.set_blocking(pipe[1], True)
+    for n in range(3):
+        ring.write(n, pipe[1], b"waits for a reader", 0)
+    ring.submit()
+    ring.cancel_writes()
+    assert sorted(results(ring, 3)) == [(n, -errno.ECANCELED, None) for n in range(3)]
+    ring.write(1, file, b"abc", 0)
+    assert result(ring) == (3, None)
+
+
 def test_close_cancels_reads_that_wait(pipe: tuple[int, int]) -> None:
     tokens = [Token() for _ in range(20)]
     seen = [weakref.ref(token) for token in tokens]
@@ -569,6 +585,7 @@ def test_a_closed_ring_refuses_everything() -> None:
         ring.submit,
         ring.reap,
         ring.drain,
+        ring.cancel_writes,
         lambda: ring.limit_workers(0),
     ]
     for use in uses:

@@ -564,6 +564,10 @@ class HoldingRing:
         self.in_flight = 0
         self.tokens: list[object] = []
         self.back: list[tuple[object, int, bytes | None]] = []
+        self.cancelled = 0
+
+    def cancel_writes(self) -> None:
+        self.cancelled += 1
 
     def write(self, token: object, *rest: object) -> None:
         self.tokens.append(token)
@@ -574,9 +578,11 @@ class HoldingRing:
         self.in_flight -= len(back)
         return back
 
-    def let_go(self, request: Request) -> None:
+    fsync = write
+
+    def let_go(self, request: Request, result: int = 1) -> None:
         self.tokens.remove(request)
-        self.back.append((request, 1, None))
+        self.back.append((request, result, None))
 
     def close(self) -> None:
         pass
@@ -594,35 +600,45 @@ def holding() -> tuple[Uring, HoldingRing]:
     return engine, ring
 
 
-def writing(user: int | None) -> Request:
-    """A request that is about to write."""
+def asking(call: Call[Any], user: int | None) -> Request:
+    """A request that asks for a call."""
     body = ops.clunk(Session(SecondModel(1)), 1)
     body.close()
-    request = Request(1, "write", body, user)
-    request.call = Pwrite(7, 3, b"x", 0)
+    request = Request(1, "any", body, user)
+    request.call = call
     return request
+
+
+def writing(user: int | None) -> Request:
+    """A request that is about to write."""
+    return asking(Pwrite(7, 3, b"x", 0), user)
+
+
+def syncing(user: int | None) -> Request:
+    """A request that is about to sync."""
+    return asking(Fsync(7, 3), user)
 
 
 def test_a_user_has_at_most_half_of_the_places(holding: tuple[Uring, HoldingRing]) -> None:
     """What exceeds it waits, and is left to the workers when nothing of his comes back."""
     engine, ring = holding
-    stuck = [writing(1001) for _ in range(PLACES)]
+    stuck = [syncing(1001) for _ in range(PLACES)]
     assert all(engine.start(request) for request in stuck)
     assert len(ring.tokens) == PLACES // 2
     assert engine.has_waiting()
-    other = writing(1002)
+    other = syncing(1002)
     assert engine.start(other)
     assert other in ring.tokens
     # The other's come back, his do not.
     assert engine.overdue() == stuck[PLACES // 2 :]
     assert not engine.has_waiting()
-    assert not engine.start(writing(1001)), "his are stuck: a worker makes it"
-    ring.let_go(other)
+    assert not engine.start(syncing(1001)), "his are stuck: a worker makes it"
+    ring.let_go(other, 0)
     assert engine.done() == [other]
     # One of his does, so there is hope again.
     ring.let_go(stuck[0])
     assert engine.done() == [stuck[0]]
-    late, later = writing(1001), writing(1001)
+    late, later = syncing(1001), syncing(1001)
     assert engine.start(late)
     assert late in ring.tokens
     assert engine.start(later)
@@ -643,9 +659,9 @@ def test_root_may_have_all_places_and_others_wait_only_for_a_while(
 ) -> None:
     engine, ring = holding
     for _ in range(PLACES):
-        assert engine.start(writing(0))
+        assert engine.start(syncing(0))
     assert len(ring.tokens) == PLACES
-    other = writing(1002)
+    other = syncing(1002)
     assert engine.start(other)
     assert other not in ring.tokens
     assert engine.overdue() == [other]
@@ -653,7 +669,7 @@ def test_root_may_have_all_places_and_others_wait_only_for_a_while(
 
 def test_what_moves_is_waited_for(holding: tuple[Uring, HoldingRing]) -> None:
     engine, ring = holding
-    requests = [writing(1001) for _ in range(PLACES)]
+    requests = [syncing(1001) for _ in range(PLACES)]
     for request in requests:
         engine.start(request)
     for request in requests[: PLACES // 2]:
@@ -661,6 +677,70 @@ def test_what_moves_is_waited_for(holding: tuple[Uring, HoldingRing]) -> None:
         engine.done()
         assert engine.overdue() == []
     assert not engine.has_waiting()
+
+
+def test_the_writes_in_the_ring_are_those_of_one_user_at_a_time(
+    holding: tuple[Uring, HoldingRing],
+) -> None:
+    """The kernel may have one wait for another, to another file."""
+    engine, ring = holding
+    first = writing(1001)
+    assert engine.start(first)
+    assert not engine.start(writing(1002)), "a worker makes it"
+    assert not engine.start(writing(0))
+    sync = syncing(1002)
+    assert engine.start(sync)
+    assert sync in ring.tokens, "of what is no write many are made at once"
+    ring.let_go(first)
+    assert engine.done() == [first]
+    assert engine.start(writing(1002))
+    assert not engine.start(writing(1001))
+
+
+def test_what_waits_for_a_place_may_not_write_beside_others_either(
+    holding: tuple[Uring, HoldingRing],
+) -> None:
+    engine, ring = holding
+    syncs = [syncing(0) for _ in range(PLACES)]
+    assert all(engine.start(request) for request in syncs)
+    waiting = [writing(1001), writing(1002)]
+    assert all(engine.start(request) for request in waiting)
+    ring.let_go(syncs[0], 0)
+    ring.let_go(syncs[1], 0)
+    assert engine.done() == [*syncs[:2], waiting[1]]
+    assert waiting[0] in ring.tokens
+    assert waiting[1].call is not None, "a worker makes it"
+
+
+def test_writes_behind_a_stuck_one_are_asked_back(holding: tuple[Uring, HoldingRing]) -> None:
+    """What the kernel has not begun comes back, for a worker; and so do later ones, for now."""
+    engine, ring = holding
+    stuck, behind = writing(1001), writing(1001)
+    assert engine.start(stuck)
+    assert engine.start(behind)
+    assert engine.has_waiting()
+    assert engine.overdue() == []
+    assert ring.cancelled == 1
+    ring.let_go(behind, -errno.ECANCELED)
+    assert engine.done() == [behind]
+    assert behind.call is not None
+    assert not engine.start(writing(1001))
+    ring.let_go(stuck)
+    engine.done()
+    assert not engine.has_waiting()
+    assert engine.start(writing(1001)), "nothing is in its way any more"
+
+
+def test_writes_that_move_are_not_asked_back(holding: tuple[Uring, HoldingRing]) -> None:
+    engine, ring = holding
+    requests = [writing(1001) for _ in range(4)]
+    for request in requests:
+        assert engine.start(request)
+    for request in requests:
+        ring.let_go(request)
+        engine.done()
+        engine.overdue()
+    assert ring.cancelled == 0
 
 
 def fill(fd: int) -> None:
@@ -680,11 +760,14 @@ def test_writes_that_are_stuck_keep_no_place_from_other_files(
         fill(fd)
         os.set_blocking(fd, True)
 
+    async def stuck(fd: int) -> None:
+        with contextlib.suppress(OSError):  # ESPIPE: asked back, and made by a worker
+            await Pwrite(7, fd, b"x", 0)
+
     async def scenario(driver: SecondModel, session: Session) -> None:
         async with trio.open_nursery() as nursery:
             for _, fd in pipes:
-                body = body_of(Pwrite(7, fd, b"x", 0))
-                nursery.start_soon(answer, driver, "stuck", body)
+                nursery.start_soon(answer, driver, "stuck", stuck(fd))
             await trio.testing.wait_all_tasks_blocked()
             handle = await create(driver, session, b"file")
             for number in range(5):

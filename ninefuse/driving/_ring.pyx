@@ -93,6 +93,10 @@ cdef extern from "liburing.h" nogil:
     int io_uring_opcode_supported(io_uring_probe *, int)
     void io_uring_free_probe(io_uring_probe *)
 
+cdef enum:  # what is cancelled
+    READS
+    WRITES
+
 cdef int DEFAULT_ENTRIES = 256
 
 # More than are ever in flight at once; what does not fit is kept by the kernel all the same.
@@ -374,6 +378,14 @@ cdef class Ring:
         if c_read(self.event, &count, sizeof(count)) < 0 and errno not in (EAGAIN, EINTR):
             raise _error(errno)
 
+    def cancel_writes(self):
+        """Ask the kernel to give up the writes that it has queued and not begun.
+
+        What it gives up comes back with the result -ECANCELED; the rest as usual.
+        """
+        self._check()
+        self._cancel(WRITES)
+
     def limit_workers(self, unsigned bounded, unsigned unbounded=0):
         """Set how many threads the kernel may use for requests that block.
 
@@ -458,7 +470,7 @@ cdef class Ring:
         self._submit()
         self._harvest([])
         while self.used:
-            self._cancel(False)
+            self._cancel(READS)
             patience.tv_sec = 0
             patience.tv_nsec = PATIENCE
             self.busy = True
@@ -611,14 +623,18 @@ cdef class Ring:
             self.harvesting -= 1
         return 0
 
-    cdef int _cancel(self, bint all) except -1:
-        """Ask for the end of reads, or of all; there is an answer, but nobody needs it."""
+    cdef int _cancel(self, int which) except -1:
+        """Ask for the end of READS or of WRITES; there is an answer, but nobody needs it."""
         cdef unsigned n
         cdef Slot *slot
         cdef io_uring_sqe *sqe
+        cdef bint is_it
         for n in range(self.chunks * CHUNK):
             slot = self._at(n)
-            if slot.token is not NULL and (all or slot.buffer is not NULL):
+            if slot.token is NULL:
+                continue
+            is_it = slot.data.buf is not NULL if which == WRITES else slot.buffer is not NULL
+            if is_it:
                 sqe = self._entry()
                 io_uring_prep_cancel64(sqe, n, 0)
                 io_uring_sqe_set_data64(sqe, CANCELLATION)

@@ -11,6 +11,12 @@ has few threads for them, which a server that does not answer would take. A loca
 stuck as well, so a user has at most half of the places. What finds none waits in a queue of that
 user's; when nothing of his has come back for a tenth of a second, it is left to the workers.
 
+The kernel makes writes to files one at a time where these have something in common besides
+their name (io-wq serializes by a hash of the inode, of 64 values): behind one that is stuck others
+wait, to other files. So the writes in the ring are those of one user at a time; others' go to the
+workers. And once one user's writes have not moved for a tenth of a second, what the kernel has
+not begun is asked back, and his next writes go to the workers, too, until the ring has none.
+
 A write that is made for a caller goes with that caller's rights: the kernel keeps them as a
 *personality* (io_uring_register(2)), is told its number with the write, and has the thread that
 makes the write take it on for that time. They are what `spending_as` would write with, and the
@@ -56,13 +62,24 @@ class Refused(Exception):
 class _User:
     """What one user has under way, and what waits for a place."""
 
-    __slots__ = ("count", "has_moved", "is_stuck", "waiting")
+    __slots__ = (
+        "count",
+        "has_moved",
+        "has_written",
+        "is_stuck",
+        "waiting",
+        "writes",
+        "writes_are_stuck",
+    )
 
     def __init__(self) -> None:
         self.count = 0
+        self.writes = 0  # of these
         self.waiting: deque[Request] = deque()
         self.has_moved = False  # something came back since it was looked at
         self.is_stuck = False  # nothing has for a while
+        self.has_written = False  # a write came back since it was looked at
+        self.writes_are_stuck = False  # none has for a while
 
 
 class Uring:
@@ -99,6 +116,7 @@ class Uring:
         self._by_user = by_user
         self._under_way = 0
         self._users: dict[int, _User] = {}
+        self._writer = 0  # whose writes are in the ring, where there are any
         # By user id, group id and further group; in the order of their last use.
         self._personalities: OrderedDict[tuple[int, int, int | None], int] = OrderedDict()
         self._starts: dict[type[Call[Any]], Callable[[Request, Any], None]] = {
@@ -122,6 +140,8 @@ class Uring:
         user = self._users.get(number)
         if user is None:
             user = self._users[number] = _User()
+        if isinstance(request.call, Pwrite) and not self._may_write(number, user):
+            return False
         if self._has_place(number, user):
             return self._start(request, user)
         if user.is_stuck:
@@ -130,8 +150,8 @@ class Uring:
         return True
 
     def has_waiting(self) -> bool:
-        """Whether anything waits for a place, and somebody has to ask `overdue`."""
-        return any(user.waiting for user in self._users.values())
+        """Whether anything waits, for a place or behind a write: `overdue` is to be asked."""
+        return any(user.waiting or user.writes for user in self._users.values())
 
     def overdue(self) -> list[Request]:
         """What a worker is to make, since nothing has come back since this was called last.
@@ -145,7 +165,18 @@ class Uring:
                 found += user.waiting
                 user.waiting.clear()
             user.has_moved = False
+            if user.writes and not user.has_written:
+                user.writes_are_stuck = True
+                self._ring.cancel_writes()
+            user.has_written = False
         return found
+
+    def _may_write(self, number: int, user: _User) -> bool:
+        """Whether a user's writes may be in the ring now."""
+        if user.writes:
+            return not user.writes_are_stuck
+        others = self._users.get(self._writer)
+        return others is None or not others.writes
 
     def _has_place(self, number: int, user: _User) -> bool:
         share = PLACES // 2 if self._by_user and number else PLACES
@@ -155,10 +186,16 @@ class Uring:
         """Queue a call that has a place; False if a worker is to make it."""
         call = request.call
         assert call is not None
+        writes = isinstance(call, Pwrite)
+        if writes and not self._may_write(request.user or 0, user):
+            return False
         try:
             self._starts[type(call)](request, call)
         except OSError:  # nothing was queued
             return False
+        if writes:
+            self._writer = request.user or 0
+            user.writes += 1
         self.count += 1
         self._under_way += 1
         user.count += 1
@@ -172,6 +209,10 @@ class Uring:
         user.count -= 1
         user.has_moved = True
         user.is_stuck = False
+        if isinstance(request.call, Pwrite):
+            user.writes -= 1
+            user.has_written = True
+            user.writes_are_stuck = user.writes_are_stuck and user.writes > 0
 
     def _start_waiting(self) -> list[Request]:
         """Queue what has a place now; what is left to workers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 import test_executor
-from mounting import ENVIRONMENT, NINEFUSE, REPO, Mount, run
+from mounting import ENVIRONMENT, NINEFUSE, REPO, Mount, run, wait_until
 
 from ninefuse import executor
 from ninefuse.driving import plugin
@@ -92,6 +93,26 @@ def test_a_mount_with_it(directory: Path, new_mount: Callable[..., Mount]) -> No
         list(threads.map(use, range(40)))
     assert len(list(mount.source.iterdir())) == 40
     assert json.loads(os.getxattr(mount.path, ATTRIBUTE))["model"] == "thread-per-request"
+
+
+def test_what_a_quiet_mount_has_deferred_is_made(
+    directory: Path, new_mount: Callable[..., Mount]
+) -> None:
+    """A release makes no call, and may be the last request for long."""
+    mount = new_mount("--model", MODEL)
+    with open(mount.path / "gone", "wb") as file:
+        file.write(b"x")
+        (mount.path / "gone").unlink()
+    wait_until(lambda: not any("gone" in path for path in descriptors(mount)), "the close")
+
+
+def descriptors(mount: Mount) -> list[str]:
+    """What the daemon has open."""
+    found = []
+    for name in os.listdir(f"/proc/{mount.pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found.append(os.readlink(f"/proc/{mount.pid}/fd/{name}"))
+    return found
 
 
 @pytest.mark.parametrize(

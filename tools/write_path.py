@@ -37,6 +37,7 @@ from ninefuse.tree.session import Session  # noqa: E402
 PACKAGE = f"{ROOT}/ninefuse/"
 _LOOP = ("before_io_wait", "after_io_wait", "before_wait", "after_wait")
 WARM = 20  # writes before the one that is counted
+QUIET = 0.2  # seconds
 BLOCK = bytes(4096)
 
 
@@ -57,10 +58,18 @@ class Counts:
             return
         if code.co_name in _LOOP:
             return
+        if not _is_on_the_way():
+            return
         name = threading.current_thread().name
         self.frames["worker" if name.startswith("worker") else "dispatcher"] += 1
         if code.co_name == "__init__":
             self.objects[type(frame.f_locals["self"]).__name__] += 1
+
+
+def _is_on_the_way() -> bool:
+    """Whether this thread is the dispatcher or a worker: the pool is watched by another."""
+    name = threading.current_thread().name
+    return name == "MainThread" or name.startswith("worker")
 
 
 class _Mutex:
@@ -73,7 +82,7 @@ class _Mutex:
         self.locked = lock.locked
 
     def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
-        self._counts.mutexes += self._counts.is_on
+        self._counts.mutexes += self._counts.is_on and _is_on_the_way()
         return bool(self._lock.acquire(blocking, timeout))
 
     def __enter__(self) -> bool:
@@ -112,6 +121,7 @@ async def _write(driver: executor.Executor, directory: str, counts: Counts) -> N
     for number in range(WARM + 1):
         counts.is_on = number == WARM
         await adapter.write(0, 4096 * number, BLOCK)
+    await trio.sleep(QUIET)  # what the worker still does after the answer counts, too
     counts.is_on = False
     before = driver.answered["write"].crossings
     await adapter.write(0, 0, BLOCK)

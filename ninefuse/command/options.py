@@ -188,7 +188,7 @@ OPTIONS = (
     ),
     # One durable write for each write(2) of an O_SYNC open, or a cached one and an fsync.
     Option("osync", Kind.CHOICE, "direct_sync", values={"direct": True, "cached": False}),
-    # Whether the dispatcher makes calls itself that do not block, or are soon over.
+    # Whether the dispatcher makes calls itself that wait for nobody.
     Option("inline", Kind.CHOICE, "inline", values={"auto": True, "off": False}),
     # Whether the daemon's threads share one processor.
     Option("cpus", Kind.CHOICE, "one_cpu", values={"one": True, "all": False}),

@@ -12,6 +12,7 @@ Locks touched: none.
 from __future__ import annotations
 
 import contextlib
+import logging
 from threading import get_ident
 from typing import TypeVar
 
@@ -20,6 +21,8 @@ import trio
 from ninefuse.calls import Body
 from ninefuse.driving.driver import Executor
 from ninefuse.driving.request import Request
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -64,11 +67,17 @@ class Awaiting(trio.abc.Instrument):
 
     def before_io_wait(self, timeout: float) -> None:
         """trio is about to wait for events."""
-        self.driver.before_wait(sleeps=timeout > 0)
+        try:
+            self.driver.before_wait(sleeps=timeout > 0)
+        except Exception:  # trio would ask us no more
+            log.exception("what comes before a wait failed")
 
     def after_io_wait(self, timeout: float) -> None:
         """trio has waited for events."""
-        self.driver.after_wait()
+        try:
+            self.driver.after_wait()
+        except Exception:  # likewise
+            log.exception("what comes after a wait failed")
 
     def _begin(self) -> None:
         """Something ends elsewhere: from now on it has to come back."""
@@ -85,10 +94,15 @@ class Awaiting(trio.abc.Instrument):
             trio.lowlevel.spawn_system_task(self._be_woken)
 
     async def _be_woken(self) -> None:
-        """Wait for the driver's descriptor, so that trio does; see `after_io_wait`."""
+        """Wait for the driver's descriptor, so that trio does, and go on with what is done.
+
+        After the draining, though trio has looked just before: what has come in between would
+        be drained and not seen.
+        """
         while True:
             await trio.lowlevel.wait_readable(self.driver.fd)
             self.driver.drain()
+            self.after_io_wait(0)
 
 
 class _End:

@@ -272,7 +272,8 @@ class SecondModel(_Pooled):
             elif self.deferred.calls and not self._batching:
                 # A worker for each would cost more than the calls do.
                 self._batching = True
-                self.clock.call_later(_BATCH_TIME, self._end_batch)
+                if not self.clock.call_later(_BATCH_TIME, self._end_batch):
+                    self._end_batch()  # no thread is to be had
 
     def _end_batch(self) -> None:
         self._batching = False
@@ -320,8 +321,9 @@ class SecondModel(_Pooled):
     def _mind(self) -> None:
         """See that what waits for an engine which is stuck goes to the workers in the end."""
         if not self._is_minding and self.uring is not None and self.uring.has_waiting():
-            self._is_minding = True
-            self.clock.call_later(STUCK, partial(self.dispatcher.post, self._look_after))
+            look = partial(self.dispatcher.post, self._look_after)
+            # Else no thread is to be had, and the next that comes tries again.
+            self._is_minding = self.clock.call_later(STUCK, look)
 
     def _look_after(self) -> None:
         self._is_minding = False

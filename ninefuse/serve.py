@@ -244,11 +244,17 @@ async def _serve(
         own = b"0:%d" % stopper.number
         session.has_become_writable = lambda: mounts.is_writable(own)
 
-        def hide() -> None:
-            forbidden = mountflags.forbidden_in(mounts.flags_of(own))
-            session.fids.devices.hides = mountflags.HIDEABLE & ~forbidden
+        def follow() -> None:
+            flags = mounts.flags_of(own)
+            session.fids.devices.hides = mountflags.HIDEABLE & ~mountflags.forbidden_in(flags)
+            if (b"noatime" in flags) != shown[-1]:  # a remount
+                shown.append(b"noatime" in flags)
+                session.noatime = shown[-1]
 
-        mounts.on_change = hide
+        mounts.is_writable(own)  # which reads the table
+        shown = [b"noatime" in mounts.flags_of(own)]
+        mounts.on_change = follow
+        session.look_at_mount = lambda: mounts.is_writable(own)
     forgetter = _mind_the_table(session, settings)
     leaver = Leaver(session.fids, forgetter.ask_for)
 
@@ -256,14 +262,14 @@ async def _serve(
         forgetter.end()  # while what it asks is still answered
         stopper.stop()
 
-    signals.start(
-        stop=stop,
-        end_now=stopper.abandon,
-        counters=lambda: _log_lines(counters.lines()),
-        stacks=lambda: _log_lines(report.stacks(driver)),
-    )
     device.install(None if tracer is None else tracer.around_wait)
     try:
+        signals.start(
+            stop=stop,
+            end_now=stopper.abandon,
+            counters=lambda: _log_lines(counters.lines()),
+            stacks=lambda: _log_lines(report.stacks(driver)),
+        )
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_announce, settings, driver.model, started, ready)
             await pyfuse3.main(_MIN_TASKS, _MAX_TASKS)

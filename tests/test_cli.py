@@ -39,6 +39,7 @@ def mount(monkeypatch: pytest.MonkeyPatch) -> FakeMount:
     """Replace the mount, the checks and the set-up of logging."""
     fake = FakeMount()
     monkeypatch.setitem(sys.modules, "ninefuse.serve", fake)
+    monkeypatch.setattr(ninefuse, "serve", fake, raising=False)  # where it has been imported
     monkeypatch.setattr(ninefuse, "mount", fake, raising=False)
     monkeypatch.setattr(preflight, "check", lambda settings: settings)
     monkeypatch.setattr(logs, "configure", lambda settings, daemon: None)
@@ -287,6 +288,7 @@ def test_a_missing_library_is_named(
 ) -> None:
     monkeypatch.delattr(ninefuse, "mount")
     monkeypatch.setitem(sys.modules, "ninefuse.serve", None)
+    monkeypatch.delattr(ninefuse, "serve", raising=False)
     assert cli.main(["/s", "/m"]) == 1
     err = capsys.readouterr().err
     assert "ninefuse" in err

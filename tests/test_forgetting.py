@@ -213,3 +213,24 @@ def test_the_collector_leaves_alone_what_was_there(tmp_path: Path) -> None:
         assert not any(one is kept for one in gc.get_objects())
     finally:
         gc.unfreeze()
+
+
+def test_without_a_thread_the_next_that_asks_tries_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the end does not wait for one that was never there."""
+    table, asked = Table(), list[int]()
+    forgetter = Forgetter(table, 10, asked.extend)
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        forgetter.ask_for([7])
+        assert forgetter.end()
+    forgetter = Forgetter(table, 10, asked.extend)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        forgetter.ask_for([8])
+    forgetter.ask_for([9])
+    wait_until(lambda: {8, 9} <= set(asked), "both")
+    assert forgetter.end()

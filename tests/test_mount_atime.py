@@ -107,3 +107,21 @@ def test_nor_do_they_by_those_who_own_nothing_of_it(new_mount: Callable[..., Mou
 
     in_child(make)
     assert (mount.source / "made").stat().st_atime == LONG_AGO
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root changes a mount")
+def test_it_follows_a_remount(new_mount: Callable[..., Mount]) -> None:
+    mount = new_mount("-o", "allow_other")
+    file = mount.source / "file"
+    file.write_bytes(b"data")
+
+    def is_moved() -> bool:
+        os.utime(file, (LONG_AGO, LONG_AGO))
+        in_child(lambda: os.posix_fadvise(os.open(mount.path / "file", os.O_RDONLY), 0, 0, 4))
+        in_child(lambda: (mount.path / "file").read_bytes())
+        return int(file.stat().st_atime) != LONG_AGO
+
+    assert is_moved()
+    for flag, moves in (("noatime", False), ("strictatime", True)):
+        subprocess.run(["mount", "-i", "-o", f"remount,bind,{flag}", mount.path], check=True)
+        assert is_moved() == moves, flag

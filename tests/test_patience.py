@@ -89,6 +89,33 @@ def test_without_a_thread_the_next_that_waits_tries_again(monkeypatch: pytest.Mo
     passed(second)
 
 
+def test_without_a_thread_deferred_calls_are_made_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And the next ones in their time."""
+    start = threading.Thread.start
+    closed: list[int] = []
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "clock":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    async def deferring(executor: Executor, number: int) -> None:
+        executor.defer(closed.append, number)
+
+    async def scenario(executor: Executor) -> None:
+        executor.is_near = is_on_own_device  # type: ignore[attr-defined]
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            await answer(executor, "release", deferring(executor, 1))
+            await until(lambda: closed == [1])
+        await answer(executor, "release", deferring(executor, 2))
+        await until(lambda: closed == [1, 2])
+
+    drive("second", 1, scenario)
+
+
 def test_at_the_end_all_goes_on_at_once() -> None:
     ticking = Clock()
     waiting, left = Patience(ticking), list[int]()

@@ -159,6 +159,54 @@ def test_errors_come_back_as_they_are(
     assert engine.count == before + 1
 
 
+class Sly:
+    """An engine whose calls are done after a look at it, and before that is drained."""
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_NONBLOCK)
+        self._queued: list[Request] = []
+        self._done: list[Request] = []
+
+    def takes(self, call: Call[Any]) -> bool:
+        return isinstance(call, Fsync)
+
+    def start(self, request: Request) -> bool:
+        self._queued.append(request)
+        os.eventfd_write(self.fd, 1)
+        return True
+
+    def drain(self) -> None:
+        for request in self._queued:
+            request.call = None
+        self._done, self._queued = self._queued, []
+        os.eventfd_read(self.fd)
+
+    def done(self) -> list[Request]:
+        done, self._done = self._done, []
+        return done
+
+    def submit(self) -> None:
+        pass
+
+    def has_waiting(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+def test_what_is_done_between_the_look_and_the_draining_is_seen() -> None:
+    """Nothing else would wake the dispatcher for it."""
+
+    async def scenario(driver: Executor) -> None:
+        assert isinstance(driver, SecondModel)
+        driver.is_near, driver.uring = is_on_own_device, Sly()  # type: ignore[assignment]
+        for _ in range(3):
+            await answer(driver, "fsync", body_of(Fsync(7, 3)))
+
+    drive("second", 1, scenario)
+
+
 def test_calls_on_other_devices_go_to_workers(engine: Uring, tmp_path: Path) -> None:
     """So do those that have no form for it."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import logging
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +19,22 @@ log = logging.getLogger(__name__)
 STUCK = 0.1
 
 _SPARE_TIME = 10.0  # seconds that the thread waits for something to do
+
+
+def start_quietly(thread: threading.Thread) -> None:
+    """Start a thread with all signals blocked.
+
+    They are for the thread that waits for them (signals.py) and, for the timer of the device,
+    for the dispatcher: others' system calls are not interrupted.
+
+    Raises:
+        RuntimeError: there is no thread to be had.
+    """
+    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        thread.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
 
 
 class Clock:
@@ -39,19 +56,19 @@ class Clock:
             function: what to call. It must not wait for anything.
 
         Returns:
-            False if there is no thread to be had: then it is called with the next one.
+            False if there is no thread to be had: it will not be called.
         """
         due = time.monotonic() + seconds, next(self._numbers), function
         with self._mutex:
-            heapq.heappush(self._due, due)
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name="clock", daemon=True)
                 try:
-                    thread.start()
+                    start_quietly(thread)
                 except RuntimeError:
                     return False
                 self._thread = thread
-            elif self._due[0] is due:
+            heapq.heappush(self._due, due)
+            if self._due[0] is due:
                 self._look.set()
         return True
 

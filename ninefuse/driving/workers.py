@@ -19,14 +19,13 @@ Locks touched: the pool's own mutex, for dictionary work and starting threads on
 from __future__ import annotations
 
 import logging
-import signal
 import threading
 from collections import deque
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
-from ninefuse.driving.clock import STUCK
+from ninefuse.driving.clock import STUCK, start_quietly
 from ninefuse.driving.shares import Shares
 
 log = logging.getLogger(__name__)
@@ -80,7 +79,7 @@ class WorkerPool:
         for n in range(threads):
             self._start(f"worker-{n}", self._work)
         self._watcher = threading.Thread(target=self._watch, name="pool watcher", daemon=True)
-        self._quietly(self._watcher)
+        start_quietly(self._watcher)
 
     def submit(self, job: Job, on: int | None = None, user: int | None = None) -> None:
         """Run ``job`` on a worker, once the inode ``on`` and the user have room. Never blocks.
@@ -227,21 +226,8 @@ class WorkerPool:
         thread = threading.Thread(target=work, name=name, daemon=True)
         self._workers.add(thread)
         try:
-            self._quietly(thread)
+            start_quietly(thread)
         except RuntimeError:  # no thread to be had
             self._workers.discard(thread)
             if work == self._work:
                 raise
-
-    @staticmethod
-    def _quietly(thread: threading.Thread) -> None:
-        """Start a thread with all signals blocked.
-
-        They are for the thread that waits for them (signals.py) and, for the timer of the
-        device, for the dispatcher: a worker's system calls are not interrupted.
-        """
-        unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        try:
-            thread.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)

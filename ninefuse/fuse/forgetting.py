@@ -62,8 +62,12 @@ class Forgetter:
     def _wake(self) -> None:
         with self._starting:
             if self._thread is None and not self._ends:
-                self._thread = threading.Thread(target=self._run, name="forgetter", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="forgetter", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:  # none to be had: the next one tries again
+                    return
+                self._thread = thread
         self._wanted.set()
 
     def end(self) -> bool:

@@ -96,6 +96,7 @@ async def _open(
         raise error(errno.ENXIO)
     owner = None if caller is None else caller.uid
     await session.claim_descriptor(node, owner)
+    session.look_at_mount()
     opened: OpenFile | OpenDirectory
     try:
         if kind == stat.S_IFDIR:

@@ -64,7 +64,10 @@ def start(
                 elif not stopping:
                     stopping = True
                     log.info("%s: unmounting", signal.Signals(number).name)
-                    threading.Thread(target=stop, name="stop", daemon=True).start()
+                    try:
+                        threading.Thread(target=stop, name="stop", daemon=True).start()
+                    except RuntimeError:  # none to be had: here, where no second signal is heard
+                        stop()
                 else:
                     log.warning("%s again: ending at once", signal.Signals(number).name)
                     end_now()

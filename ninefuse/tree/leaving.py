@@ -52,8 +52,12 @@ class Leaver:
         if self._thread is None:
             with self._starting:
                 if self._thread is None and not self._ends.is_set():
-                    self._thread = threading.Thread(target=self._run, name="leaver", daemon=True)
-                    self._thread.start()
+                    thread = threading.Thread(target=self._run, name="leaver", daemon=True)
+                    try:
+                        thread.start()
+                    except RuntimeError:  # none to be had: the next one tries again
+                        return
+                    self._thread = thread
         self._wanted.set()
 
     def end(self) -> None:

@@ -95,6 +95,8 @@ class Session:
         self.sync_directories = sync_directories
         # Whether reads leave the access times alone, of all and of directories.
         self.noatime = self.nodiratime = False
+        # Has them changed where the mount that the requests come by was changed.
+        self.look_at_mount: Callable[[], object] = bool
         self.own_mount: OwnMount | None = None  # by which the requests come, if by one
         # Tells the client that the attributes of a fid's file are others than it believes. For
         # a fid that a request under way was made with: then it waits for nobody.

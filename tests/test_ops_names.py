@@ -30,6 +30,7 @@ from ninefuse.linux.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WH
 from ninefuse.ops import Changes
 from ninefuse.ops.names import AT_REMOVEDIR
 from ninefuse.tree.qids import QTDIR, QTFILE, QTSYMLINK, Qid
+from ninefuse.tree.session import MOST_TRIES
 from ninefuse.tree.table import Fid
 
 pytestmark = pytest.mark.usefixtures("leak_free")
@@ -630,6 +631,44 @@ def test_who_saw_a_name_before_it_moved_looks_again(tree: Client, is_told: bool)
         moving.finish()
     assert one.node.place is not None
     assert one.node.place[1] == b"1"
+
+
+def _move_another(client: Client, times: int) -> None:
+    """Rename a file that nobody looks for, there and back again."""
+    ways = [(b"two", b"2"), (b"2", b"two")]
+    client.do(ops.renameat, ROOT, ways[times % 2][0], ROOT, ways[times % 2][1])
+
+
+def test_a_place_is_right_though_names_move_all_the_time(tree: Client) -> None:
+    """The last look is believed: the file may not be moved between it and the note."""
+    one = tree.know("one")
+    walking = Stepper(ops.walk(tree.session, ROOT, tree.session.kernel.intern, [b"one"]))
+    for times in range(MOST_TRIES):
+        walking.after("_step")
+        _move_another(tree, times)
+    moving = Stepper(ops.renameat(tree.session, ROOT, b"one", ROOT, b"1"))
+    moving.go()
+    assert walking.finish()[1] is one
+    moving.finish()
+    assert one.node.place is not None
+    assert one.node.place[1] == b"1"
+
+
+def test_a_listed_place_is_right_though_names_move_all_the_time(tree: Client) -> None:
+    """As for a lookup."""
+    inner = tree.know("d", "inner")
+    directory = tree.know("d").number
+    handle = tree.open("d")
+    listing = Stepper(readdirplus(tree.session, handle, 0))
+    for times in range(MOST_TRIES):
+        listing.after("_stat_entry")
+        _move_another(tree, times)
+    moving = Stepper(ops.renameat(tree.session, directory, b"inner", directory, b"moved"))
+    moving.go()
+    listing.finish()
+    moving.finish()
+    assert inner.node.place is not None
+    assert inner.node.place[1] == b"moved"
 
 
 def test_a_rename_does_not_hold_up_data(tree: Client) -> None:

@@ -89,15 +89,23 @@ async def _entries_plus(
     try:
         for at in range(0, len(found), _AT_ONCE):
             piece = found[at : at + _AT_ONCE]
-            for tries in range(MOST_TRIES, 0, -1):
+            for _ in range(MOST_TRIES - 1):
                 moves = session.rename_lock.moves
                 looks = [await look_at(session, use, directory, entry) for entry in piece]
                 async with session.rename_lock.reading:
                     # Else names were moved since they were looked at: perhaps these.
-                    if moves == session.rename_lock.moves or tries == 1:
+                    if moves == session.rename_lock.moves:
                         for look in filter(None, looks):
                             entries.append(_entry_plus(session, use, look))  # noqa: PERF401
                         break
+            else:
+                # Names are being moved all the time; while it is taken, one of these is not.
+                for entry in piece:
+                    async with session.names.taking(use.node.number, entry.name):
+                        seen = await look_at(session, use, directory, entry)
+                        async with session.rename_lock.reading:
+                            if seen is not None:
+                                entries.append(_entry_plus(session, use, seen))
     except BaseException:
         # No reply will tell of the lookups counted so far.
         session.kernel.forget([(e.fid.number, 1) for e in entries if e.fid is not None])

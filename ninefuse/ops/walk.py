@@ -9,6 +9,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable
+from contextlib import nullcontext
 
 from ninefuse.calls import Begin, blocking, blocking_unless
 from ninefuse.errors import error
@@ -23,6 +24,7 @@ from ninefuse.tree.session import MOST_TRIES, Session, Use, check_component, che
 from ninefuse.tree.table import Fid
 
 MAXWELEM = 16  # names in one walk
+_NOT_ALONE = nullcontext()  # others may move the name meanwhile
 # Gives what a walk has arrived at its fid, where the client leaves the number to us: the node, and
 # the place that it was found at, if by its name. It notes that place, and waits for nobody.
 Numbering = Callable[[Node, tuple[Node, bytes] | None], Fid]
@@ -170,31 +172,32 @@ async def _look(
     async def ask() -> tuple[Node, Attributes]:
         return await blocking_unless(node.number, _step_now, _step, session, node, name)
 
-    tries = MOST_TRIES
-    while True:
-        tries -= 1
-        moves = lock.moves
-        try:
-            below, attributes = await session.unless_moved(ask)
-        except OSError:
-            if is_first:
+    for tries in range(MOST_TRIES, 0, -1):
+        # Names are being moved all the time? While it is taken, this one is not.
+        async with session.names.taking(node.number, name) if tries == 1 else _NOT_ALONE:
+            moves = lock.moves
+            try:
+                below, attributes = await session.unless_moved(ask)
+            except OSError:
+                if is_first:
+                    raise
+                return None
+            try:
+                async with lock.reading:
+                    # Else something was moved since it was seen: perhaps this.
+                    if moves == lock.moves or tries == 1:
+                        place = None if name in (b".", b"..") else (node, name)
+                        if start is not None and not isinstance(newfid, int):
+                            return below, newfid(below, place), attributes
+                        if place is not None:
+                            fids.seen(attributes, node, name)
+                        fid = None if start is None else _arrive(session, start, newfid, below)
+                        return below, fid, attributes
+            except BaseException:
+                fids.unpin(below)
                 raise
-            return None
-        try:
-            async with lock.reading:
-                # Else something was moved since it was seen: perhaps this.
-                if moves == lock.moves or not tries:
-                    place = None if name in (b".", b"..") else (node, name)
-                    if start is not None and not isinstance(newfid, int):
-                        return below, newfid(below, place), attributes
-                    if place is not None:
-                        fids.seen(attributes, node, name)
-                    fid = None if start is None else _arrive(session, start, newfid, below)
-                    return below, fid, attributes
-        except BaseException:
             fids.unpin(below)
-            raise
-        fids.unpin(below)
+    raise AssertionError("the last look is believed")
 
 
 def _step_now(session: Session, node: Node, name: bytes) -> tuple[Node, Attributes]:

@@ -32,7 +32,7 @@ NAME_MAX = 255  # bytes
 _LAST_OFFSET = (1 << 63) - 1
 PERMISSIONS = 0o7777  # mode bits besides the type: set-user-id and the like are among them
 
-# How often names are looked at that are being moved; then what was seen last is believed.
+# How often names are looked at that are being moved; at last while each is taken (`Names`).
 MOST_TRIES = 4
 _GRACE = 5.0  # seconds beyond the time after which the kernel breaks a lease
 

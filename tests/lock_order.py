@@ -50,8 +50,7 @@ RANKS = {
     ("ninefuse.tree.listing", "Listing"): LISTING,
     ("ninefuse.linux.mountinfo", "MountsBelow"): LISTING,  # held while the mount table is read
     ("ninefuse.tree.places", "Mounts"): LISTING,  # likewise
-    ("ninefuse.fuse.forgetting", "Forgetter"): INNERMOST,
-    ("ninefuse.tree.leaving", "Leaver"): INNERMOST,
+    ("ninefuse.process.threads", "ThreadOnDemand"): INNERMOST,
     ("ninefuse.tree.counts", "Counts"): COUNTS,
     ("ninefuse.locks", "RWLock"): INNERMOST,  # the state of a read-write lock
     ("ninefuse.driving.driver", "Executor"): INNERMOST,  # the registry of requests

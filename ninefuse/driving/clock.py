@@ -8,10 +8,11 @@ from __future__ import annotations
 import heapq
 import itertools
 import logging
-import signal
 import threading
 import time
 from collections.abc import Callable
+
+from ninefuse.process.threads import start_quietly
 
 log = logging.getLogger(__name__)
 
@@ -19,22 +20,6 @@ log = logging.getLogger(__name__)
 STUCK = 0.1
 
 _SPARE_TIME = 10.0  # seconds that the thread waits for something to do
-
-
-def start_quietly(thread: threading.Thread) -> None:
-    """Start a thread with all signals blocked.
-
-    They are for the thread that waits for them (signals.py) and, for the timer of the device,
-    for the dispatcher: others' system calls are not interrupted.
-
-    Raises:
-        RuntimeError: there is no thread to be had.
-    """
-    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    try:
-        thread.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
 
 
 class Clock:

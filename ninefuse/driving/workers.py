@@ -25,8 +25,9 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
-from ninefuse.driving.clock import STUCK, start_quietly
+from ninefuse.driving.clock import STUCK
 from ninefuse.driving.shares import Shares
+from ninefuse.process.threads import start_quietly
 
 log = logging.getLogger(__name__)
 

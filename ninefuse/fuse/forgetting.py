@@ -5,17 +5,16 @@ knows has a fid here. Above a mark it is asked to forget those that have not bee
 long. It may have to wait for a file's pages, which may wait for us: so it is asked by a
 thread of its own, which nobody waits for.
 
-Locks touched: the fid table's, through kernel.py; a mutex of its own, to start its thread
-once.
+Locks touched: the fid table's, through kernel.py; a mutex to start its thread, in threads.py.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
-import threading
 from collections.abc import Callable, Iterable, Sequence
 
+from ninefuse.process.threads import ThreadOnDemand
 from ninefuse.tree.kernel import KernelTable
 
 log = logging.getLogger(__name__)
@@ -42,48 +41,28 @@ class Forgetter:
         self._fids = fids
         self._most = most
         self._prune = prune
-        self._wanted = threading.Event()
-        self._starting = threading.Lock()
-        self._ends = False
-        self._thread: threading.Thread | None = None
+        self._thread = ThreadOnDemand("forgetter", self._run)
         self._more: set[int] = set()  # files to ask for besides
         self.asked = 0
 
     def note(self) -> None:
         """Have the kernel asked if it knows too much. Any thread; does not wait."""
         if len(self._fids) > self._most:
-            self._wake()
+            self._thread.wake()
 
     def ask_for(self, nodeids: Iterable[int]) -> None:
         """Have the kernel asked to forget these files, however many it knows. Likewise."""
         self._more.update(nodeids)
-        self._wake()
-
-    def _wake(self) -> None:
-        with self._starting:
-            if self._thread is None and not self._ends:
-                thread = threading.Thread(target=self._run, name="forgetter", daemon=True)
-                try:
-                    thread.start()
-                except RuntimeError:  # none to be had: the next one tries again
-                    return
-                self._thread = thread
-        self._wanted.set()
+        self._thread.wake()
 
     def end(self) -> bool:
         """Ask no more, and say whether nothing is being asked."""
-        with self._starting:
-            self._ends = True
-        self._wanted.set()
-        if self._thread is None:
-            return True
-        self._thread.join(_PATIENCE)
-        return not self._thread.is_alive()
+        self._thread.end()
+        return self._thread.join(_PATIENCE)
 
     def _run(self) -> None:
-        while not self._ends:
-            self._wanted.wait()
-            self._wanted.clear()
+        while not self._thread.ends.is_set():
+            self._thread.wait()
             try:
                 self._ask()
             except OSError as error:
@@ -103,7 +82,7 @@ class Forgetter:
             return
         surplus = len(self._fids) - self._most * 7 // 8
         looks = 2 * len(self._fids)  # a file that was used is passed over once
-        while surplus > 0 and looks > 0 and not self._ends:
+        while surplus > 0 and looks > 0 and not self._thread.ends.is_set():
             looks -= _LOOKS
             nodeids = self._fids.next_idle(_LOOKS)[:surplus]
             if nodeids:

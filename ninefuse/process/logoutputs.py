@@ -13,7 +13,6 @@ import logging
 import os
 import queue
 import select
-import signal
 import socket
 import stat
 import syslog
@@ -23,6 +22,7 @@ from typing import Protocol
 from ninefuse.linux import capabilities
 from ninefuse.process import ownfile
 from ninefuse.process.loglines import priority
+from ninefuse.process.threads import start_quietly
 
 log = logging.getLogger(__name__)
 
@@ -151,13 +151,8 @@ class QueuedHandler(logging.Handler):
         self._queue: queue.SimpleQueue[bytes | threading.Event | None] = queue.SimpleQueue()
         self._lost = 0  # lines that found no room; counted inside the handler's lock
         self._closed = False
-        # Signals are for others; see workers.py.
-        unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        try:
-            self._thread = threading.Thread(target=self._write_all, name="log", daemon=True)
-            self._thread.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+        self._thread = threading.Thread(target=self._write_all, name="log", daemon=True)
+        start_quietly(self._thread)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Have one record written."""

@@ -10,7 +10,7 @@ own. Of each file is asked whether it has a name left, without asking a server. 
 hang, it hangs a thread for this mount alone. What has no name left could not be opened again;
 the kernel is asked to forget it, which it does unless somebody is in there.
 
-Locks touched: the mutex ``counts``, through counts.py; one of its own, to start its thread once.
+Locks touched: the mutex ``counts``, through counts.py; one to start its thread, in threads.py.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from collections.abc import Callable
 from itertools import groupby
 
 from ninefuse.linux.syscalls import has_names
+from ninefuse.process.threads import ThreadOnDemand
 from ninefuse.tree.nodes import Node
 from ninefuse.tree.table import FidTable
 
@@ -40,38 +41,23 @@ class Leaver:
     def __init__(self, fids: FidTable, forget: Callable[[list[int]], None]) -> None:
         self._fids = fids
         self._forget = forget
-        self._wanted = threading.Event()
-        self._ends = threading.Event()
-        self._starting = threading.Lock()
-        self._thread: threading.Thread | None = None
+        self._thread = ThreadOnDemand("leaver", self._run)
         self._leaving: set[int] = set()  # mounts (Mount.number) that a thread is at
         fids.on_visit = self.note
 
     def note(self) -> None:
         """There is such a descriptor. Any thread; does not wait."""
-        if self._thread is None:
-            with self._starting:
-                if self._thread is None and not self._ends.is_set():
-                    thread = threading.Thread(target=self._run, name="leaver", daemon=True)
-                    try:
-                        thread.start()
-                    except RuntimeError:  # none to be had: the next one tries again
-                        return
-                    self._thread = thread
-        self._wanted.set()
+        self._thread.wake()
 
     def end(self) -> None:
         """Look no more."""
-        with self._starting:
-            self._ends.set()
-        self._wanted.set()
+        self._thread.end()
 
     def _run(self) -> None:
         while True:
-            self._wanted.wait()
-            self._wanted.clear()
+            self._thread.wait()
             while self._fids.visitors:
-                if self._ends.wait(PERIOD):
+                if self._thread.ends.wait(PERIOD):
                     return
                 try:
                     self._look()

@@ -20,7 +20,6 @@ import itertools
 import json
 import logging
 import os
-import signal
 import stat
 import sys
 import threading
@@ -31,6 +30,7 @@ from typing import Any, NamedTuple
 
 from ninefuse.exitcodes import ExitCode, Failure
 from ninefuse.process import ownfile
+from ninefuse.process.threads import start_quietly
 
 log = logging.getLogger(__name__)
 
@@ -157,13 +157,8 @@ class TraceFile:
         self._told = (0, 0)  # of these, how many the file tells of
         self._deadline = sys.float_info.max  # after it nothing is written but what is left out
         self._hand_overs = itertools.count(1)
-        # Signals are for others; see workers.py.
-        unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        try:
-            self._thread = threading.Thread(target=self._write_all, name="trace", daemon=True)
-            self._thread.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+        self._thread = threading.Thread(target=self._write_all, name="trace", daemon=True)
+        start_quietly(self._thread)
 
     def lane(self, name: str) -> Lane:
         """Make a lane for the calling thread, and tell the viewer of it.

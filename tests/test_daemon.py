@@ -284,8 +284,8 @@ return 0
 def test_an_interrupt_is_one_again_once_it_is_ready(command: Command) -> None:
     body = """
 ready()
-write("armed", "")
 try:
+    write("armed", "")
     time.sleep(60)
 except KeyboardInterrupt:
     write("interrupted", "")

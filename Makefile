@@ -2,13 +2,16 @@
 #
 # Programs replace the shell (exec): make hands signals on to them and waits for their clean-up.
 
-.PHONY: help soak conformance demo bench test test-fast test-tools check pages clean
+.PHONY: help soak conformance demo bench test test-fast test-pyfuse3 test-tools check pages clean
 .DEFAULT_GOAL := help
 
 # Processes that run tests at the same time. Most tests wait for most of their time.
 JOBS = 4
 PYTEST = .venv/bin/python -m pytest
 PRODUCT = $(PYTEST) --ignore=tests/tools
+# What a mount does, whoever serves it.
+PYFUSE3 = $(addprefix tests/test_mount_,names.py files.py attributes.py fallbacks.py likeness.py \
+  command.py)
 
 # By way of the environment: the directories' names reach the program whatever is in it.
 export SRC OUT PJDFSTEST
@@ -24,6 +27,8 @@ help:
 	@echo '             JOBS=1: one test at a time'
 	@echo 'make test-fast'
 	@echo '             those of them that need no mount: one minute'
+	@echo 'make test-pyfuse3'
+	@echo '             tests of mounts under the session of pyfuse3, where test has our own: one minute'
 	@echo 'make test-tools'
 	@echo '             the tests of bench, demo, packaging, tools/setup, the pages and their examples'
 	@echo 'make soak    the tests of long runs: a million files, power failures, kills, faults, random'
@@ -58,6 +63,10 @@ test-fast:
 	@tools/setup
 	@exec $(PRODUCT) -n $(JOBS) --dist worksteal -m 'not mount' $(ARGS)
 
+test-pyfuse3:
+	@tools/setup
+	@exec env NINEFUSE_SESSION=pyfuse3 $(PRODUCT) -n $(JOBS) --dist worksteal $(PYFUSE3) $(ARGS)
+
 test-tools:
 	@tools/setup
 	@exec $(PYTEST) -n $(JOBS) --dist worksteal tests/tools $(ARGS)
@@ -65,6 +74,7 @@ test-tools:
 soak:
 	@tools/setup
 	@env NINEFUSE_ENGINE=threads $(PYTEST) -k second tests/test_mount_*.py $(ARGS)
+	@env NINEFUSE_SESSION=pyfuse3 $(PYTEST) tests/test_mount_*.py $(ARGS)
 	@exec env NINEFUSE_SOAK=1 $(PYTEST) -s -o faulthandler_timeout=0 -o timeout=0 -m soak $(ARGS)
 
 conformance:
@@ -85,6 +95,6 @@ pages:
 	@exec .venv/bin/python tools/pictures.py
 
 clean:
-	rm -rf .venv build dist ninefuse.egg-info ninefuse/driving/_ring.*.so ninefuse/linux/_transfer.*.so
+	rm -rf .venv build dist ninefuse.egg-info ninefuse/*/_*.*.so
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -xdev -name .git -prune -o -name __pycache__ -prune -exec rm -rf {} +

@@ -2,7 +2,8 @@
 
 They are optional. Without liburing's headers or pkg-config, ninefuse is built without
 ninefuse.driving._ring, and does its input and output on threads. Without a compiler or Cython it
-is also built without ninefuse.linux._transfer, and does what that does in Python.
+is also built without ninefuse.linux._transfer, and does what that does in Python, and without
+ninefuse.fuse._wire, and is served by pyfuse3's session.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ def extensions() -> list[Extension]:
         from Cython.Build import cythonize
     except ImportError:
         return []
-    wanted = [Extension("ninefuse.linux._transfer", ["ninefuse/linux/_transfer.pyx"])]
+    wanted = [
+        Extension("ninefuse.fuse._wire", ["ninefuse/fuse/_wire.pyx"]),
+        Extension("ninefuse.linux._transfer", ["ninefuse/linux/_transfer.pyx"]),
+    ]
     compiler, linker = pkg_config("--cflags"), pkg_config("--libs")
     if compiler is not None and linker is not None:
         ring = Extension(

@@ -10,7 +10,7 @@ the drivers, one for each threading model), and the body goes on with the comman
 * ``async with lock.reading`` / ``async with lock.writing`` (locks.py): take a lock, give it
   back. No other command may be given in between: whoever waits for a call would have all wait
   who want the lock.
-* ``await Later()``: go on after a while, to try again.
+* ``await Later()``: go on after a while, to try again; or before, where something says so.
 * ``await Ended(tag)``: wait until another request has ended.
 * ``await Behind(turn)``: wait for earlier changes of the same bytes (order.py).
 * ``await Begin(message, fid)``: a message begins. Drivers pass over it; traces show it.
@@ -51,7 +51,7 @@ class Queueing(Protocol):
 
 
 class Coming(Protocol):
-    """What has others before it; see order.py."""
+    """What is to come, and is waited for: a turn (order.py), a lock of a file (filelocks.py)."""
 
     def has_come(self, resume: Callable[[], None]) -> bool: ...
 
@@ -260,12 +260,27 @@ class Ended(_Other):
 
 
 class Later(_Other):
-    """Go on after a while (some hundredths of a second), on no thread meanwhile."""
+    """Go on after a while (some hundredths of a second), on no thread meanwhile.
 
-    __slots__ = ()
+    Args:
+        early: what ends the wait before its time, if it comes; None: nothing does. It must not
+            be held by a lock or a turn of this body's own.
+        tries: how often was tried before: the pauses grow with it, up to a bound.
+        is_withdrawable: whether the wait may end in OSError(EINTR), because the request was
+            withdrawn (`Executor.withdraw`): nothing that the body has done has had an effect.
+    """
+
+    __slots__ = ("early", "is_withdrawable", "tries")
+
+    def __init__(
+        self, early: Coming | None = None, tries: int = 0, *, is_withdrawable: bool = True
+    ) -> None:
+        self.early = early
+        self.tries = tries
+        self.is_withdrawable = is_withdrawable
 
     def __str__(self) -> str:
-        return "another try"
+        return "another try" if self.early is None else str(self.early)
 
 
 class Behind(_Other):
@@ -312,6 +327,7 @@ def blocking(
 
     Raises:
         Exception: whatever ``function`` raised.
+        OSError: EINTR, the request was withdrawn before its first call, and this was to be it.
     """
     return Plain(on, partial(function, **kwargs) if kwargs else function, args)
 

@@ -3,7 +3,8 @@
 A body (ninefuse/ops/) is a coroutine that yields a command wherever it may block
 (calls.py). A driver decides on which thread each call is made:
 
-* `NoThreading`: the dispatcher makes every call itself, one request at a time.
+* `NoThreading`: the dispatcher makes every call itself, one request at a time. Put aside is
+  only what waits for a lock of a file, which another request may have to give back.
 * `FirstModel`: each call goes to a worker, its result comes back to the dispatcher,
   which runs the body on to its next call: two crossings for each blocking call.
 * `SecondModel`: the dispatcher runs the body to its first blocking call and hands the
@@ -42,7 +43,7 @@ from ninefuse.driving.driver import Executor
 from ninefuse.driving.patience import TICK
 from ninefuse.driving.request import Request, Step
 from ninefuse.driving.uring import Uring
-from ninefuse.driving.workers import PoolStatistics, WorkerPool
+from ninefuse.driving.workers import Job, Place, PoolStatistics, WorkerPool
 
 __all__ = ["Executor", "FirstModel", "NoThreading", "Request", "SecondModel", "Step", "create"]
 
@@ -69,27 +70,47 @@ class NoThreading(Executor):
             self._after()
 
     def resume(self, request: Request) -> None:
-        """As of an `Executor`: never, since nothing else is under way."""
-        raise RuntimeError("resumed, though the none model never waits")
+        """As of an `Executor`: here, in its turn."""
+        self.dispatcher.post(partial(self.drive, request))
 
-    def wait_a_while(self, request: Request) -> None:
-        """Wait in place: nothing else is under way, and all that comes waits for this."""
+    def wait_a_while(self, request: Request, later: Later) -> bool:
+        """Wait in place: nothing else is under way, and all that comes waits for this.
+
+        Not for what another request may have to bring, which would never come: a lock of a
+        file. The body is put aside for that, as under the other models. Bodies meet nothing
+        half done by it: one that waits so holds no lock of ours and no turn.
+        """
+        if later.early is not None:
+            return super().wait_a_while(request, later)
         time.sleep(TICK)
+        return False
 
     def run_here(self, body: Body[T]) -> T:
-        """Run a body to its end on this thread; its result or error."""
-        result: T = self.start("direct", body, _nobody).result()
+        """Run a body to its end on this thread; its result or error.
+
+        One that waits for a lock that a later body of this thread is to give back waits for ever.
+        """
+        request = self.start("direct", body, _nobody)
+        while request.tag in self.requests:
+            time.sleep(TICK)
+            self.after_wait()
+        result: T = request.result()
         return result
 
     def close(self) -> None:
         """As of an `Executor`."""
+        self.end_waits()
+        self.after_wait()
         self._after()
+        self.clock.close()
 
     def _drive(self, request: Request) -> None:
         while (step := self.advance(request)) is not Step.DONE:
             if step is Step.CALL:
                 request.perform()
-            elif not isinstance(request.waits, Later):
+            elif isinstance(request.waits, Later):
+                return
+            else:
                 raise RuntimeError(f"{request.describe()}: nobody is left to let it go")
 
     def _after(self) -> None:
@@ -110,6 +131,7 @@ class _Pooled(Executor):
         """Let everything that was started or deferred finish, then end the workers."""
         self._is_closing = True
         self._after()
+        self.end_waits()
         self._patience.close()
         self.clock.close()
         self.pool.close()
@@ -134,6 +156,14 @@ class _Pooled(Executor):
                 return
             self.pool.resume(partial(self._rest, request))
 
+    def _unqueue(self, request: Request) -> bool:
+        # What is not queued may be running elsewhere: all that is sure is what the pool finds.
+        taken = self.pool.take(partial(_is_waiting, request))
+        if taken is Place.GIVEN:
+            assert request.call is not None
+            self.pool.leave(request.call.on, request.user)
+        return taken is not None
+
     def _rest(self, request: Request) -> None:
         """Run the rest of a body on this worker: every later call is made in place.
 
@@ -156,6 +186,8 @@ class _Pooled(Executor):
                 if place != _NO_PLACE:
                     self.pool.leave(place, user)
                 if not self.pool.enter(partial(self._rest, request), on, user):
+                    if request.is_withdrawn:
+                        self.withdraw(request)
                     return
                 place = on
             request.perform()
@@ -182,6 +214,8 @@ class FirstModel(_Pooled):
         if step is Step.CALL:
             assert request.call is not None
             self.pool.submit(partial(self._one_call, request), request.call.on, request.user)
+            if request.is_withdrawn:
+                self.withdraw(request)
         elif step is Step.DONE:
             self._after()
 
@@ -262,10 +296,19 @@ class SecondModel(_Pooled):
         if self.uring is not None:
             self.uring.close()
 
+    def _interrupt(self, request: Request) -> None:
+        if self._is_ending or request.done is None:
+            super()._interrupt(request)
+        else:  # a worker may not be free
+            request.end_wait()
+            self.dispatcher.post(partial(self.drive, request))
+
     def _hand_over(self, request: Request, step: Step) -> None:
         if step is Step.CALL:
             assert request.call is not None
             self.pool.submit(partial(self._rest, request), request.call.on, request.user)
+            if request.is_withdrawn:
+                self.withdraw(request)
         elif step is Step.DONE:
             if self.is_near is None or self._background or len(self.deferred.calls) > _BATCH:
                 self._after()
@@ -352,6 +395,11 @@ def create(model: str, threads: int, *, by_user: bool = False) -> Executor:
         own: Executor = plugin.make(model, threads, Executor)
         return own
     return {"first": FirstModel, "second": SecondModel}[model](threads, by_user=by_user)
+
+
+def _is_waiting(request: Request, job: Job) -> bool:
+    """Whether a job of the pool's is a request's, whose first call has not begun."""
+    return isinstance(job, partial) and request in job.args and not request.is_begun
 
 
 def _nobody(request: Request) -> None:

@@ -14,25 +14,20 @@ import logging
 import os
 import resource
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 
-import pyfuse3
-import trio
-
 from ninefuse import executor, ops
-from ninefuse.awaiting import Awaiting
 from ninefuse.driving.uring import Refused, Uring
 from ninefuse.exitcodes import ExitCode, Failure
-from ninefuse.fuse import device, rootmount
-from ninefuse.fuse.adapter import Adapter
+from ninefuse.fuse import sessions
 from ninefuse.fuse.forgetting import Forgetter
-from ninefuse.linux import callers, capabilities, filesystems, mountflags, mountinfo, syscalls
+from ninefuse.fuse.sessions import FuseSession
+from ninefuse.linux import callers, capabilities, filesystems, mountflags, syscalls
 from ninefuse.linux.mountinfo import MountsBelow, OwnMount
 from ninefuse.process import logs, memory, signals
 from ninefuse.process.loglines import ASKED_FOR
 from ninefuse.process.stopper import Stopper
-from ninefuse.settings import FUSE_DEVICE, Settings
+from ninefuse.settings import Settings
 from ninefuse.tree.leaving import Leaver
 from ninefuse.tree.qids import ROOT_NODEID, is_on_own_device
 from ninefuse.tree.session import Session
@@ -40,13 +35,6 @@ from ninefuse.watching import report, tracing
 from ninefuse.watching.trace_file import TraceFile
 
 log = logging.getLogger(__name__)
-
-# Tasks that wait for the device to give them a request. Each keeps a buffer of 1 MiB,
-# of which only what was used takes memory; fewer would end and start all the time.
-_MIN_TASKS = 32
-# Requests under way at which the device is read no more: well above what the kernel
-# sends when every thread of a busy machine is stuck in one file.
-_MAX_TASKS = 20_000
 
 _MIN_STEP = 256  # fids by which the table grows until somebody minds it
 
@@ -98,19 +86,23 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
         threads=1 + (0 if settings.model == "none" else settings.threads),
         attr_timeout=settings.attr_timeout,
     )
+    front = sessions.create(settings, session, driver)
     if settings.attr_timeout:
-        session.attributes_changed = device.attributes_changed
+        session.attributes_changed = front.attributes_changed
     session.noatime, session.nodiratime = settings.noatime, settings.nodiratime
     session.fids.devices.hides = mountflags.HIDEABLE & ~_forbidden(settings)
     with contextlib.ExitStack() as trace:
         tracer = None
         if settings.trace_file is not None:
             tracer = trace.enter_context(_traced(settings, settings.trace_file, driver, session))
+            front.watch(tracer)
         try:
-            trio.run(_serve, settings, driver, session, source, mounts, ready, tracer)
+            _serve(settings, driver, session, front, source, mounts, ready)
         finally:
+            driver.end_waits()
             session.fids.clear()
             driver.close()
+            front.close()
             os.close(source)
             logs.tell_repeats(all_of_them=True)
     log.info("%s: unmounted", settings.mountpoint)
@@ -216,53 +208,40 @@ def _share_one_cpu() -> None:
             os.sched_setaffinity(int(thread), {allowed[os.getpid() % len(allowed)]})
 
 
-async def _serve(
+def _serve(
     settings: Settings,
     driver: executor.Executor,
     session: Session,
+    front: FuseSession,
     source: int,
     mounts: MountsBelow,
     ready: Callable[[], None],
-    tracer: tracing.Tracer | None,
 ) -> None:
-    awaiting = Awaiting(driver)
-    await awaiting.run("version", ops.version(session, ops.MAX_MSIZE, ops.VERSION))
-    await awaiting.run("attach", ops.attach(session, ROOT_NODEID, source))
-    driver.answered.clear()  # what is counted are callbacks
-    started = trio.Event()
-    adapter = Adapter(session, awaiting, settings, started.set)
-    stopper = _stopper(settings, session)
-    counters = report.Counters(settings, adapter, driver, session)
-    adapter.statistics = counters.published
-    point = _mount(adapter, settings)
-    stopper.point = point
-    stopper.number = mountinfo.connection_at(settings.mountpoint) if point is None else point.number
+    begin = executor.NoThreading()  # what is counted are callbacks
+    begin.run_here(ops.version(session, ops.MAX_MSIZE, ops.VERSION))
+    begin.run_here(ops.attach(session, ROOT_NODEID, source))
+    counters = report.Counters(settings, front, driver, session)
+    front.statistics = counters.published
+    stopper = Stopper(
+        settings.mountpoint,
+        is_used=lambda: bool(session.fids.statistics().files),
+        end_loop=front.end,
+    )
+    stopper.number, stopper.point = front.mount()
     if stopper.number is not None:
-        if not settings.one_file_system:
-            session.own_mount = OwnMount(mounts, stopper.number)
-        # That a mount becomes read-only the kernel sees to by itself.
-        own = b"0:%d" % stopper.number
-        session.has_become_writable = lambda: mounts.is_writable(own)
-
-        def follow() -> None:
-            flags = mounts.flags_of(own)
-            session.fids.devices.hides = mountflags.HIDEABLE & ~mountflags.forbidden_in(flags)
-            if (b"noatime" in flags) != shown[-1]:  # a remount
-                shown.append(b"noatime" in flags)
-                session.noatime = shown[-1]
-
-        mounts.is_writable(own)  # which reads the table
-        shown = [b"noatime" in mounts.flags_of(own)]
-        mounts.on_change = follow
-        session.look_at_mount = lambda: mounts.is_writable(own)
-    forgetter = _mind_the_table(session, settings)
+        _follow_mount(settings, session, mounts, stopper.number)
+    forgetter = _mind_the_table(session, settings, front)
     leaver = Leaver(session.fids, forgetter.ask_for)
 
     def stop() -> None:
         forgetter.end()  # while what it asks is still answered
         stopper.stop()
 
-    device.install(None if tracer is None else tracer.around_wait)
+    def started() -> None:
+        memory.settle()
+        log.info("%s: mounted on %s, model %s", settings.source, settings.mountpoint, driver.model)
+        ready()
+
     try:
         signals.start(
             stop=stop,
@@ -270,43 +249,46 @@ async def _serve(
             counters=lambda: _log_lines(counters.lines()),
             stacks=lambda: _log_lines(report.stacks(driver)),
         )
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_announce, settings, driver.model, started, ready)
-            await pyfuse3.main(_MIN_TASKS, _MAX_TASKS)
-            nursery.cancel_scope.cancel()
+        front.run(started)
     finally:
         leaver.end()
         stopper.announce()
         stopper.ended.set()
-        device.remove()
         is_mounted = stopper.is_mounted()
-        if point is not None and is_mounted:
-            point.detach()
+        if stopper.point is not None and is_mounted:
+            stopper.point.detach()
         if forgetter.end():
-            pyfuse3.close(unmount=is_mounted)
+            front.leave(is_mounted=is_mounted)
         else:  # a call to the device has not come back, and nobody may take it away
             log.error("%s: the kernel does not answer; ending without", settings.mountpoint)
             stopper.abandon()
 
 
-def _stopper(settings: Settings, session: Session) -> Stopper:
-    token = trio.lowlevel.current_trio_token()
+def _follow_mount(settings: Settings, session: Session, mounts: MountsBelow, number: int) -> None:
+    """Have the session follow what becomes of the mount that requests come by."""
+    if not settings.one_file_system:
+        session.own_mount = OwnMount(mounts, number)
+    # That a mount becomes read-only the kernel sees to by itself.
+    own = b"0:%d" % number
+    session.has_become_writable = lambda: mounts.is_writable(own)
 
-    def end_loop() -> None:
-        with contextlib.suppress(trio.RunFinishedError):
-            token.run_sync_soon(device.terminate)
+    def follow() -> None:
+        flags = mounts.flags_of(own)
+        session.fids.devices.hides = mountflags.HIDEABLE & ~mountflags.forbidden_in(flags)
+        if (b"noatime" in flags) != shown[-1]:  # a remount
+            shown.append(b"noatime" in flags)
+            session.noatime = shown[-1]
 
-    return Stopper(
-        settings.mountpoint,
-        is_used=lambda: bool(session.fids.statistics().files),
-        end_loop=end_loop,
-    )
+    mounts.is_writable(own)  # which reads the table
+    shown = [b"noatime" in mounts.flags_of(own)]
+    mounts.on_change = follow
+    session.look_at_mount = lambda: mounts.is_writable(own)
 
 
-def _mind_the_table(session: Session, settings: Settings) -> Forgetter:
+def _mind_the_table(session: Session, settings: Settings, front: FuseSession) -> Forgetter:
     """Have what a big table needs done as it grows."""
     most = settings.max_inodes or sys.maxsize
-    forgetter = Forgetter(session.kernel, most, device.prune)
+    forgetter = Forgetter(session.kernel, most, front.prune)
 
     def changed() -> None:
         memory.settle()
@@ -315,72 +297,6 @@ def _mind_the_table(session: Session, settings: Settings) -> Forgetter:
     session.fids.on_change = changed
     session.fids.step = max(_MIN_STEP, min(session.fids.step, most // 16))
     return forgetter
-
-
-async def _announce(
-    settings: Settings, model: str, started: trio.Event, ready: Callable[[], None]
-) -> None:
-    await started.wait()
-    memory.settle()
-    device.raise_limits(settings.mountpoint)
-    log.info("%s: mounted on %s, model %s", settings.source, settings.mountpoint, model)
-    ready()
-
-
-def _mount(adapter: Adapter, settings: Settings) -> rootmount.MountPoint | None:
-    """Mount, and have pyfuse3 serve it; where it is, if it is for us to unmount in the end."""
-    try:
-        made = rootmount.mount(settings)
-    except OSError as e:
-        raise _refused(settings.mountpoint, e.strerror or str(e)) from None
-    if made is None:
-        _init(adapter, settings, settings.mountpoint)
-        return None
-    fd, point = made
-    # Modes come as they were asked for, with the caller's umask beside them.
-    adapter.unmasked = True
-    try:
-        _init(adapter, settings, f"/dev/fd/{fd}")
-    except BaseException:
-        point.detach()
-        os.close(fd)
-        raise
-    return point
-
-
-def _init(adapter: Adapter, settings: Settings, mountpoint: str) -> None:
-    """pyfuse3.init, with what libfuse prints on failure made part of the failure."""
-    with _captured_stderr() as said:
-        try:
-            pyfuse3.init(adapter, mountpoint, set(settings.mount_options))
-        except RuntimeError as e:
-            reason = " ".join(said().split()) or str(e)
-            raise _refused(settings.mountpoint, reason) from None
-
-
-def _refused(mountpoint: str, reason: str) -> Failure:
-    if capabilities.can_become_able_to_mount():
-        advice = "mounting takes CAP_SYS_ADMIN, or fusermount3 and a mount point of one's own"
-    else:
-        advice = (
-            "nobody may mount in here, not even root, without CAP_SYS_ADMIN: start the "
-            f"container with --cap-add SYS_ADMIN --device {FUSE_DEVICE}"
-        )
-    return Failure(ExitCode.MOUNT_REFUSED, f"cannot mount on {mountpoint}: {reason} ({advice})")
-
-
-@contextlib.contextmanager
-def _captured_stderr() -> Iterator[Callable[[], str]]:
-    """Send descriptor 2 to a file; yields a function that says what came so far."""
-    sys.stderr.flush()
-    with tempfile.TemporaryFile() as file:
-        before = os.dup(2)
-        os.dup2(file.fileno(), 2)
-        try:
-            yield lambda: os.pread(file.fileno(), 4096, 0).decode(errors="replace")
-        finally:
-            os.dup2(before, 2)
-            os.close(before)
 
 
 def _log_lines(lines: list[str]) -> None:

@@ -12,6 +12,8 @@ MODELS = ("none", "first", "second")
 DEFAULT_MODEL = "second"
 ENGINES = ("auto", "threads", "uring")
 DEFAULT_ENGINE = "auto"
+SESSIONS = ("auto", "native", "pyfuse3")
+DEFAULT_SESSION = "auto"
 DEFAULT_THREADS = 16
 DEFAULT_MAX_INODES = 1_000_000
 LOG_LEVELS = ("error", "warning", "info", "debug")
@@ -27,7 +29,8 @@ class Settings:
 
     source, mountpoint: absolute paths. model: the threading model, one of MODELS or
     MODULE:CLASS. engine: what is
-    beneath the second one, one of ENGINES. threads: how many workers. log_file, trace_file:
+    beneath the second one, one of ENGINES. session: who speaks with the kernel, one of SESSIONS.
+    threads: how many workers. log_file, trace_file:
     absolute paths, or None. attr_timeout, entry_timeout,
     negative_timeout: seconds for which the kernel may keep attributes, names and the absence
     of names. keep_cache: whether cached file data outlives an open. direct_sync: whether writes
@@ -45,6 +48,7 @@ class Settings:
     mountpoint: str
     model: str = DEFAULT_MODEL
     engine: str = DEFAULT_ENGINE
+    session: str = DEFAULT_SESSION
     threads: int = DEFAULT_THREADS
     foreground: bool = False
     debug: bool = False

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from mounting import (
     NINEFUSE,
+    SESSION,
     SOAK,
     TEST_LIMIT,
     Mount,
@@ -162,10 +163,13 @@ def start(
 ) -> Mount:
     """Start a daemon in the foreground on directories below base, and wait for its mount.
 
-    The environment's NINEFUSE_ENGINE is the engine of those that do not ask for one.
+    The environment's NINEFUSE_ENGINE is the engine of those that do not ask for one, and its
+    NINEFUSE_SESSION the session.
     """
     if (engine := os.environ.get("NINEFUSE_ENGINE")) and "--engine" not in options:
         options = ("--engine", engine, *options)
+    if "--session" not in options:
+        options = ("--session", SESSION, *options)
     source = source or base / "source"
     path = base / "mount"
     source.mkdir(exist_ok=True)

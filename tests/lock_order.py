@@ -59,6 +59,7 @@ RANKS = {
     ("ninefuse.driving.workers", "WorkerPool"): INNERMOST,
     ("ninefuse.driving.patience", "Patience"): INNERMOST,
     ("ninefuse.tree.order", "Ranges"): INNERMOST,
+    ("ninefuse.tree.filelocks", "FileLocks"): INNERMOST,
     ("ninefuse.tree.qids", "QidPaths"): INNERMOST,
     ("ninefuse.watching.trace_file", "TraceFile"): INNERMOST,
     ("ninefuse.process.loglines", "RepeatFilter"): INNERMOST,

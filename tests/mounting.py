@@ -33,6 +33,7 @@ T = TypeVar("T")
 REPO = Path(__file__).resolve().parent.parent
 PATIENCE = 20.0  # seconds; only a test that fails waits so long
 SOAK = os.environ.get("NINEFUSE_SOAK") == "1"  # make soak: what takes longer
+SESSION = os.environ.get("NINEFUSE_SESSION") or "native"  # who speaks with the kernel
 TEST_LIMIT = 60.0  # seconds of one test, after which the watchdog ends its mounts
 
 NINEFUSE = (sys.executable, "-m", "ninefuse")
@@ -367,7 +368,7 @@ class Mount:
     """A daemon in the foreground of a process of its own, and its mount.
 
     Attributes: source, path: the two directories. pid: the daemon's. log: a Log. model: the
-    threading model that its command line asks for.
+    threading model that its command line asks for. is_native: whether the session is our own.
     """
 
     def __init__(
@@ -384,6 +385,7 @@ class Mount:
         self.path = path
         self.log = Log(log)
         self.model = command[command.index("--model") + 1] if "--model" in command else "second"
+        self.is_native = "pyfuse3" not in command
         self._watchdog = watchdog
         self._exit_code: int | None = None
         with open(log, "ab") as output:

@@ -28,6 +28,7 @@ from helpers_executor import at_once, eager_switches
 from ninefuse import ops
 from ninefuse.calls import Acquire, Behind, Body, Call, Plain, Release
 from ninefuse.executor import NoThreading
+from ninefuse.linux import ioctls
 from ninefuse.linux.records import DirectoryEntry, next_entry, read_records
 from ninefuse.linux.syscalls import Attributes
 from ninefuse.tree.nodes import Node
@@ -204,6 +205,9 @@ class Client:
             assert (s.readers, s.writing, s.waiting) == (0, False, 0)
         assert not len(self.session.ranges), "a change has not been ended"
         assert not len(self.session.names), "a name is still being taken away"
+        locks = self.session.file_locks
+        assert not len(locks.turns), "an operation on a lock has not been ended"
+        assert not any(file.waiting for file in locks._files.values()), "somebody waits for a lock"
         fids = self.session.fids._fids
         for number, fid in fids.items():
             assert fid.number == number
@@ -215,6 +219,7 @@ class Client:
         with_descriptor = sum(node.fd >= 0 for node in standing)
         assert self.session.fids.descriptors == with_descriptor, "a node outside the table has one"
         opened = sum(isinstance(fid.opened, OpenFile | OpenDirectory) for fid in fids.values())
+        opened += locks.descriptors
         assert self.session.fids.open_descriptors == opened, "one is claimed, or not counted off"
 
     def close(self) -> None:
@@ -225,6 +230,8 @@ class Client:
         self.executor.close()
         assert len(self.session.fids) == 0
         assert self.session.fids.descriptors == 0
+        assert self.session.fids.open_descriptors == 0
+        assert len(self.session.file_locks) == 0, "a lock has outlived its fid"
 
 
 @contextlib.contextmanager
@@ -278,6 +285,14 @@ def fails(*codes: int) -> Iterator[None]:
         yield
     wanted = " or ".join(errno.errorcode[code] for code in codes)
     assert info.value.errno in codes, f"{info.value!r} instead of {wanted}"
+
+
+def outcome(function: Callable[[], T]) -> T | str:
+    """What a function returns, or the name of its errno."""
+    try:
+        return function()
+    except OSError as failure:
+        return errno.errorcode[failure.errno or 0]
 
 
 # One operation, call by call
@@ -454,6 +469,19 @@ def need_devices(directory: Path) -> None:
     except PermissionError:
         pytest.skip("making device nodes is not permitted here")
     probe.unlink()
+
+
+def need_flags(directory: Path) -> None:
+    """Skip the test where files have no flags such as chattr(1) sets."""
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        ioctls.ask(fd, ioctls.FS_IOC_GETFLAGS)
+    except OSError as failure:
+        if failure.errno not in (errno.ENOTTY, errno.EOPNOTSUPP):
+            raise
+        pytest.skip("the file system of tmp_path has no flags of files")
+    finally:
+        os.close(fd)
 
 
 def need_attributes(directory: Path) -> None:

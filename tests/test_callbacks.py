@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import random
 import stat
@@ -102,6 +103,27 @@ def test_the_client_is_told_whose_attributes_change(tree: Client, changer: str) 
         with fails(AGAIN[changer]):
             tree.do(change, d, e, f)
         assert not told
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_the_client_is_told_to_look_at_a_file_again_that_is_locked(
+    tree: Client, waits: bool
+) -> None:
+    """Before it is told of the lock; not when that is given back, or not to be had."""
+    fid, _ = tree.do(callbacks.lookup, ROOT, b"file")
+    handle = tree.do(callbacks.open, fid.number, os.O_RDWR).number
+    told: list[int] = []
+    tree.session.attributes_changed = told.append
+    lock, unlock = (ops.LockRange(kind, 0, 0, 7) for kind in (fcntl.F_WRLCK, fcntl.F_UNLCK))
+    tree.do(callbacks.setlk, handle, 1, lock, waits)
+    tree.do(callbacks.flock, handle, fcntl.LOCK_SH, waits)
+    assert told == [fid.number] * 2
+    with fails(errno.EAGAIN):
+        tree.do(callbacks.setlk, handle, 2, lock, False)
+    tree.do(callbacks.setlk, handle, 1, unlock, waits)
+    tree.do(callbacks.flock, handle, fcntl.LOCK_UN, waits)
+    assert told == [fid.number] * 2
+    tree.do(ops.clunk, handle)
 
 
 def test_the_client_is_told_once_of_set_id_bits_that_may_be_gone(tree: Client) -> None:
@@ -490,7 +512,7 @@ def test_a_storm_of_callbacks_leaves_nothing(
             else:
                 handle = await run(callbacks.opendir(session, parent))
                 offset = 0
-                while entries := await run(callbacks.readdir(session, handle, offset)):
+                while entries := await run(callbacks.readdirplus(session, handle, offset)):
                     offset = entries[-1].offset
                     for entry in entries:
                         if entry.fid is not None:

@@ -1,4 +1,4 @@
-"""What pyfuse3 has no callback for: the errno says so, and programs go their other ways.
+"""What pyfuse3's session has no callback for: the errno says so, and programs go their other ways.
 
 The wrong errno would make them give up: EIO from fallocate, say, is a full or broken disk.
 """
@@ -12,11 +12,11 @@ import os
 import random
 import signal
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from mounting import Place, errno_of, in_child, run
+from mounting import Mount, Place, Watchdog, errno_of, fresh_place, in_child, run
 
 pytestmark = pytest.mark.soak
 
@@ -31,6 +31,12 @@ FS_IOC_SETFLAGS = 0x40086602
 FS_IOC_FSGETXATTR = 0x801C581F
 
 MIB = 1 << 20
+
+
+@pytest.fixture
+def place(shared_mounts: Callable[..., Mount], guard: Watchdog) -> Iterator[Place]:
+    with fresh_place(shared_mounts("--session", "pyfuse3")) as place:
+        yield place
 
 
 def fallocate(file: int, mode: int, offset: int, length: int) -> None:

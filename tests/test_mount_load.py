@@ -331,7 +331,7 @@ PAUSING = (
     """
 import sys, time
 from ninefuse.command import cli
-from ninefuse.fuse import device
+from ninefuse.fuse import pyfuse3_device as device
 wait = device._Lowlevel._wait_for_request
 
 async def wait_and_pause(self, fd):
@@ -372,7 +372,8 @@ def test_clients_killed_by_the_hundred_stall_nobody(
 def test_requests_withdrawn_before_they_are_read_stall_nobody(
     new_mount: Callable[..., Mount], tmp_path: Path, model: str
 ) -> None:
-    _check_stalls(new_mount("--model", model, command=PAUSING), tmp_path, _ask, 50, 1)
+    mount = new_mount("--session", "pyfuse3", "--model", model, command=PAUSING)
+    _check_stalls(mount, tmp_path, _ask, 50, 1)
 
 
 def _wakeups(mount: Mount) -> int:

@@ -28,7 +28,9 @@ LATE = (
     sys.executable,
     "-c",
     """
-import sys, time, trio
+import sys, threading, time
+from functools import partial
+from ninefuse import executor
 from ninefuse.command import cli
 from ninefuse.driving import uring
 from ninefuse.linux import transfer
@@ -47,12 +49,16 @@ def make_late(module, name):
 
     setattr(module, name, late)
 
+drivers = []
+
+def create(*args, create=executor.create, **how):
+    drivers.append(create(*args, **how))
+    return drivers[-1]
+
 def late_start(self, request, call, start=uring.Uring._write):
-    async def begin():
-        say_so()
-        await trio.sleep(0.3)
-        start(self, request, call)
-    trio.lowlevel.spawn_system_task(begin)
+    say_so()
+    begin = partial(drivers[0].dispatcher.post, partial(start, self, request, call))
+    threading.Timer(0.3, begin).start()
 
 make_late(transfer, "write_fully")
 for name in "_ftruncate", "_truncate":
@@ -60,6 +66,7 @@ for name in "_ftruncate", "_truncate":
 for name in "_rename", "_remove":
     make_late(names, name)
 uring.Uring._write = late_start
+executor.create = create
 sys.exit(cli.main())
 """,
 )

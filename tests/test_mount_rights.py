@@ -290,7 +290,7 @@ def is_known(identity: str, spot: str) -> bool:
     is_mark = mode & 0o6010 == 0o2000
     if call == "chown to nobody":
         # So the kernel asks, too, before it lets somebody write who is not the owner.
-        return is_mark
+        return bool(mode & 0o6000)
     # Whose a write is does not come with it: it takes set-id bits, whoever may keep them.
     return call == "write" and bool(mode & 0o6000) and identity in KEEP_BITS and not is_mark
 

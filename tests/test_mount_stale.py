@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import itertools
 import mmap
 import os
@@ -237,6 +238,20 @@ def data_of_an_open_file_and_no_new_time(case: Case) -> None:
     case.change = lambda: case.rewrite(b"new", same_time=True)
 
 
+def data_of_a_locked_file(case: Case) -> None:
+    case.file()
+    fd = case.open()
+
+    def look() -> object:
+        fcntl.flock(fd, fcntl.LOCK_SH)
+        try:
+            return os.pread(fd, 100, 0)
+        finally:
+            fcntl.flock(fd, fcntl.LOCK_UN)
+
+    case.look, case.change, case.new = look, lambda: case.rewrite(b"new"), b"new"
+
+
 def data_opened_anew(case: Case) -> None:
     case.file()
     case.look, case.change, case.new = case.read, lambda: case.rewrite(b"new"), b"new"
@@ -307,6 +322,7 @@ CASES = (
     listing,
     data_of_an_open_file,
     data_of_an_open_file_and_no_new_time,
+    data_of_a_locked_file,
     data_opened_anew,
     data_opened_anew_and_no_new_time,
     data_beyond_the_end,
@@ -322,6 +338,7 @@ FOR_ROOT = (
     capability_set,
     capability_removed,
 )
+FOR_OUR_SESSION = (data_of_a_locked_file,)  # pyfuse3 does not pass locks on
 
 
 def the_table() -> list[dict[str, str]]:
@@ -345,7 +362,9 @@ def shown(mount: dict[str, Mount], again_after: float, hurry: float) -> dict[tup
         with ExitStack() as stack:
             cases = {}
             for name, make in itertools.product(mount, CASES):
-                if os.geteuid() == 0 or make not in FOR_ROOT:
+                if (os.geteuid() == 0 or make not in FOR_ROOT) and (
+                    mount[name].is_native or make not in FOR_OUR_SESSION
+                ):
                     directory = f"{attempt} {make.__name__}"
                     source = mount[name].source / directory
                     source.mkdir()

@@ -8,7 +8,16 @@ import os
 from collections.abc import Callable
 
 import pytest
-from mounting import Mount, Place, done, errno_of, flags_of_descriptors, wait_until
+from mounting import (
+    Mount,
+    Place,
+    Watchdog,
+    done,
+    errno_of,
+    flags_of_descriptors,
+    fresh_place,
+    wait_until,
+)
 
 pytestmark = pytest.mark.soak
 
@@ -83,14 +92,37 @@ def test_a_cached_synchronous_write_is_followed_by_an_fsync(
     assert (mount.source / "file").read_bytes()[:4] == b"abcx"
 
 
-def test_a_direct_synchronous_open_cannot_be_mapped_shared(place: Place) -> None:
-    (place.source / "file").write_bytes(b"x" * 4096)
-    fd = os.open(place.path / "file", os.O_RDWR | os.O_SYNC)
+@pytest.mark.parametrize("flag", [os.O_SYNC, os.O_APPEND])
+def test_a_direct_open_cannot_be_mapped_shared_under_pyfuse3(
+    shared_mounts: Callable[..., Mount], guard: Watchdog, flag: int
+) -> None:
+    with fresh_place(shared_mounts("--session", "pyfuse3")) as place:
+        (place.source / "file").write_bytes(b"x" * 4096)
+        fd = os.open(place.path / "file", os.O_RDWR | flag)
+        try:
+            assert errno_of(mmap.mmap, fd, 4096) == errno.ENODEV
+            mmap.mmap(fd, 4096, flags=mmap.MAP_PRIVATE).close()
+        finally:
+            os.close(fd)
+
+
+@pytest.mark.parametrize("other", [os.O_WRONLY, os.O_WRONLY | os.O_APPEND])
+@pytest.mark.parametrize("flag", [0, os.O_SYNC, os.O_APPEND])
+def test_mapped_pages_are_written_in_their_place(place: Place, flag: int, other: int) -> None:
+    """By whichever handle the kernel writes them back: one that appends, say."""
+    (place.source / "file").write_bytes(b"x" * 8192)
+    fd = os.open(place.path / "file", os.O_RDWR | flag)
+    beside = os.open(place.path / "file", other)
     try:
-        assert errno_of(mmap.mmap, fd, 4096) == errno.ENODEV
-        mmap.mmap(fd, 4096, flags=mmap.MAP_PRIVATE).close()
+        with mmap.mmap(fd, 8192) as mapped:
+            mapped[:5] = b"first"
+            mapped[4096:4100] = b"next"
+            mapped.flush()
     finally:
+        os.close(beside)
         os.close(fd)
+    expected = b"first" + b"x" * 4091 + b"next" + b"x" * 4092
+    assert (place.source / "file").read_bytes() == expected
 
 
 def test_synchronous_and_ordinary_opens_of_one_file_see_each_other(place: Place) -> None:

@@ -20,6 +20,7 @@ from ops_helpers import ROOT, UNKNOWN_NODEID, Client, client_of, fails, no_leaks
 from ninefuse import ops
 from ninefuse.fuse import callbacks
 from ninefuse.fuse.entries import fitted
+from ninefuse.linux import ioctls
 from ninefuse.linux.callers import Caller
 from ninefuse.linux.syscalls import SetTime
 from ninefuse.ops import Changes, LockRange
@@ -95,6 +96,10 @@ times = st.one_of(
 changes = st.builds(Changes, st.one_of(st.none(), modes), ids, ids, st.one_of(st.none(), places),
                     times, times, st.booleans())  # fmt: skip
 ranges = st.builds(LockRange, st.sampled_from([0, 1, 2, 255]), offsets, offsets, st.just(7))
+owners = st.sampled_from([5, 6, 7])
+
+allocations = st.sampled_from([0, 1, 2, 3, 8, 16, 17, 32, 1 << 31, -1])
+commands = st.sampled_from([*ioctls.ALLOWED, 0x5401, (1 << 32) - 1])
 
 Step = tuple[Callable[..., Any], tuple[Any, ...]]
 
@@ -133,7 +138,9 @@ MESSAGES = [
     *3 * [step(ops.write, fids, places, data)],
     step(ops.fsync, fids, st.booleans()),
     *2 * [step(ops.lock, fids, mostly(st.integers(0, 3), st.just(8)), ranges)],
+    *2 * [step(ops.lock, fids, st.just(0), ranges, owners)],
     step(ops.getlock, fids, ranges),
+    step(ops.getlock, fids, ranges, owners),
     *2 * [step(ops.readdir, fids, offsets, counts)],
     step(ops.mkdir, fids, names, modes),
     step(ops.mknod, fids, names, st.builds(int.__or__, kinds, modes)),
@@ -160,11 +167,28 @@ CALLBACKS = [
     *2 * [step(callbacks.lookup, fids, names)],
     step(callbacks.getattr, fids),
     step(callbacks.readlink, fids),
-    step(callbacks.statfs),
+    step(callbacks.statfs, fids),
+    step(callbacks.syncfs, fids),
+    step(callbacks.tmpfile, fids, open_flags, modes, st.just(ME)),
+    step(callbacks.fallocate, fids, allocations, places, places),
+    step(callbacks.lseek, fids, offsets, st.sampled_from([os.SEEK_DATA, os.SEEK_HOLE, 0, 9])),
+    *2 * [step(callbacks.copy_file_range, fids, offsets, fids, places, places)],
+    step(
+        callbacks.ioctl,
+        fids,
+        commands,
+        st.sampled_from([b"", bytes(8), bytes(28)]),
+        st.sampled_from([0, 8, 300]),
+    ),
     step(callbacks.read, fids, offsets, counts),
     step(callbacks.fsync, fids, st.booleans()),
     step(callbacks.fsyncdir, fids, st.booleans()),
     step(callbacks.release, fids),
+    step(callbacks.release, fids, st.just(True)),
+    # Not one that waits: nobody would give anything back.
+    *2 * [step(callbacks.setlk, fids, owners, ranges, st.just(False))],
+    step(callbacks.getlk, fids, owners, ranges),
+    *2 * [step(callbacks.flock, fids, st.sampled_from([1, 2, 8, 4]), st.just(False))],
     step(callbacks.releasedir, fids),
     step(callbacks.mkdir, fids, names, modes, st.just(ME)),
     step(callbacks.mknod, fids, names, modes, st.just(0), st.just(ME)),
@@ -176,8 +200,10 @@ CALLBACKS = [
     *2 * [step(callbacks.create, fids, names, open_flags, modes, st.just(ME))],
     *2 * [step(callbacks.open, fids, open_flags)],
     step(callbacks.opendir, fids),
-    *2 * [step(callbacks.readdir, fids, offsets)],
+    *2 * [step(callbacks.readdirplus, fids, offsets)],
+    step(callbacks.readdir, fids, offsets, counts),
     step(callbacks.flush, fids),
+    *2 * [step(callbacks.flush, fids, owners)],
     step(callbacks.write, fids, places, data),
     step(callbacks.setattr, fids, st.one_of(st.none(), fids), changes),
     step(callbacks.getxattr, fids, attributes),
@@ -205,7 +231,7 @@ class Run:
             note(f"    {failure!r}")
             assert failure.errno in errno.errorcode  # noqa: PT017
             result = None
-        if operation is callbacks.readdir and result:
+        if operation is callbacks.readdirplus and result:
             fitted(session, arguments[0], result, len(result) // 2)
         self.client.check_idle()
         if ROOT not in session.fids._fids:

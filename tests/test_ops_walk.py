@@ -77,7 +77,7 @@ EVERY_OPERATION: dict[str, Callable[[Session, int], Any]] = {
     "lock": lambda s, fid: ops.lock(s, fid, 0, ops.LockRange(0, 0, 0)),
     "getlock": lambda s, fid: ops.getlock(s, fid, ops.LockRange(0, 0, 0)),
     "readdir": lambda s, fid: ops.readdir(s, fid, 0, 4096),
-    "readdirplus": lambda s, fid: callbacks.readdir(s, fid, 0),
+    "readdirplus": lambda s, fid: callbacks.readdirplus(s, fid, 0),
     "mkdir": lambda s, fid: ops.mkdir(s, fid, b"new", 0o700),
     "mknod": lambda s, fid: ops.mknod(s, fid, b"new", stat.S_IFIFO | 0o600),
     "symlink": lambda s, fid: ops.symlink(s, fid, b"new", b"target"),

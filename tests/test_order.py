@@ -34,12 +34,25 @@ FILE = 7
 class Requester:
     """A body that asks for a turn, stepped by hand."""
 
-    def __init__(self, ranges: Ranges, start: int, end: int, *, reads: bool, path: int = FILE):
+    def __init__(
+        self,
+        ranges: Ranges,
+        start: int,
+        end: int,
+        *,
+        reads: bool,
+        path: int = FILE,
+        source: tuple[int, int, int] | None = None,  # of a copy: path, start, end
+    ):
         self.start, self.end, self.reads, self.path = start, end, reads, path
+        self.source = source
         self.runs = False  # it has its turn
         self.resumed = 0
         self.over = False
-        self._body = self._reads(ranges) if reads else self._changes(ranges)
+        if source is not None:
+            self._body = self._copies(ranges, source)
+        else:
+            self._body = self._reads(ranges) if reads else self._changes(ranges)
         self._step()
 
     def __repr__(self) -> str:
@@ -48,6 +61,14 @@ class Requester:
 
     async def _changes(self, ranges: Ranges) -> None:
         async with ranges.changing(self.path, self.start, self.end):
+            self.runs = True
+            await blocking(None, int)
+
+    async def _copies(self, ranges: Ranges, source: tuple[int, int, int]) -> None:
+        before = ranges.look(*source)
+        async with ranges.changing(self.path, self.start, self.end):
+            if before is not None:
+                await Behind(before)
             self.runs = True
             await blocking(None, int)
 
@@ -77,11 +98,12 @@ class Requester:
 
     def is_before(self, later: Requester) -> bool:
         """Whether a later one has to wait for it."""
-        return (
-            not self.reads
-            and self.path == later.path
-            and self.start < later.end
-            and later.start < self.end
+        asked = [(later.path, later.start, later.end)]
+        if later.source is not None:
+            asked.append(later.source)
+        return not self.reads and any(
+            self.path == path and self.start < end and start < self.end
+            for path, start, end in asked
         )
 
 
@@ -129,7 +151,10 @@ def test_changes_of_the_same_bytes_come_one_after_the_other() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_random_turns(seed: int) -> None:
-    """Whoever runs has nobody left before him, and is let go on as soon as that is so."""
+    """Whoever runs has nobody left before him, and is let go on as soon as that is so.
+
+    Copies among them, which read some bytes and change others.
+    """
     pick = random.Random(seed)
     ranges, bodies = Ranges(), list[Requester]()
     for _ in range(600):
@@ -137,14 +162,23 @@ def test_random_turns(seed: int) -> None:
             start = pick.choice((0, pick.randrange(100), pick.randrange(100)))
             end = pick.choice((start + pick.randrange(30), start + 1, END))
             path = pick.choice((FILE, FILE, FILE + 1))
-            bodies.append(Requester(ranges, start, end, reads=pick.random() < 0.5, path=path))
+            kind = pick.choice(("read", "change", "copy"))
+            source = (pick.choice((FILE, FILE + 1)), at := pick.randrange(100), at + 30)
+            bodies.append(
+                Requester(
+                    *(ranges, start, end),
+                    reads=kind == "read",
+                    path=path,
+                    source=source if kind == "copy" else None,
+                )
+            )
         elif running := [body for body in bodies if body.runs]:
             body = pick.choice(running)
             bodies.remove(body)
             body.end_it()
         for n, body in enumerate(bodies):
             assert body.runs == (not any(b.is_before(body) for b in bodies[:n])), bodies
-            assert body.resumed <= 1
+            assert body.resumed <= (1 if body.source is None else 2)
     while bodies:
         body = next(body for body in bodies if body.runs)
         bodies.remove(body)

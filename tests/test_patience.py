@@ -24,7 +24,7 @@ from ninefuse import ops
 from ninefuse.calls import Later
 from ninefuse.driving import clock, patience
 from ninefuse.driving.clock import Clock
-from ninefuse.driving.patience import Patience
+from ninefuse.driving.patience import TICK, Patience, Ticket
 from ninefuse.executor import Executor
 from ninefuse.fuse import callbacks
 from ninefuse.linux.callers import Caller
@@ -145,6 +145,76 @@ def test_where_it_is_worth_trying_all_go_on_soon() -> None:
     assert time.monotonic() - since < 100 * patience.TICK, "eight at a time would take 31 s"
 
 
+def test_what_is_taken_is_not_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what ends early is resumed once; neither keeps the ticking going."""
+    ticking = Clock()
+    waiting, resumed, over = Patience(ticking), list[int](), threading.Event()
+    tickets = [Ticket(partial(resumed.append, number), 1001) for number in range(20)]
+    for ticket in tickets:
+        assert waiting.queue(ticket, 10 * TICK if ticket in tickets[10:] else TICK)
+    assert len(waiting) == 20
+    for ticket in tickets[::2]:
+        assert waiting.take(ticket)
+        assert not waiting.take(ticket)
+    for ticket in tickets[1::2]:
+        waiting.end(ticket)
+        waiting.end(ticket)
+        assert not waiting.take(ticket)
+    assert resumed == list(range(1, 20, 2))
+    assert len(waiting) == 0
+    waiting.wait(over.set, 1001)
+    passed(over)
+    deadline = time.monotonic() + PATIENCE
+    while waiting._is_ticking:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    ticking.close()
+    assert len(resumed) == 10
+
+
+def test_what_has_ended_before_it_waits_does_not_wait() -> None:
+    waiting, resumed = Patience(Clock()), list[int]()
+    ticket = Ticket(partial(resumed.append, 1), None)
+    assert not waiting.take(ticket)
+    waiting.end(ticket)
+    assert not waiting.queue(ticket, TICK)
+    waiting.close()
+    assert not resumed
+
+
+def test_pauses_grow_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits for what nobody tells of asks seldom, but four times a second."""
+    pauses: list[float] = []
+    queue = Patience.queue
+
+    def noted(waiting: Patience, ticket: Ticket, pause: float) -> bool:
+        pauses.append(pause)
+        return queue(waiting, ticket, 0)
+
+    monkeypatch.setattr(Patience, "queue", noted)
+
+    async def body() -> None:
+        for tries in (*range(6), 10_000):
+            await Later(tries=tries)
+
+    async def scenario(executor: Executor) -> None:
+        await answer(executor, "open", body())
+
+    drive("second", 1, scenario)
+    assert pauses == [0.05, 0.1, 0.2, 0.25, 0.25, 0.25, 0.25]
+
+
+def test_what_waits_for_longer_is_not_resumed_before() -> None:
+    waiting, long, short = Patience(Clock()), threading.Event(), threading.Event()
+    since = time.monotonic()
+    waiting.queue(Ticket(long.set, None), 6 * TICK)
+    waiting.queue(Ticket(short.set, None), TICK)
+    passed(short)
+    assert not long.is_set()
+    passed(long)
+    assert time.monotonic() - since >= 6 * TICK
+
+
 @pytest.mark.parametrize("model", ["none", "first", "second"])
 def test_a_body_tries_until_it_succeeds(model: str) -> None:
     """And, under a threading model, keeps no thread meanwhile."""
@@ -260,6 +330,47 @@ def test_a_lease_keeps_no_worker(
             leased.give_back()
             await until(lambda: opening.over)
             assert opening.error is None
+        session.fids.clear()
+
+    drive(model.partition("-")[0], 1, scenario)
+
+
+@pytest.mark.parametrize("model", ["first", "second", "second-local"])
+@pytest.mark.parametrize("what", ["open", "open to empty", "truncate", "chmod and truncate"])
+def test_who_waits_for_a_lease_may_be_withdrawn(
+    lease: Callable[[Path], Leased], tmp_path: Path, model: str, what: str
+) -> None:
+    """EINTR, and nothing is left of it; not where a part has been done already."""
+    leased = lease(tmp_path / "file")
+
+    async def scenario(executor: Executor) -> None:
+        if model == "second-local":
+            executor.is_near = is_on_own_device  # type: ignore[attr-defined]
+        session = Session(executor)
+        await answer(executor, "attach", ops.attach(session, ROOT, str(tmp_path)))
+        fid, _ = await answer(executor, "lookup", callbacks.lookup(session, ROOT, b"file"))
+        before = len(session.fids)
+        if "truncate" in what:
+            changes = ops.Changes(mode=0o600 if "chmod" in what else None, size=0)
+            body = ops.setattr(session, fid.number, changes)
+        else:
+            flags = os.O_RDWR | (os.O_TRUNC if "empty" in what else 0)
+            body = callbacks.open(session, fid.number, flags, ME)  # type: ignore[assignment]
+        async with trio.open_nursery() as nursery:
+            outcome = await begin(nursery, executor, "waiter", body)
+            request = next(r for r in executor.requests.values() if r.name == "waiter")
+            await until(lambda: request.waits is not None)
+            executor.withdraw(request)
+            if "chmod" in what:
+                await trio.sleep(3 * TICK)
+                assert not outcome.over
+                leased.give_back()
+            await until(lambda: outcome.over)
+        leased.give_back()
+        assert isinstance(outcome.error, InterruptedError) == ("chmod" not in what)
+        assert leased.path.read_bytes() == (b"" if "chmod" in what else b"data")
+        assert len(session.fids) == before
+        await until(lambda: not session.fids.open_descriptors)
         session.fids.clear()
 
     drive(model.partition("-")[0], 1, scenario)

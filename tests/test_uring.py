@@ -21,7 +21,7 @@ from helpers_executor import engine as engine
 from mounting import Mount
 from ops_helpers import needs_root
 
-from ninefuse import ops
+from ninefuse import executor, ops
 from ninefuse.calls import Call, Fsync, Pread, Pwrite, blocking
 from ninefuse.driving import uring
 from ninefuse.driving.uring import PLACES, Refused, Uring
@@ -87,6 +87,7 @@ def test_reads_writes_and_syncs_do_what_they_do_on_workers(
     model = bytearray()
 
     monkeypatch.setattr(transfer, "read_now", would_wait)
+    monkeypatch.setattr(executor, "STUCK", 60)  # on no machine does a worker take over
 
     async def scenario(driver: SecondModel, session: Session) -> None:
         handle = await create(driver, session, b"file", os.O_DSYNC)

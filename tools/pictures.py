@@ -104,7 +104,6 @@ _WAYS = {
         ("worker", "body", 60, "body"),
         ("worker", "call", 90, "truncate"),
         ("worker", "body", 60, "body"),
-        ("dispatcher", "body", 60, "reply"),
     ),
     "second, where io_uring or the dispatcher makes the calls": (
         ("dispatcher", "body", 60, "body"),
@@ -126,7 +125,8 @@ def way() -> str:
         other = "io_uring" if any(one[0] == "io_uring" for one in stretches) else "worker"
         lanes = {"dispatcher": top + 28, other: top + 80}
         crossings = sum(a[0] != b[0] for a, b in zip(stretches, stretches[1:], strict=False))
-        count = f"{crossings if other == 'worker' else 0} changes of thread"
+        changes = crossings if other == "worker" else 0
+        count = f"{changes} change{'s' * (changes != 1)} of thread"
         picture.text(10, top + 14, title, "title")
         picture.text(690, top + 14, count, "note", "end")
         for name, y in lanes.items():

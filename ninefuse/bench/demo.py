@@ -34,9 +34,14 @@ from ninefuse.settings import MODELS
 
 CLIENTS = (1, 2, 5, 10)
 SOURCE = "source"
+# The mounts, and the options of each. The models are served by our own session, where it was built.
+MOUNTS = {
+    **{model: ("--model", model) for model in MODELS},
+    "pyfuse3": ("--model", "second", "--session", "pyfuse3"),
+}
 
-# How long all runs of dd are to take, in seconds, and how long one turn of an X may take: its four
-# cells (source, none, first, second), once each.
+# How long all runs of dd are to take, in seconds, and how long one turn of an X may take: its
+# cells (the source, and each mount), once each.
 _DD_SECONDS = 60.0
 _LEAST_SECONDS = 2.0
 _MOST_SECONDS = 8.0
@@ -121,14 +126,14 @@ def _demo(processes: Processes, options: Options, progress: Progress) -> None:
         make_tree(processes, source / "tree", options.files)
 
         places = [dd.Place(SOURCE, source, source)]
-        for model in MODELS:
-            progress(f"mounting under {model}")
-            mountpoint = scratch / model
+        for mount, words in MOUNTS.items():
+            progress(f"mounting under {mount}")
+            mountpoint = scratch / mount
             mountpoint.mkdir()
-            command = ninefuse_command(source, mountpoint, "--model", model)
-            name = f"the mount under {model}"
+            command = ninefuse_command(source, mountpoint, *words)
+            name = f"the mount under {mount}"
             stack.enter_context(Mounted(processes, name, command, mountpoint))
-            places.append(dd.Place(model, mountpoint, source))
+            places.append(dd.Place(mount, mountpoint, source))
 
         say(
             progress,
@@ -357,16 +362,17 @@ def table(results: Mapping[int, Mapping[str, Sequence[dd.Result]]]) -> list[str]
     lines = [
         f"X parallel dd if=/dev/zero of=... bs=4k count=N oflag=sync; {runs}",
         "s: until the last has ended; MB/s: of all together; ratio: to the source",
+        "pyfuse3: the second model, under the session of pyfuse3",
         "",
-        "".join((f"{SOURCE:>18}    ", *(f"  {model:^17}" for model in MODELS))).rstrip(),
-        f"{'X':>2} {'N':>6}  {'s':>5} {'MB/s':>5}" + f"  {'s':>5} {'MB/s':>5} ratio" * len(MODELS),
+        "".join((f"{SOURCE:>18}    ", *(f"  {mount:^11}" for mount in MOUNTS))).rstrip(),
+        f"{'X':>2} {'N':>6}  {'s':>5} {'MB/s':>5}" + f"  {'MB/s':>5} ratio" * len(MOUNTS),
     ]
     for clients, cells in best(results).items():
         source = cells[SOURCE]
         line = f"{clients:>2} {source.count:>6}"
         line += f"  {_figure(source.seconds, 2)} {_figure(source.rate)}"
-        for cell in (cells[model] for model in MODELS):
-            line += f"  {_figure(cell.seconds, 2)} {_figure(cell.rate)}"
+        for cell in (cells[mount] for mount in MOUNTS):
+            line += f"  {_figure(cell.rate)}"
             line += f" {cell.rate / source.rate:5.2f}"
         lines.append(line)
     return lines

@@ -20,7 +20,7 @@ from ninefuse.command import manual, options, preflight
 from ninefuse.exitcodes import ExitCode, Failure, report
 from ninefuse.fuse import remount
 from ninefuse.process import daemon, logs, notify
-from ninefuse.settings import DEFAULT_LOG_LEVEL, ENGINES, LOG_LEVELS, MODELS, Settings
+from ninefuse.settings import DEFAULT_LOG_LEVEL, ENGINES, LOG_LEVELS, MODELS, SESSIONS, Settings
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +75,7 @@ def parse(argv: Sequence[str]) -> Settings:
         options.parse_options(given.options),
         model=given.model,
         engine=given.engine,
+        session=given.session,
         threads=given.threads,
         foreground=given.foreground,
         debug=given.debug,
@@ -169,6 +170,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("-s", dest="model", action="store_const", const="none")
     add("--model", type=options.parse_model, metavar="|".join(MODELS))
     add("--engine", choices=ENGINES, metavar="|".join(ENGINES))
+    add("--session", choices=SESSIONS, metavar="|".join(SESSIONS))
     add("--threads", type=_threads, metavar="N")
     add("--log", metavar="FILE")
     add(

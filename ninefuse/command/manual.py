@@ -48,6 +48,12 @@ COMMAND_LINE = (
         "not with `inline=off`), or workers only",
     ),
     Text(
+        "--session auto|native|pyfuse3",
+        "who speaks with the kernel (auto)",
+        ": `native`, or where that was not built `pyfuse3`, "
+        "which knows [less](mounting.md#the-session-of-pyfuse3)",
+    ),
+    Text(
         "--threads N",
         f"workers ({DEFAULT_THREADS})",
         f", to begin with: more are started where all are stuck; from 1 to {MAX_THREADS}",
@@ -60,7 +66,8 @@ COMMAND_LINE = (
     Text("--log-level LEVEL", "error, warning, info (default) or debug"),
     Text(
         "--trace FILE",
-        "write the way of requests to FILE, for [Perfetto](observing.md#traces)",
+        "write the way of requests to FILE",
+        ", for [Perfetto](observing.md#traces)",
     ),
     Text("--help-options", "explain all options, those of -o too"),
     Text("-V, --version", "print versions"),
@@ -98,14 +105,15 @@ MOUNT = (
     Text("attr_timeout=, entry_timeout=, negative_timeout=", "seconds, each for itself"),
     Text(
         "noxattr",
-        "no extended attributes, and no question for one before each write",
+        "no extended attributes, and no questions for them",
         ": faster",
     ),
     Text(
         "osync=direct|cached",
         "writes of O_SYNC and O_DSYNC opens",
-        ": one durable write past the page cache (default), or a cached write and an fsync, for "
-        "programs that map such a file shared (default with `cache=none`)",
+        ": one durable write past the page cache (default), or a cached write and an fsync "
+        "(default with `cache=none`), for programs that map such a file shared before Linux 6.6, "
+        "or with `--session pyfuse3`",
     ),
     Text(
         "inline=auto|off",
@@ -128,7 +136,7 @@ MOUNT = (
     Text("fsname=, subtype=, auto_unmount", "as in mount.fuse3(8)"),
     Text("debug, default_permissions", "the first as `-d`; the second is on anyway"),
     Text(
-        "model=, threads=, engine=",
+        "model=, threads=, engine=, session=",
         "as above, for /etc/fstab",
         ": `/src /mnt fuse.ninefuse model=first,nofail 0 0`, with `ninefuse` in /usr/local/bin",
     ),

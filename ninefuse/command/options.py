@@ -18,7 +18,7 @@ from enum import Enum
 from typing import Any
 
 from ninefuse.exitcodes import ExitCode, Failure
-from ninefuse.settings import DEFAULT_LOG_LEVEL, ENGINES, MODELS, Settings
+from ninefuse.settings import DEFAULT_LOG_LEVEL, ENGINES, MODELS, SESSIONS, Settings
 
 _PLUG_IN = re.compile(r"\w+(\.\w+)*:\w+")  # a driver of the user's own, package.module:Class
 MAX_THREADS = 1024
@@ -174,6 +174,7 @@ OPTIONS = (
     Option("negative_timeout", Kind.SECONDS, "negative_timeout"),
     Option("model", Kind.CHOICE, "model", values={name: name for name in MODELS}),
     Option("engine", Kind.CHOICE, "engine", values={name: name for name in ENGINES}),
+    Option("session", Kind.CHOICE, "session", values={name: name for name in SESSIONS}),
     Option(
         "cache",
         Kind.CHOICE,
@@ -355,6 +356,7 @@ def make_settings(
     *,
     model: str | None = None,
     engine: str | None = None,
+    session: str | None = None,
     threads: int | None = None,
     foreground: bool = False,
     debug: bool = False,
@@ -382,7 +384,13 @@ def make_settings(
             raise Failure(ExitCode.USAGE, f"{name} is empty: give a path")
     source = os.path.abspath(source)
     fields = options.fields()
-    flags = {"model": model, "engine": engine, "threads": threads, "debug": debug or None}
+    flags = {
+        "model": model,
+        "engine": engine,
+        "session": session,
+        "threads": threads,
+        "debug": debug or None,
+    }
     fields |= {name: value for name, value in flags.items() if value is not None}
     settings = Settings(
         source=source,

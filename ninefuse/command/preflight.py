@@ -13,11 +13,11 @@ import signal
 import stat
 
 from ninefuse.exitcodes import ExitCode, Failure
+from ninefuse.fuse import mounting
 from ninefuse.linux import mountinfo
 from ninefuse.process import ownfile
 from ninefuse.settings import FUSE_DEVICE, Settings
 
-_FUSE_NUMBERS = os.makedev(10, 229)
 FUSE_CONF = "/etc/fuse.conf"
 FUSERMOUNT = "fusermount3"
 
@@ -162,18 +162,8 @@ def _check_overlap(source: str, mountpoint: str, real_mountpoint: str) -> None:
 
 def _check_handed_over(source: str, mountpoint: str) -> None:
     """Check a mount that somebody else has made; it must not be touched before it is served."""
-    number = int(mountpoint.rpartition("/")[2])
     # Before we open files of our own, which may get this number.
-    try:
-        device = os.fstat(number).st_rdev
-    except (OSError, OverflowError):
-        device = None
-    if device != _FUSE_NUMBERS:
-        raise Failure(
-            ExitCode.MOUNT_REFUSED,
-            f"descriptor {number} is not an open {FUSE_DEVICE}: mount with one, and hand it on",
-        )
-    known = mountinfo.of_device(number)
+    known = mountinfo.of_device(mounting.handed_over(mountpoint))
     if known is None:
         return
     point, options = known

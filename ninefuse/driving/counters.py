@@ -1,7 +1,7 @@
 """What is counted of requests, for each callback: how many, how long, on how many threads.
 
-Locks touched: none. The dispatcher alone adds; other threads may read at any time, and
-see figures of which the last request may be missing.
+Locks touched: none. Whoever adds has the driver's mutex for it; other threads may read at any
+time, and see figures of which the last request may be missing.
 """
 
 from __future__ import annotations

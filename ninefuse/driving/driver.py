@@ -4,7 +4,8 @@ A driver takes a request from one command of its body to the next (calls.py). `E
 body, takes and gives back its locks, and puts it aside where it has to wait; the models
 (executor.py) decide on which thread each call is made.
 
-Locks touched: whatever bodies ask for, and the registry's own mutex.
+Locks touched: whatever bodies ask for, and two mutexes of its own: for the registry and for the
+counters.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ninefuse.driving.clock import Clock
 from ninefuse.driving.counters import Answered
 from ninefuse.driving.deferred import Deferred
 from ninefuse.driving.dispatcher import Dispatcher
-from ninefuse.driving.patience import Patience
+from ninefuse.driving.patience import LONGEST, TICK, Patience, Ticket
 from ninefuse.driving.request import Done, Request, Step, Watch
 from ninefuse.driving.workers import PoolStatistics
 from ninefuse.errors import error
@@ -85,10 +86,12 @@ class Executor(ABC):
         self.deferred = Deferred(most_cleaners, self._clean_later)
         self._tags = itertools.count(1)
         self._registry = threading.Lock()
+        self._counting = threading.Lock()
         self._users: Counter[int] = Counter()  # requests under way, of each
         self._patience = Patience(self.clock)
         self._background: deque[Request] = deque()
         self._behind: set[int] = set()  # those of the background that have not ended
+        self._is_ending = False  # nobody is to wait for a while any more
 
     def start(self, name: str, body: Body[Any], done: Done, user: int | None = None) -> Request:
         """Drive a body to its end. On the dispatcher; raises nothing.
@@ -116,6 +119,46 @@ class Executor(ABC):
             self._behind.add(request.tag)
         self._background.append(request)
 
+    def withdraw(self, request: Request) -> None:
+        """End a request whose outcome nobody wants, if it only waits. Any thread; does not block.
+
+        It ends with OSError(EINTR), which its body is told where it waits: for a while (`Later`,
+        if that is withdrawable), or for its first call to be begun. One whose first call was begun
+        goes on, to its end or to a wait of the first kind. What waits for a lock of ours, or for
+        earlier changes, is told once it has waited. The request may have ended already.
+
+        Whatever waits is in one place (a queue, or the tickets of `Patience`), out of which it
+        is taken by whoever goes on with it, in one step: a worker, a clock, or this. So no body
+        is on two threads, and none is lost. What is on its way into such a place is told by
+        whoever puts it there, who looks whether it was withdrawn after he has done so.
+        """
+        request.is_withdrawn = True
+        if self._stop_waiting(request) or self._unqueue(request):
+            self._interrupt(request)
+
+    def interrupt(self, request: Request) -> None:
+        """End a wait for what somebody else has: of `Later`, if that is withdrawable. Likewise.
+
+        As a signal does that the caller goes on after. On a file system open(2) and fcntl(2) may be
+        told EINTR then, where they wait for a lease or a lock. Other calls may not, though ours
+        wait for a worker: a request that has not begun does begin.
+        """
+        request.is_interrupted = True
+        if self._stop_waiting(request):
+            self._interrupt(request)
+
+    def end_waits(self) -> None:
+        """End all that wait for a while: with EINTR, if that is withdrawable. Any thread.
+
+        For the end: who holds what they wait for may keep it as long as he likes.
+        """
+        self._is_ending = True
+        with self._registry:
+            requests = list(self.requests.values())
+        for request in requests:
+            if self._stop_waiting(request):
+                self._interrupt(request)
+
     def defer(self, function: Callable[..., Any], *args: Any) -> None:
         """Have a call that may block made soon, where it may. Any thread.
 
@@ -130,13 +173,15 @@ class Executor(ABC):
         return bool(user) and self._users[user or 0] >= MOST_REQUESTS
 
     def count(self, request: Request) -> None:
-        """Count a request that has ended, where it is answered. One thread at a time."""
+        """Count a request that has ended, where it is answered. Any thread."""
         if request.at != get_ident():
             request.cross()
-        counted = self.answered.get(request.name)
-        if counted is None:
-            counted = self.answered[request.name] = Answered()
-        counted.add(request.crossings, time.monotonic_ns() - request.started)
+        taken = time.monotonic_ns() - request.started
+        with self._counting:
+            counted = self.answered.get(request.name)
+            if counted is None:
+                counted = self.answered[request.name] = Answered()
+            counted.add(request.crossings, taken)
 
     def statistics(self) -> ExecutorStatistics:
         """Counters and queue lengths now."""
@@ -228,6 +273,9 @@ class Executor(ABC):
                 self._end(request)
                 return Step.DONE
             if isinstance(command, Call):
+                if request.is_withdrawn and not request.is_begun:
+                    request.end_wait()
+                    continue
                 request.call = command
                 return Step.CALL
             if isinstance(command, Release):
@@ -257,10 +305,42 @@ class Executor(ABC):
             yield request
             self.deferred.make_all()
 
-    def wait_a_while(self, request: Request) -> None:
-        """Have a parked body go on after a while."""
+    def wait_a_while(self, request: Request, later: Later) -> bool:
+        """Have a body go on after a while; False if it goes on at once."""
         request.has_waited = True
-        self._patience.wait(partial(self.resume, request), request.user)
+        patience = self._patience
+        ticket = Ticket(partial(self.resume, request), request.user)
+        request.ticket = ticket if later.is_withdrawable else None
+        if later.early is not None and later.early.has_come(partial(patience.end, ticket)):
+            return False
+        if not patience.queue(ticket, min(TICK * (1 << min(later.tries, 8)), LONGEST)):
+            return False
+        # From here on it may have been resumed, and be on another thread: unless this takes it.
+        if (
+            (request.is_withdrawn or request.is_interrupted or self._is_ending)
+            and later.is_withdrawable
+            and patience.take(ticket)
+        ):
+            request.end_wait()
+            return False
+        return True
+
+    def _stop_waiting(self, request: Request) -> bool:
+        """Take a request out of a wait for a while, if it may be; whether it is ours now."""
+        ticket = request.ticket
+        return ticket is not None and self._patience.take(ticket)
+
+    def _unqueue(self, request: Request) -> bool:
+        """Take a request whose first call has not begun out of the queue in which it waits.
+
+        Whether that was done: then nobody else has it. Any thread.
+        """
+        return False
+
+    def _interrupt(self, request: Request) -> None:
+        """Go on with a request that was taken out of its wait because it was withdrawn."""
+        request.end_wait()
+        self.resume(request)
 
     def _pool(self) -> PoolStatistics:
         return PoolStatistics(0, 0, 0)
@@ -288,8 +368,10 @@ class Executor(ABC):
         if request.watch is not None:
             request.watch.waits(str(command))
         if isinstance(command, Later):
-            self.wait_a_while(request)
-            return True
+            waits = self.wait_a_while(request, command)
+            if not waits:
+                request.waits = None
+            return waits
         resume = partial(self.resume, request)
         if isinstance(command, Acquire):
             goes_on = command.lock.acquire(command.mode, resume)

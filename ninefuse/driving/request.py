@@ -14,6 +14,8 @@ from threading import get_ident
 from typing import Any, Protocol
 
 from ninefuse.calls import Acquire, Behind, Body, Call, Ended, Later
+from ninefuse.driving.patience import Ticket
+from ninefuse.errors import error
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +51,11 @@ class Request:
         call: the call to be made next, or None.
         crossings: how often it has changed threads.
         thread: the name of the worker that has it, if one has.
+        is_begun: whether one of its calls was begun, or the first was left out because the
+            request was withdrawn. No other call is left out then.
+        is_withdrawn: whether somebody has withdrawn it (`Executor.withdraw`).
+        is_interrupted: whether it is to wait for nothing any more (`Executor.interrupt`).
+        ticket: of the last wait that may end because it is withdrawn, or None.
         value, error: the outcome of its last call, for the body; in the end the body's own.
     """
 
@@ -61,12 +68,16 @@ class Request:
         "error",
         "has_waited",
         "holds",
+        "is_begun",
+        "is_interrupted",
+        "is_withdrawn",
         "joiners",
         "name",
         "since",
         "started",
         "tag",
         "thread",
+        "ticket",
         "user",
         "value",
         "waits",
@@ -93,6 +104,10 @@ class Request:
         self.crossings = 0
         self.holds: tuple[Acquire, ...] = ()
         self.has_waited = False  # a while, to try again
+        self.is_begun = False
+        self.is_withdrawn = False
+        self.is_interrupted = False
+        self.ticket: Ticket | None = None
         self.waits: Acquire | Behind | Ended | Later | None = None
         self.since = 0  # when its call was queued for io_uring, where somebody wants to know
         self.thread = ""
@@ -141,6 +156,7 @@ class Request:
         call = self.call
         assert call is not None
         self.call = None
+        self.is_begun = True
         try:
             self.value = call.make() if self.watch is None else self.watch.make(call, now=False)
         except BaseException as error:
@@ -162,7 +178,14 @@ class Request:
         except BaseException as error:
             self.error = error
         self.call = None
+        self.is_begun = True
         return True
+
+    def end_wait(self) -> None:
+        """Have the body find its wait, or its call, ended by EINTR: it was withdrawn."""
+        self.call = None
+        self.is_begun = True
+        self.error = error(errno.EINTR)
 
     def describe(self) -> str:
         """One line for reports: age, what it does, holds and waits for."""

@@ -12,7 +12,7 @@ Locks touched: none; whoever uses a `Shares` guards it.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Generic, NamedTuple, TypeVar
 
 T = TypeVar("T")
@@ -98,6 +98,17 @@ class Shares(Generic[T]):
             if queue is not None and not queue:
                 del self._waiting[key]
         return ready
+
+    def remove(self, is_wanted: Callable[[T], bool]) -> bool:
+        """Have an item wait no more; whether it was found. It has no place."""
+        for key, queue in self._waiting.items():
+            for waiting in queue:
+                if is_wanted(waiting.item):
+                    queue.remove(waiting)
+                    if not queue:
+                        del self._waiting[key]
+                    return True
+        return False
 
     def overdue(self) -> list[T]:
         """Let through what waits in queues that have not moved since this was called last.

@@ -193,6 +193,7 @@ class Uring:
             self._starts[type(call)](request, call)
         except OSError:  # nothing was queued
             return False
+        request.is_begun = True
         if writes:
             self._writer = request.user or 0
             user.writes += 1

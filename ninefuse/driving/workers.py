@@ -22,6 +22,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
+from enum import Enum
 from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
@@ -37,6 +38,13 @@ MOST_TIMES = 64  # as many workers as asked for, where all are stuck
 SHARE_TIMES = 4  # as many for an inode or a user, where those are stuck
 _RESERVE = 4  # times as many as asked for, that are for root alone
 _SPARE_TIME = 10.0  # seconds that a further worker waits for something to do
+
+
+class Place(Enum):
+    """What a job has that was taken out of its queue."""
+
+    GIVEN = "a place, which is to be given back with `leave`"
+    NONE = "none yet"
 
 
 class PoolStatistics(NamedTuple):
@@ -87,8 +95,13 @@ class WorkerPool:
 
         The job (or what it hands its place to) must call ``leave(on, user)`` at its end.
         """
-        if self.enter(job, on, user):
-            self._put(self._submitted, job)
+        with self._mutex:
+            has_entered = self._shares.enter(job, on, user)
+            if has_entered:
+                self._submitted.append(job)
+        if has_entered:
+            self._queue.put(True)
+        self._have_watched()
 
     def enter(self, job: Job, on: int | None, user: int | None = None) -> bool:
         """Ask for one of the places, for a job that is running already.
@@ -107,12 +120,44 @@ class WorkerPool:
         """Give back a place; the next that waits for one gets it."""
         with self._mutex:
             ready = self._shares.leave(on, user)
-        for job in ready:
-            self._put(self._submitted, job)
+            self._submitted.extend(ready)
+        for _ in ready:
+            self._queue.put(True)
+        if ready:
+            self._have_watched()
+
+    def take(self, is_wanted: Callable[[Job], bool]) -> Place | None:
+        """Take a job that has not begun out of the queue in which it waits. Any thread.
+
+        It is not looked for among those that are resumed.
+
+        Args:
+            is_wanted: whether it is a job; asked of those that wait, with the mutex held. It may
+                ask only for what changes while the job runs, and nobody else may change.
+
+        Returns:
+            What the job has, which is the caller's now and is not run; None: none waits, or a
+            worker has it.
+        """
+        with self._mutex:
+            if self._shares.remove(is_wanted):
+                return Place.NONE
+            # Workers take jobs out without the mutex, each in one step; so does this. A job
+            # that is put in again is another object.
+            for job in list(self._submitted):
+                if is_wanted(job):
+                    try:
+                        self._submitted.remove(job)
+                    except ValueError:
+                        return None
+                    return Place.GIVEN
+        return None
 
     def resume(self, job: Job) -> None:
         """Run ``job`` before all that is queued. Never blocks, never waits for room."""
-        self._put(self._resumed, job)
+        self._resumed.append(job)
+        self._queue.put(True)
+        self._have_watched()
 
     def close(self) -> None:
         """Let the workers finish everything that was submitted, then end them."""
@@ -132,11 +177,6 @@ class WorkerPool:
             threads = len(self._workers)
         queued = len(self._submitted) + len(self._resumed)
         return PoolStatistics(threads, queued, held_back)
-
-    def _put(self, jobs: deque[Job], job: Job) -> None:
-        jobs.append(job)
-        self._queue.put(True)
-        self._have_watched()
 
     def _have_watched(self) -> None:
         if not self._is_watched:
@@ -195,9 +235,9 @@ class WorkerPool:
             while not self._is_closed:
                 with self._mutex:
                     overdue = self._shares.overdue()
+                    self._submitted.extend(overdue)
                     waits = bool(len(self._shares))
-                for job in overdue:
-                    self._submitted.append(job)
+                for _ in overdue:
                     self._queue.put(True)
                 queued = len(self._submitted) + len(self._resumed)
                 if not queued and not waits:

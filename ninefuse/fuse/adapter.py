@@ -14,22 +14,29 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import os
 import stat
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import pyfuse3
+import trio
 
 from ninefuse import ops
 from ninefuse.awaiting import Awaiting
 from ninefuse.calls import Body
-from ninefuse.driving.counters import ATTRIBUTE
 from ninefuse.fuse import callbacks
-from ninefuse.fuse.answers import NOT_REFUSED, Opens, errno_for_kernel
-from ninefuse.fuse.callbacks import Handle
+from ninefuse.fuse.answers import (
+    NOT_REFUSED,
+    STATISTICS,
+    Opens,
+    errno_for_kernel,
+    refuse_statistics,
+    shortened,
+)
 from ninefuse.fuse.entries import fitted
+from ninefuse.fuse.handles import Handle
+from ninefuse.fuse.shown import Shown
 from ninefuse.linux.callers import Caller
 from ninefuse.linux.syscalls import Attributes
 from ninefuse.settings import Settings
@@ -42,19 +49,13 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_SET_ID = stat.S_ISUID | stat.S_ISGID
-_HIDDEN = 1 << 31  # the highest bit of a generation: a device whose number is not shown
-
-
-# An extended attribute of the root that the source knows nothing of: counters, as JSON.
-STATISTICS = os.fsencode(ATTRIBUTE)
-
 
 class Adapter(pyfuse3.Operations):
     """The callbacks of one mount.
 
     Attributes:
         errors: how many there were, by callback and errno.
+        started: set once the kernel has begun to talk to us.
         statistics: what says the value of the attribute `STATISTICS`.
         unmasked: whether the kernel leaves it to us to apply callers' umasks.
 
@@ -62,7 +63,6 @@ class Adapter(pyfuse3.Operations):
         session: with the root attached as fid 1.
         awaiting: runs what is asked, by the threading model's driver.
         settings: timeouts and switches of the mount.
-        started: called once the kernel has begun to talk to us.
     """
 
     # A lookup of "." or ".." on a forgotten nodeid is for NFS export, which needs file
@@ -75,14 +75,12 @@ class Adapter(pyfuse3.Operations):
         session: Session,
         awaiting: Awaiting,
         settings: Settings,
-        started: Callable[[], None],
     ) -> None:
         super().__init__()
         self._session = session
         self._awaiting = awaiting
-        self._started = started
-        self._attr_timeout = settings.attr_timeout
-        self._entry_timeout = settings.entry_timeout
+        self.started = trio.Event()
+        self._shown = Shown(session, settings)
         self._negative_timeout = settings.negative_timeout
         self._keep_cache = settings.keep_cache
         self._opens = Opens(settings)
@@ -97,7 +95,7 @@ class Adapter(pyfuse3.Operations):
         self._opener_of = session.fids.owner_of
 
     def init(self) -> None:
-        self._started()
+        self.started.set()
 
     # Names
 
@@ -268,8 +266,8 @@ class Adapter(pyfuse3.Operations):
 
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         directory = FIRST_HANDLE + fh
-        body = callbacks.readdir(self._session, directory, start_id)
-        entries = await self._answer("readdir", body, self._opener_of(directory))
+        body = callbacks.readdirplus(self._session, directory, start_id)
+        entries = await self._answer("readdirplus", body, self._opener_of(directory))
         fit = 0
         try:
             for entry in entries:
@@ -318,13 +316,13 @@ class Adapter(pyfuse3.Operations):
         self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext
     ) -> None:
         self._need_xattr()
-        _refuse_statistics(inode, name)
+        _refuse(inode, name)
         body = callbacks.setxattr(self._session, inode, name, value, self._caller(ctx))
         await self._answer("setxattr", body, ctx.uid)
 
     async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
         self._need_xattr()
-        _refuse_statistics(inode, name)
+        _refuse(inode, name)
         body = callbacks.removexattr(self._session, inode, name, self._caller(ctx))
         await self._answer("removexattr", body, ctx.uid)
 
@@ -345,7 +343,7 @@ class Adapter(pyfuse3.Operations):
         try:
             result = await self._awaiting.run(callback, body, user)
             if self._debug:
-                log.debug("%s: %s", callback, _shortened(result))
+                log.debug("%s: %s", callback, shortened(result))
             return result
         except OSError as e:
             code = errno_for_kernel(e)
@@ -376,35 +374,16 @@ class Adapter(pyfuse3.Operations):
             raise pyfuse3.FUSEError(errno.ENOSYS)
 
     def _entry(self, fid: Fid, attributes: Attributes) -> pyfuse3.EntryAttributes:
-        entry = self._attributes(fid.number, attributes)
-        entry.generation = fid.generation
-        if entry.st_rdev != attributes.rdev:
-            # The kernel keeps the number that it was told first, but of another file.
-            entry.generation += _HIDDEN
-        entry.entry_timeout = self._entry_timeout
-        if not fid.node.may_be_believed(attributes):
-            entry.entry_timeout = entry.attr_timeout = 0
+        shown = self._shown.entry(fid, attributes)
+        entry = _laid_out(shown.ino, shown.attributes)
+        entry.generation = shown.generation
+        entry.entry_timeout = shown.entry_valid
+        entry.attr_timeout = shown.attr_valid
         return entry
 
-    def _attributes(self, nodeid: int, a: Attributes) -> pyfuse3.EntryAttributes:
-        a = self._session.fids.devices.shown(a)
-        if a.mode & _SET_ID and a.kind == stat.S_IFREG:
-            self._session.fids.set_id.add(nodeid)
-        entry = pyfuse3.EntryAttributes()
-        # Number and nodeid are one in pyfuse3. Of the root the kernel knows the nodeid.
-        entry.st_ino = a.ino if nodeid == ROOT_NODEID else nodeid
-        entry.attr_timeout = self._attr_timeout
-        entry.st_mode = a.mode
-        entry.st_nlink = a.nlink
-        entry.st_uid = a.uid
-        entry.st_gid = a.gid
-        entry.st_rdev = a.rdev
-        entry.st_size = a.size
-        entry.st_blksize = a.blksize
-        entry.st_blocks = a.blocks
-        entry.st_atime_ns = a.atime_ns
-        entry.st_mtime_ns = a.mtime_ns
-        entry.st_ctime_ns = a.ctime_ns
+    def _attributes(self, nodeid: int, attributes: Attributes) -> pyfuse3.EntryAttributes:
+        entry = _laid_out(*self._shown.attributes(nodeid, attributes))
+        entry.attr_timeout = self._shown.attr_valid
         return entry
 
     def _opened(self, handle: Handle, flags: int) -> pyfuse3.FileInfo:
@@ -414,18 +393,29 @@ class Adapter(pyfuse3.Operations):
         )
 
 
-def _refuse_statistics(inode: int, name: bytes) -> None:
-    if inode == ROOT_NODEID and name == STATISTICS:
-        raise pyfuse3.FUSEError(errno.EPERM)
+def _refuse(inode: int, name: bytes) -> None:
+    try:
+        refuse_statistics(inode, name)
+    except OSError as e:
+        raise pyfuse3.FUSEError(errno_for_kernel(e)) from None
 
 
-def _shortened(result: object) -> str:
-    """A result for the debug log: data by its size."""
-    if isinstance(result, bytes):
-        return f"{len(result)} bytes"
-    if isinstance(result, list):
-        return f"{len(result)} entries"
-    return "done" if result is None else str(result)
+def _laid_out(ino: int, a: Attributes) -> pyfuse3.EntryAttributes:
+    """Attributes in pyfuse3's form, in which number and nodeid are one."""
+    entry = pyfuse3.EntryAttributes()
+    entry.st_ino = ino
+    entry.st_mode = a.mode
+    entry.st_nlink = a.nlink
+    entry.st_uid = a.uid
+    entry.st_gid = a.gid
+    entry.st_rdev = a.rdev
+    entry.st_size = a.size
+    entry.st_blksize = a.blksize
+    entry.st_blocks = a.blocks
+    entry.st_atime_ns = a.atime_ns
+    entry.st_mtime_ns = a.mtime_ns
+    entry.st_ctime_ns = a.ctime_ns
+    return entry
 
 
 def _handle(fid: int) -> int:

@@ -9,12 +9,18 @@ import errno
 import logging
 import os
 
+from ninefuse.driving.counters import ATTRIBUTE
+from ninefuse.errors import error
 from ninefuse.settings import Settings
+from ninefuse.tree.qids import ROOT_NODEID
 
 log = logging.getLogger(__name__)
 
 _SYNC = os.O_SYNC | os.O_DSYNC
 _MAX_ERRNO = 4095  # the kernel takes nothing above for an error
+
+# An extended attribute of the root that the source knows nothing of: counters, as JSON.
+STATISTICS = os.fsencode(ATTRIBUTE)
 
 # The kernel writes back what one user has changed by a handle that another has opened, and drops
 # what is refused; and a close, or a sync, that is refused would say that something was lost.
@@ -38,9 +44,10 @@ class Opens:
         # Past the cache a synchronous write is one request, and our descriptor makes it
         # durable; through it, it is three (an xattr, the write, an fsync).
         syncs = self._direct_sync and flags & _SYNC and access != os.O_RDONLY
-        # Mapped pages of a file open for reading and appending would be appended, not
-        # written in place, when the kernel writes them back through such a descriptor:
-        # a direct one cannot be mapped shared (ENODEV), which is the honest answer.
+        # What is appended comes where the source's file ends, which may be elsewhere than where
+        # the kernel's cache puts it; who reads, too, is to see it there. (Mapped pages of such a
+        # file would be appended when pyfuse3's session writes them back: it does not say which
+        # writes are. A direct one cannot be mapped shared there, which is the honest answer.)
         appends = flags & os.O_APPEND and access == os.O_RDWR
         return bool(syncs or appends)
 
@@ -65,3 +72,18 @@ def errno_for_kernel(failure: OSError) -> int:
         log.error("an error without a usable errno: %r", failure)
         return errno.EIO
     return code
+
+
+def refuse_statistics(nodeid: int, name: bytes) -> None:
+    """Refuse with EPERM to change the attribute `STATISTICS`."""
+    if nodeid == ROOT_NODEID and name == STATISTICS:
+        raise error(errno.EPERM)
+
+
+def shortened(result: object) -> str:
+    """A result for the debug log: data by its size."""
+    if isinstance(result, bytes):
+        return f"{len(result)} bytes"
+    if isinstance(result, list):
+        return f"{len(result)} entries"
+    return "done" if result is None else str(result)

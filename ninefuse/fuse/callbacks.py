@@ -17,35 +17,36 @@ None is held from one message to the next.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
-from collections.abc import Awaitable, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Sequence
 
 from ninefuse import ops
 from ninefuse.calls import Begin, blocking
 from ninefuse.errors import error
-from ninefuse.fuse import changes, entries, labels
+from ninefuse.fuse import beyond, changes, entries, labels, linking
 from ninefuse.fuse.entries import EntryPlus
+from ninefuse.fuse.handles import (
+    Handle,
+    attributes_of,
+    clone_of,
+    create_in,
+    create_nameless_in,
+    handle_of,
+    or_clunk,
+)
 from ninefuse.linux.callers import Caller
+from ninefuse.linux.records import DirectoryEntry
 from ninefuse.linux.syscalls import Attributes
+from ninefuse.ops import locking
 from ninefuse.ops.names import AT_REMOVEDIR
-from ninefuse.tree.opened import OpenFile
 from ninefuse.tree.qids import ROOT_NODEID
 from ninefuse.tree.session import Session
 from ninefuse.tree.table import Fid, open_file_of
 
-T = TypeVar("T")
-
 # In the flags of an open: the file is opened to be executed (FMODE_EXEC in include/linux/fs.h).
 # No program can ask for it.
 _EXECUTES = 0x20
-
-
-class Handle(NamedTuple):
-    """A file that was opened."""
-
-    number: int  # of its fid
-    is_live: bool  # to be read and written past all caches; see `OpenFile`
 
 
 async def lookup(session: Session, parent: int, name: bytes) -> tuple[Fid, Attributes]:
@@ -73,9 +74,18 @@ async def setattr(
     handle: int | None,
     wanted: ops.Changes,
     caller: Caller | None = None,
+    *,
+    says_all: bool = False,
 ) -> Attributes:
-    """setattr on the open fid if there is one, getattr."""
-    return await changes.change(session, nodeid, handle, wanted, caller)
+    """setattr on the open fid if there is one, getattr.
+
+    Args:
+        session, nodeid, handle, wanted, caller: as of the messages.
+        says_all: whether what is wanted is all that the kernel said; else see changes.py.
+    """
+    if not says_all:
+        return await changes.change(session, nodeid, handle, wanted, caller)
+    return await changes.change_exactly(session, nodeid, handle, wanted, caller)
 
 
 async def readlink(session: Session, nodeid: int) -> bytes:
@@ -145,24 +155,24 @@ async def link(
     try:
         await ops.link(session, parent, nodeid, name, caller)
     except OSError as e:
-        if e.errno == errno.EXDEV and _is_worth_a_look(session, nodeid, parent):
+        if e.errno == errno.EXDEV and linking.is_worth_a_look(session, nodeid, parent):
             raise error(errno.ESTALE) from None
         raise
-    await _remember(session, nodeid, parent, name)
+    await linking.remember(session, nodeid, parent, name)
     session.attributes_changed(parent)
     session.attributes_changed(nodeid)
     _, fid = await ops.walk(session, nodeid, session.kernel.intern)
     assert fid is not None
-    return fid, await _attributes(session, fid)
+    return fid, await attributes_of(session, fid)
 
 
 async def open(session: Session, nodeid: int, flags: int, caller: Caller | None = None) -> Handle:
     """walk to a clone, lopen it; its number is the file handle."""
-    clone = await _clone(session, nodeid)
+    clone = await clone_of(session, nodeid)
     executes = bool(flags & _EXECUTES)
     opening = ops.lopen(session, clone.number, flags, caller, executes=executes)
-    await _or_clunk(session, clone, opening)
-    return _handle(clone)
+    await or_clunk(session, clone, opening)
+    return handle_of(clone)
 
 
 async def create(
@@ -173,10 +183,22 @@ async def create(
     The second walk starts from the file just made, not from its name: whatever has the
     name by then is none of its business.
     """
-    clone = await _clone(session, parent)
-    made = await _or_clunk(session, clone, _lcreate(session, clone, name, flags, mode, caller))
+    clone = await clone_of(session, parent)
+    made = await or_clunk(session, clone, create_in(session, clone, name, flags, mode, caller))
     session.attributes_changed(parent)
     return made
+
+
+async def tmpfile(
+    session: Session, parent: int, flags: int, mode: int, caller: Caller | None = None
+) -> tuple[Handle, Fid, Attributes]:
+    """walk to a clone of the directory, which becomes the file; walk to the kernel's fid, getattr.
+
+    No message makes a file without a name. A link to it is a link as any.
+    """
+    clone = await clone_of(session, parent)
+    making = create_nameless_in(session, clone, flags, mode, caller)
+    return await or_clunk(session, clone, making)
 
 
 async def read(session: Session, handle: int, offset: int, count: int) -> bytes:
@@ -184,24 +206,69 @@ async def read(session: Session, handle: int, offset: int, count: int) -> bytes:
     return await ops.read(session, handle, offset, count)
 
 
-async def write(session: Session, handle: int, offset: int, data: bytes) -> int:
+async def write(
+    session: Session, handle: int, offset: int, data: bytes, how: ops.Writing = ops.UNKNOWN_WRITE
+) -> int:
     """write, which takes set-id bits away; the kernel does not know from whom."""
     try:
-        return await ops.write(session, handle, offset, data)
+        return await ops.write(session, handle, offset, data, how)
     finally:
         if session.fids.set_id:
             await changes.note_lost_bits(session, handle)
 
 
-async def flush(session: Session, handle: int) -> None:
-    """No message: the errors that closing an open file reports, which stays open.
+async def getlk(session: Session, handle: int, owner: int, wanted: ops.LockRange) -> ops.LockRange:
+    """getlock."""
+    return await ops.getlock(session, handle, wanted, owner)
+
+
+async def setlk(
+    session: Session, handle: int, owner: int, wanted: ops.LockRange, waits: bool
+) -> None:
+    """lock; again, while another is in the way, if it waits (FUSE_SETLKW).
+
+    Raises:
+        OSError: EAGAIN, another is in the way; EINTR, the request was withdrawn.
+    """
+    if waits:
+        await locking.lock_in_time(session, handle, wanted, owner)
+    elif await ops.lock(session, handle, 0, wanted, owner) is not ops.LockStatus.SUCCESS:
+        raise error(errno.EAGAIN)
+    if wanted.type != fcntl.F_UNLCK:
+        beyond.is_shared(session, handle)
+
+
+async def flock(session: Session, handle: int, operation: int, waits: bool) -> None:
+    """No message: 9P knows no lock of whole files.
+
+    Raises:
+        OSError: EAGAIN, another is in the way; EINTR, the request was withdrawn.
+    """
+    if waits:
+        await locking.flock_in_time(session, handle, operation)
+    elif not await locking.flock(session, handle, operation):
+        raise error(errno.EAGAIN)
+    if operation != fcntl.LOCK_UN:
+        beyond.is_shared(session, handle)
+
+
+async def flush(session: Session, handle: int, owner: int | None = None) -> None:
+    """Nearly no message: what a close(2) of one descriptor does to a file that stays open.
 
     Some file systems (NFS, quotas) say only at close(2) that a write failed. Closing a duplicate
-    says it, too.
+    says it, too. And a process that closes any descriptor of a file loses its byte-range locks of
+    that (fcntl(2)): the kernel sends no other notice.
+
+    Args:
+        session: the conversation.
+        handle: the open file.
+        owner: of locks, who closes it; None: there are none.
 
     Raises:
         OSError: EINVAL, unopened; the errors of close(2).
     """
+    if owner is not None:
+        await locking.drop_locks(session, handle, owner)
     use = session.fids.get(handle)
     try:
         file = open_file_of(use)
@@ -221,8 +288,15 @@ async def fsyncdir(session: Session, handle: int, datasync: bool) -> None:
     await ops.fsync(session, handle, datasync)
 
 
-async def release(session: Session, handle: int) -> None:
-    """clunk."""
+async def release(session: Session, handle: int, unlocks: bool = False) -> None:
+    """clunk, which gives back the locks that end with the handle.
+
+    Args:
+        session: the conversation.
+        handle: the open file.
+        unlocks: whether flock(2) was used on it. That is all that the kernel tells, and nothing
+            that is not known here: of locks by F_OFD_SETLK it does not say that they end.
+    """
     await ops.clunk(session, handle)
 
 
@@ -233,19 +307,59 @@ async def releasedir(session: Session, handle: int) -> None:
 
 async def opendir(session: Session, nodeid: int, caller: Caller | None = None) -> int:
     """walk to a clone, lopen it; its number is the file handle."""
-    clone = await _clone(session, nodeid)
-    await _or_clunk(session, clone, ops.lopen(session, clone.number, os.O_DIRECTORY, caller))
+    clone = await clone_of(session, nodeid)
+    await or_clunk(session, clone, ops.lopen(session, clone.number, os.O_DIRECTORY, caller))
     return clone.number
 
 
-async def readdir(session: Session, handle: int, offset: int) -> list[EntryPlus]:
+async def readdir(session: Session, handle: int, offset: int, size: int) -> list[DirectoryEntry]:
+    """readdir: as many entries as a reply of that size has room for."""
+    return await entries.readdir(session, handle, offset, size)
+
+
+async def readdirplus(session: Session, handle: int, offset: int) -> list[EntryPlus]:
     """readdir; walk and getattr of each entry. `entries.fitted` ends it."""
     return await entries.readdirplus(session, handle, offset)
 
 
-async def statfs(session: Session) -> os.statvfs_result:
-    """statfs of the root: pyfuse3 does not say which file was asked for."""
-    return await ops.statfs(session, ROOT_NODEID)
+async def statfs(session: Session, nodeid: int = ROOT_NODEID) -> os.statvfs_result:
+    """statfs of the file that was asked for; pyfuse3 does not say which it is."""
+    return await ops.statfs(session, nodeid)
+
+
+async def syncfs(session: Session, nodeid: int) -> None:
+    """No message."""
+    await beyond.syncfs(session, nodeid)
+
+
+async def fallocate(session: Session, handle: int, mode: int, offset: int, length: int) -> None:
+    """No message."""
+    await beyond.fallocate(session, handle, mode, offset, length)
+
+
+async def lseek(session: Session, handle: int, offset: int, whence: int) -> int:
+    """No message."""
+    return await beyond.lseek(session, handle, offset, whence)
+
+
+async def copy_file_range(
+    session: Session, source: int, source_offset: int, target: int, target_offset: int, length: int
+) -> int:
+    """No message."""
+    places = source, source_offset, target, target_offset
+    return await beyond.copy_file_range(session, *places, length)
+
+
+async def ioctl(
+    session: Session,
+    handle: int,
+    command: int,
+    data: bytes,
+    room: int,
+    caller: Caller | None = None,
+) -> bytes:
+    """No message."""
+    return await beyond.ioctl(session, handle, command, data, room, caller)
 
 
 async def getxattr(
@@ -264,12 +378,18 @@ async def listxattr(session: Session, nodeid: int, caller: Caller | None = None)
 
 
 async def setxattr(
-    session: Session, nodeid: int, name: bytes, value: bytes, caller: Caller | None = None
+    session: Session,
+    nodeid: int,
+    name: bytes,
+    value: bytes,
+    caller: Caller | None = None,
+    flags: int = 0,
 ) -> None:
     """walk to a clone, xattrcreate, write, clunk: which sets it."""
-    clone = await _clone(session, nodeid)
+    clone = await clone_of(session, nodeid)
     caller = labels.setter(name, caller)
-    await _or_clunk(session, clone, labels.fill(session, clone.number, name, value, caller))
+    filling = labels.fill(session, clone.number, name, value, caller, flags)
+    await or_clunk(session, clone, filling)
     await ops.clunk(session, clone.number)
     session.attributes_changed(nodeid)
 
@@ -278,100 +398,12 @@ async def removexattr(
     session: Session, nodeid: int, name: bytes, caller: Caller | None = None
 ) -> None:
     """walk to a clone, xattrcreate to remove, clunk: which removes it."""
-    clone = await _clone(session, nodeid)
+    clone = await clone_of(session, nodeid)
     caller = labels.remover(name, caller)
     removing = ops.xattrcreate(session, clone.number, name, 0, remove=True, caller=caller)
-    await _or_clunk(session, clone, removing)
+    await or_clunk(session, clone, removing)
     await ops.clunk(session, clone.number)
     session.attributes_changed(nodeid)
-
-
-async def _clone(session: Session, fid: int) -> Fid:
-    """walk of no names to a new handle."""
-    _, clone = await ops.walk(session, fid, session.kernel.new_number())
-    assert clone is not None
-    return clone
-
-
-def _handle(fid: Fid) -> Handle:
-    return Handle(fid.number, isinstance(fid.opened, OpenFile) and fid.opened.live)
-
-
-async def _or_clunk(session: Session, fid: Fid, message: Awaitable[T]) -> T:
-    """Await a message; where it fails, clunk the fid that it was for."""
-    try:
-        return await message
-    except BaseException:
-        await ops.clunk(session, fid.number)
-        raise
-
-
-async def _lcreate(
-    session: Session, clone: Fid, name: bytes, flags: int, mode: int, caller: Caller | None
-) -> tuple[Handle, Fid, Attributes]:
-    try:
-        await ops.lcreate(session, clone.number, name, flags | os.O_EXCL, mode, caller)
-    except FileExistsError:
-        if flags & os.O_EXCL:
-            raise
-        # The kernel looked and found none. It looks again by itself, and opens what is there with
-        # the checks that opening takes.
-        raise error(errno.ESTALE) from None
-    _, fid = await ops.walk(session, clone.number, session.kernel.intern)
-    assert fid is not None
-    return _handle(clone), fid, await _attributes(session, fid)
-
-
-async def _attributes(session: Session, fid: Fid) -> Attributes:
-    """getattr of what was just found; if it fails, take back the lookup nobody hears of.
-
-    The kernel keeps a directory locked for its names' requests. So this goes on the
-    directory's share of the workers: in the file's own it might queue behind reads that
-    are stuck, and every other name of the directory with it.
-    """
-    place = fid.node.place
-    try:
-        return await ops.getattr(session, fid.number, on=place[0].number if place else None)
-    except BaseException:
-        session.kernel.forget([(fid.number, 1)])
-        raise
-
-
-async def _remember(session: Session, nodeid: int, parent: int, name: bytes) -> None:
-    """Find a file by its new name from now on.
-
-    Mail and git link, and remove the name that they began with.
-    """
-    file = session.fids.get(nodeid)
-    try:
-        directory = session.fids.get(parent)
-        try:
-            await session.remember(file.node, directory.node, name)
-        finally:
-            session.fids.put(directory)
-    finally:
-        session.fids.put(file)
-
-
-def _is_worth_a_look(session: Session, nodeid: int, parent: int) -> bool:
-    """Whether a file that cannot be linked to may have been found at another place since.
-
-    What the kernel has in memory it does not look up, and at another place of the directory the
-    file is the same. ESTALE has it look at the file's name again, once; where it is found by that
-    is where it was meant.
-    """
-    file = session.fids.get(nodeid)
-    try:
-        directory = session.fids.get(parent)
-        node, there = file.node, directory.node
-        session.fids.put(directory)
-        asked, node.asked = node.asked, None
-        if node.device.number != there.device.number or asked is node.mount:
-            return False  # it was looked up, and found at the same place
-        node.asked = node.mount
-        return True
-    finally:
-        session.fids.put(file)
 
 
 def _close_duplicate(fd: int) -> None:

@@ -52,6 +52,30 @@ async def change(
     return attributes
 
 
+async def change_exactly(
+    session: Session,
+    nodeid: int,
+    handle: int | None,
+    changes: ops.Changes,
+    caller: Caller | None = None,
+) -> Attributes:
+    """As `change`, where the kernel leaves set-id bits to the source and says when now is meant.
+
+    (FUSE_HANDLE_KILLPRIV_V2.) What is left to guess is who wants nothing but a new change time:
+    the kernel asks for that before a write that takes set-id bits away.
+    """
+    fid = nodeid if handle is None else handle
+    try:
+        await ops.setattr(session, fid, changes, caller)
+    except PermissionError:
+        if caller is None or changes != ops.Changes(ctime=True):
+            raise
+        async with session.using(fid) as use:
+            if not await blocking(use.node.number, _may_lose_bits, use.fd, caller):
+                raise
+    return await ops.getattr(session, nodeid)
+
+
 async def note_lost_bits(session: Session, handle: int) -> None:
     """After a write: have the kernel ask for the attributes of a file that had set-id bits."""
     fid = session.fids.get(handle)
@@ -101,6 +125,14 @@ async def _set_for_write(
         async with session.using(fid) as use:
             if not await blocking(use.node.number, _is_for_write, use.fd, changes.mode, caller):
                 raise
+
+
+def _may_lose_bits(fd: int, caller: Caller) -> bool:
+    """Whether a file has set-id bits that a write by this caller takes away. Blocks."""
+    if not stat_descriptor(fd).mode & _SET_ID:
+        return False
+    with acting_as(caller, (ENTER, fd, b"")):
+        return may_write(fd)
 
 
 def _is_for_write(fd: int, mode: int | None, caller: Caller) -> bool:

@@ -70,10 +70,10 @@ def without_hidden(session: Session, nodeid: int, names: list[bytes]) -> list[by
 
 
 async def fill(
-    session: Session, clone: int, name: bytes, value: bytes, caller: Caller | None
+    session: Session, clone: int, name: bytes, value: bytes, caller: Caller | None, flags: int
 ) -> None:
     """xattrcreate, write; the clunk that follows sets it."""
-    await ops.xattrcreate(session, clone, name, len(value), caller=caller)
+    await ops.xattrcreate(session, clone, name, len(value), flags, caller=caller)
     if value and await ops.write(session, clone, 0, value) != len(value):
         raise error(errno.EIO)
 

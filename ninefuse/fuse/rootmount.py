@@ -95,9 +95,9 @@ def mount(settings: Settings) -> tuple[int, MountPoint] | None:
 
     Returns:
         The device, open, on which requests come: ``/dev/fd/N`` for libfuse; and where it is
-        mounted. None where it is for libfuse to mount: for users other than root, and for
-        auto_unmount, which is the work of fusermount3; also where root may not mount, so that
-        there is one who says why.
+        mounted. None where it is for fusermount3 to mount, started by libfuse or by us: for users
+        other than root, and for auto_unmount; also where root may not mount, so that there is one
+        who says why.
 
     Raises:
         Failure: another directory has come in the place of the mount point.
@@ -149,7 +149,7 @@ def _mount_on(
         place = MountPoint(point)
         if _path_of(point) != mountpoint:
             place.detach()
-            raise _exchanged(mountpoint)
+            raise exchanged(mountpoint)
         return place
     finally:
         os.close(point)
@@ -161,11 +161,11 @@ def _opened(mountpoint: str) -> int:
         point = os.open(mountpoint, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as e:
         if e.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENOENT):
-            raise _exchanged(mountpoint) from None
+            raise exchanged(mountpoint) from None
         raise
     if _path_of(point) != mountpoint:
         os.close(point)
-        raise _exchanged(mountpoint)
+        raise exchanged(mountpoint)
     return point
 
 
@@ -177,7 +177,8 @@ def _path_of(fd: int) -> str:
     return os.readlink(_link_to(fd))
 
 
-def _exchanged(mountpoint: str) -> Failure:
+def exchanged(mountpoint: str) -> Failure:
+    """The failure of a mount that would not be, or is not, where it was to be."""
     return Failure(
         ExitCode.MOUNT_REFUSED,
         f"mount point {mountpoint} is not the directory that was checked: somebody exchanges it; "

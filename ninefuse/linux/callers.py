@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import stat
 from typing import NamedTuple
 
@@ -47,6 +48,7 @@ _STATUS = re.compile(
     rb"\nUid:\t\d+\t\d+\t\d+\t(\d+)\nGid:\t\d+\t\d+\t\d+\t(\d+)\n"
     rb"(?:.*\n)*?Groups:\t(.*)\n(?:.*\n)*?CapEff:\t([0-9a-f]+)\n"
 )
+_PENDING = re.compile(rb"\nSigPnd:\t([0-9a-f]+)\n")  # of the thread itself
 
 
 class Caller(NamedTuple):
@@ -56,6 +58,9 @@ class Caller(NamedTuple):
     gid: int
     umask: int | None = None  # None: it has been applied to the mode already
     pid: int = 0  # of the thread that waits for the answer; 0: not known
+    # The further group that the directory is of, in which something is made; empty: it is of none;
+    # None: that is not known.
+    groups: tuple[int, ...] | None = None
 
 
 class Rights(NamedTuple):
@@ -83,6 +88,33 @@ def keeps_mark(caller: Caller, gid: int) -> bool:
 def may_see_trusted(caller: Caller) -> bool:
     """Whether the source would list a caller the attributes named trusted.* (xattr(7))."""
     return bool(rights_of(caller, get_capabilities().permitted).capabilities & CAP_SYS_ADMIN)
+
+
+def may_change_projects(caller: Caller) -> bool:
+    """Whether a caller is where the source would let it change the project that a file is of.
+
+    That takes to be in no user namespace of one's own (fileattr_set_prepare in fs/file_attr.c).
+    A process that cannot be seen may be in one, unless it is root's.
+    """
+    if caller.pid and _own_namespace():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+            return _is_in_our_namespace(caller.pid)
+    return caller.uid == 0
+
+
+def is_being_killed(pid: int) -> bool:
+    """Whether a caller's thread is about to end: by SIGKILL, or another signal that ends it.
+
+    Args:
+        pid: the thread's number; 0: it is not known.
+    """
+    if not pid or not _own_namespace():
+        return False
+    try:
+        found = _PENDING.search(_read(f"{pid}/status"))
+    except OSError:
+        return True  # it is no more
+    return found is not None and bool(int(found[1], 16) & 1 << signal.SIGKILL - 1)
 
 
 # What proc(5) says

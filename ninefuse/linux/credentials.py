@@ -60,7 +60,11 @@ _thread = threading.local()  # unshared: whether the umask is the thread's own
 
 
 def acting_as(
-    caller: Caller | None, *over: tuple[int, int, bytes], bits: bool = False, making: bool = False
+    caller: Caller | None,
+    *over: tuple[int, int, bytes],
+    bits: bool = False,
+    making: bool = False,
+    rights: Rights | None = None,
 ) -> AbstractContextManager[None]:
     """Give this thread a caller's rights, for a ``with`` block around system calls.
 
@@ -82,6 +86,7 @@ def acting_as(
             It is laid down otherwise; see `settle`.
         making: whether the caller's umask is to be the thread's. It counts only where the
             directory has no default ACL, which the source's file system knows best (umask(2)).
+        rights: those to have, at most the caller's; None: all the caller's.
 
     Raises:
         OSError: EPERM, the daemon may not take these ids on; what looking at the caller's
@@ -95,7 +100,7 @@ def acting_as(
     egid = os.getegid()
     if caller is None:
         caller, rights = Caller(euid, egid), Rights(capabilities=ALL)
-    else:
+    elif rights is None:
         rights = rights_of(caller, own.permitted)
     effective = rights.capabilities & own.permitted
     if rights.mapped:

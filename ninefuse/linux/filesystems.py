@@ -70,6 +70,8 @@ _LIVE = frozenset(
     )
 )
 
+_FUSE = 0x65735546
+
 # Each mount of these has an id of its own, another's, or none.
 _MADE_ANEW = frozenset(
     (
@@ -77,7 +79,7 @@ _MADE_ANEW = frozenset(
         0x01021994,  # tmpfs
         0x858458F6,  # ramfs
         0x958458F6,  # hugetlbfs
-        0x65735546,  # FUSE
+        _FUSE,
     )
 )
 
@@ -109,6 +111,11 @@ class FileSystem(NamedTuple):
     def is_overlay(self) -> bool:
         """Whether it is an overlayfs."""
         return self.kind == _OVERLAYFS
+
+    @property
+    def is_fuse(self) -> bool:
+        """Whether a program serves it, by FUSE."""
+        return self.kind == _FUSE
 
     @property
     def has_lasting_handles(self) -> bool:

@@ -92,22 +92,30 @@ def of_file(fd: int) -> MountLine | None:
     return next((line for line in lines() if found and line.number == found[1]), None)
 
 
-def of_device(fd: int) -> tuple[str, frozenset[str]] | None:
-    """Mount point and options of the file system that an open FUSE device serves.
+def connection_of(fd: int) -> int | None:
+    """The number of the FUSE connection that an open device has.
 
-    None where the table does not show it, as in another mount namespace, or the kernel does not
-    say which it is (6.18 does, old ones do not), or it is no FUSE device.
+    None where the kernel does not say (6.18 does, old ones do not), or there is none.
     """
     try:
         with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
             found = re.search(rb"^fuse_connection:\t(\d+)$", file.read(), re.M)
-        table = lines()
     except OSError:
         return None
-    if found is None:
+    return int(found[1]) if found else None
+
+
+def of_device(fd: int) -> tuple[str, frozenset[str]] | None:
+    """Mount point and options of the file system that an open FUSE device serves.
+
+    None where the table does not show it, as in another mount namespace, or the kernel does not
+    say which it is, or it is no FUSE device.
+    """
+    number = connection_of(fd)
+    if number is None:
         return None
-    for line in table:
-        if line.device == b"0:" + found[1]:
+    for line in lines():
+        if line.device == b"0:%d" % number:
             return os.fsdecode(line.point), frozenset(os.fsdecode(line.options).split(","))
     return None
 

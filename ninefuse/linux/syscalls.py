@@ -52,6 +52,7 @@ _mount = function(
     ctypes.c_char_p,
 )
 _setns = function("setns", ctypes.c_int, ctypes.c_int)
+_syncfs = function("syncfs", ctypes.c_int)
 _umount2 = function("umount2", ctypes.c_char_p, ctypes.c_int)
 _STATX = struct.Struct("=IIQIIIHxxQQQQqIxxxxqIxxxxqIxxxxqIxxxxIIIIQ")
 _StatxBuffer = ctypes.c_char * 256
@@ -230,6 +231,44 @@ def has_names(fd: int) -> bool:
 def rename(old_dir: int, old_name: bytes, new_dir: int, new_name: bytes, flags: int) -> None:
     """renameat2(2)."""
     _renameat2(old_dir, old_name, new_dir, new_name, flags)
+
+
+# Of 64 bits everywhere, unlike fallocate of C libraries that know the other for 32-bit programs.
+_fallocate = function(
+    "fallocate64" if hasattr(ctypes.CDLL(None), "fallocate64") else "fallocate",
+    *(ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64),
+)
+
+# Modes of fallocate(2) that move what comes after, too (include/uapi/linux/falloc.h).
+FALLOC_FL_COLLAPSE_RANGE = 0x08
+FALLOC_FL_INSERT_RANGE = 0x20
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """Reserve, free or zero a part of an open file (fallocate(2)).
+
+    Args:
+        fd: open for writing.
+        mode: 0, or FALLOC_FL_*; 31 bits.
+        offset: where the part begins, in bytes; 63 bits.
+        length: of the part, in bytes; 63 bits.
+
+    Raises:
+        OSError: the errors of fallocate(2).
+    """
+    _fallocate(fd, mode, offset, length)
+
+
+def sync_file_system(fd: int) -> None:
+    """Make all of the file system durable that an open file lies on (syncfs(2)).
+
+    Args:
+        fd: the file; O_PATH will not do.
+
+    Raises:
+        OSError: the errors of syncfs(2), those of writing back among them.
+    """
+    _syncfs(fd)
 
 
 class SetTime(Enum):

@@ -12,7 +12,7 @@ nor threading, trio and pyfuse3.
     attributes.py  getattr, setattr, readlink, statfs
     opening.py     lopen, lcreate
     io.py          read, write, fsync
-    locking.py     lock, getlock
+    locking.py     lock, getlock; and waiting for locks and flock, which are no messages
     directory.py   readdir
     names.py       mkdir, mknod, symlink, link, rename, renameat, unlinkat
     xattr.py       xattrwalk, xattrcreate
@@ -24,7 +24,7 @@ come from the Plan 9 manual, section 5.
 from ninefuse.ops.attach import MAX_MSIZE, VERSION, attach, flush, version
 from ninefuse.ops.attributes import Changes, getattr, readlink, setattr, statfs
 from ninefuse.ops.directory import readdir
-from ninefuse.ops.io import fsync, read, write
+from ninefuse.ops.io import UNKNOWN_WRITE, Writing, fsync, read, write
 from ninefuse.ops.locking import LockRange, LockStatus, getlock, lock
 from ninefuse.ops.names import link, mkdir, mknod, rename, renameat, symlink, unlinkat
 from ninefuse.ops.opening import lcreate, lopen
@@ -33,10 +33,12 @@ from ninefuse.ops.xattr import xattrcreate, xattrwalk
 
 __all__ = [
     "MAX_MSIZE",
+    "UNKNOWN_WRITE",
     "VERSION",
     "Changes",
     "LockRange",
     "LockStatus",
+    "Writing",
     "attach",
     "clunk",
     "flush",

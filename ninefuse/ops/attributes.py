@@ -96,7 +96,11 @@ async def setattr(
             else:
                 if use.node.kind != st.S_IFREG:
                     raise error(errno.EISDIR if use.node.kind == st.S_IFDIR else errno.EINVAL)
-                await patiently(lambda: _truncate_in_turn(session, use, size, caller))
+                # Who has changed something must not be told that he was interrupted.
+                is_first = changes._replace(size=None, atime=None, mtime=None) == Changes()
+                await patiently(
+                    lambda: _truncate_in_turn(session, use, size, caller), is_withdrawable=is_first
+                )
         if changes.atime is not None or changes.mtime is not None:
             atime = SetTime.OMIT if changes.atime is None else changes.atime
             mtime = SetTime.OMIT if changes.mtime is None else changes.mtime

@@ -8,10 +8,13 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+from typing import NamedTuple
 
 from ninefuse.calls import Begin, Call, Fsync, Pread, Pwrite, blocking
 from ninefuse.errors import error
-from ninefuse.linux.credentials import spending_as
+from ninefuse.linux import transfer
+from ninefuse.linux.credentials import acting_as, spending_as
+from ninefuse.linux.syscalls import proc_path
 from ninefuse.ops.opening import keep_mark
 from ninefuse.tree.opened import AttributeRead, AttributeWrite, OpenDirectory, OpenFile
 from ninefuse.tree.order import END
@@ -20,6 +23,8 @@ from ninefuse.tree.session import (
     check_offset,
 )
 from ninefuse.tree.table import open_file_of
+
+_RWF_NOAPPEND = 0x20  # pwritev2(2), since Linux 6.9
 
 
 async def read(session: Session, fid: int, offset: int, count: int) -> bytes:
@@ -60,14 +65,34 @@ async def read(session: Session, fid: int, offset: int, count: int) -> bytes:
         session.fids.put(use)
 
 
-async def write(session: Session, fid: int, offset: int, data: bytes) -> int:
+class Writing(NamedTuple):
+    """What a client says of a write beside 9P's message, if it does.
+
+    Attributes:
+        is_writeback: whether it is of pages that were changed in mapped memory; None: it may be.
+        keeps_bits: whether set-user-id and set-group-id bits are to stay, where nobody but root
+            has the file open.
+    """
+
+    is_writeback: bool | None = False
+    keeps_bits: bool = False
+
+
+UNKNOWN_WRITE = Writing(is_writeback=None)
+
+
+async def write(
+    session: Session, fid: int, offset: int, data: bytes, how: Writing = UNKNOWN_WRITE
+) -> int:
     """Write to an open file, or add to an extended attribute (xattrcreate).
 
     Args:
         session: the conversation.
         fid: open for writing.
-        offset: where, in bytes; ignored if the file was opened with O_APPEND.
+        offset: where, in bytes; ignored if the file was opened with O_APPEND, but of pages that
+            were changed in mapped memory.
         data: what.
+        how: what else the client says.
 
     Returns:
         How many bytes were written: fewer only if an error came after some were.
@@ -92,15 +117,20 @@ async def write(session: Session, fid: int, offset: int, data: bytes) -> int:
         check_offset(offset)
         on = use.node.number
         # What is appended begins where the file ends: nobody but the source knows where that is.
-        end = END if file.flags & os.O_APPEND else offset + len(data)
+        appends = file.flags & os.O_APPEND and not how.is_writeback
+        end = END if appends else offset + len(data)
         async with session.ranges.changing(on, offset, end):
             if session.fids.set_id and on in session.fids.set_id and file.group is None:
                 await blocking(on, keep_mark, file)  # it may have come after the open
-            written = await _writing(on, file, data, offset)
-            while written < len(data) and _may_be_written_back(file, offset):
+                keeps_bits = how.keeps_bits and file.writer is None
+            else:
+                keeps_bits = False
+            written = await _writing(on, file, data, offset, how, keeps_bits)
+            while written < len(data) and _is_writeback(file, offset, how):
                 # Of such a write the kernel heeds the error alone: a short count would be a loss
                 # that no msync or fsync tells of.
-                more = await _writing(on, file, data[written:], offset + written)
+                rest = data[written:]
+                more = await _writing(on, file, rest, offset + written, how, keeps_bits)
                 if not more:
                     raise error(errno.EIO)
                 written += more
@@ -153,21 +183,54 @@ def _write_once(fd: int, data: bytes, offset: int) -> int:
     return os.write(fd, data)
 
 
-def _writing(on: int, file: OpenFile, data: bytes, offset: int) -> Call[int]:
+def _writing(
+    on: int, file: OpenFile, data: bytes, offset: int, how: Writing, keeps_bits: bool
+) -> Call[int]:
     """The call that writes."""
     if file.live:
         return blocking(on, _write_live, file, data, offset)
+    if how.is_writeback and file.flags & os.O_APPEND:
+        return blocking(on, _write_in_place, file, data, offset)
+    if keeps_bits:
+        return blocking(on, _write_keeping_bits, file.fd, data, offset)
     durable = bool(file.flags & os.O_DSYNC)
     return Pwrite(on, file.fd, data, offset, durable, file.writer, file.group)
 
 
-def _may_be_written_back(file: OpenFile, offset: int) -> bool:
-    """Whether a write may be of mapped pages; FUSE says so, but pyfuse3 does not pass it on.
+def _is_writeback(file: OpenFile, offset: int, how: Writing) -> bool:
+    """Whether a write is of mapped pages, or may be, where that is not said.
 
     A file can be mapped shared and writable only if it is open for both and not direct.
     """
+    if how.is_writeback is not None:
+        return how.is_writeback
     is_cached = file.flags & (os.O_ACCMODE | os.O_APPEND | os.O_DSYNC) == os.O_RDWR
     return is_cached and not file.live and offset % mmap.PAGESIZE == 0
+
+
+def _write_in_place(file: OpenFile, data: bytes, offset: int) -> int:
+    """Write where it says by a descriptor that appends: pages go back by any handle there is."""
+    if file.writer is None:
+        return _write_there(file.fd, data, offset)
+    return spending_as(file.writer, file.group, _write_there, file.fd, data, offset)
+
+
+def _write_there(fd: int, data: bytes, offset: int) -> int:
+    try:
+        return os.pwritev(fd, [data], offset, _RWF_NOAPPEND)
+    except OSError as e:
+        if e.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # before Linux 6.9
+            raise
+    in_place = os.open(proc_path(fd), os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        return os.pwrite(in_place, data, offset)
+    finally:
+        os.close(in_place)
+
+
+def _write_keeping_bits(fd: int, data: bytes, offset: int) -> int:
+    with acting_as(None, bits=True):
+        return transfer.write_fully(fd, data, offset)
 
 
 def _write_live(file: OpenFile, data: bytes, offset: int) -> int:

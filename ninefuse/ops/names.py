@@ -10,11 +10,13 @@ import errno
 import os
 import stat
 from collections.abc import Callable
+from functools import partial
 
 from ninefuse.calls import Begin, blocking
 from ninefuse.errors import error
-from ninefuse.linux.callers import ENTER, MAKE, OWN, PASS, TAKE, Caller
+from ninefuse.linux.callers import ENTER, OWN, PASS, TAKE, Caller
 from ninefuse.linux.credentials import acting_as
+from ninefuse.linux.making import make_as
 from ninefuse.linux.syscalls import (
     RENAME_EXCHANGE,
     RENAME_NOREPLACE,
@@ -321,21 +323,17 @@ async def _move_name(
 
 
 def _mkdir(directory: int, name: bytes, mode: int, caller: Caller | None) -> Attributes:
-    with acting_as(caller, (MAKE, directory, b""), making=True):
-        os.mkdir(name, mode, dir_fd=directory)
+    make_as(caller, directory, mode, partial(os.mkdir, name, mode, dir_fd=directory))
     return stat_name(directory, name)
 
 
 def _mknod(directory: int, name: bytes, mode: int, rdev: int, caller: Caller | None) -> Attributes:
-    bits = caller is not None and bool(mode & stat.S_ISGID)
-    with acting_as(caller, (MAKE, directory, b""), bits=bits, making=True):
-        os.mknod(name, mode, rdev, dir_fd=directory)
+    make_as(caller, directory, mode, partial(os.mknod, name, mode, rdev, dir_fd=directory))
     return stat_name(directory, name)
 
 
 def _symlink(directory: int, name: bytes, target: bytes, caller: Caller | None) -> Attributes:
-    with acting_as(caller, (ENTER, directory, b"")):
-        os.symlink(target, name, dir_fd=directory)
+    make_as(caller, directory, 0, partial(os.symlink, target, name, dir_fd=directory))
     return stat_name(directory, name)
 
 

@@ -10,11 +10,13 @@ import errno
 import fcntl
 import os
 import stat
+from functools import partial
 
 from ninefuse.calls import Begin, blocking, blocking_unless, brief
 from ninefuse.errors import error
-from ninefuse.linux.callers import ENTER, MAKE, OWN, Caller, keeps_mark, needs_acting
+from ninefuse.linux.callers import ENTER, OWN, Caller, keeps_mark, needs_acting
 from ninefuse.linux.credentials import acting_as
+from ninefuse.linux.making import make_as
 from ninefuse.linux.syscalls import Attributes, check_execution, proc_path, stat_descriptor
 from ninefuse.ops.walk import look
 from ninefuse.tree.identity import Mark
@@ -171,24 +173,59 @@ async def lcreate(
     raise AssertionError
 
 
-async def _create(
-    session: Session, use: Use, name: bytes, flags: int, mode: int, caller: Caller | None
+async def create_nameless(
+    session: Session, fid: int, flags: int, mode: int, caller: Caller | None = None
 ) -> Qid:
-    """Create a file that does not exist."""
+    """Create a file without a name in a fid's directory; the fid becomes the open file.
+
+    No message of 9P, and so none here: it is for fuse/. If it fails the fid is still the
+    unopened directory.
+
+    Args:
+        session: the conversation.
+        fid: an unopened directory.
+        flags: Linux open(2) flags; with O_EXCL the file can never be given a name.
+        mode: permission bits; the caller's umask is yet to be applied.
+        caller: whose file it is to be; None: the daemon's.
+
+    Raises:
+        OSError: EINVAL, the fid is open, or flags do not ask to write; ENOTDIR; EROFS; the errors
+            of open(2) with O_TMPFILE, EOPNOTSUPP among them.
+
+    Source: open(2), O_TMPFILE; Linux fs/namei.c, vfs_tmpfile.
+    """
+    session.writable()
+    async with session.using(fid) as use:
+        if use.fid.opened is not None:
+            raise error(errno.EINVAL)
+        check_directory(use.node)
+        return await _create(session, use, None, flags, mode, caller)
+
+
+async def _create(
+    session: Session, use: Use, name: bytes | None, flags: int, mode: int, caller: Caller | None
+) -> Qid:
+    """Create a file that does not exist; None: one without a name."""
     on = use.node.number
     kept = flags & _KEPT_FLAGS
     mode &= PERMISSIONS
     owner = None if caller is None else caller.uid
     await session.claim_descriptor(use.node, owner)
     try:
-        fd = await blocking(on, _create_file, use.fd, name, kept, mode, caller)
+        if name is None:
+            how = kept | flags & os.O_EXCL
+            fd = await blocking(on, _create_nameless_file, use.fd, how, mode, caller)
+        else:
+            fd = await blocking(on, _create_file, use.fd, name, kept, mode, caller)
     except BaseException:
         session.fids.unclaim(owner)
         raise
     try:
-        await session.settle(use.node)
+        if name is not None:
+            await session.settle(use.node)
         path_fd, attributes, mark = await blocking(on, _path_descriptor, session, fd)
-        node = session.fids.new_node(attributes, path_fd, (use.node, name), mark)
+        place = None if name is None else (use.node, name)
+        node = session.fids.new_node(attributes, path_fd, place, mark)
         try:
             live = _is_live(node, attributes, os.O_RDWR)
             opened = OpenFile(fd, kept, _writer(kept, caller), owner, live)
@@ -287,10 +324,18 @@ def _open_at_once(fd: int, flags: int, caller: Caller | None) -> int:
 
 
 def _create_file(directory: int, name: bytes, flags: int, mode: int, caller: Caller | None) -> int:
-    flags |= os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY
-    bits = caller is not None and bool(mode & stat.S_ISGID)
-    with acting_as(caller, (MAKE, directory, b""), bits=bits, making=True):
-        return os.open(name, flags & ~os.O_TRUNC, mode, dir_fd=directory)
+    flags |= os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    return _make_file(directory, name, flags, mode, caller)
+
+
+def _create_nameless_file(directory: int, flags: int, mode: int, caller: Caller | None) -> int:
+    return _make_file(directory, b".", flags | os.O_TMPFILE, mode, caller)
+
+
+def _make_file(directory: int, name: bytes, flags: int, mode: int, caller: Caller | None) -> int:
+    flags = flags & ~os.O_TRUNC | os.O_CLOEXEC | os.O_NOCTTY
+    make = partial(os.open, name, flags, mode, dir_fd=directory)
+    return make_as(caller, directory, mode, make)
 
 
 def _path_descriptor(session: Session, fd: int) -> tuple[int, Attributes, Mark]:

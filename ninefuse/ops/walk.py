@@ -16,9 +16,10 @@ from ninefuse.errors import error
 from ninefuse.linux.callers import LABEL
 from ninefuse.linux.credentials import acting_as
 from ninefuse.linux.syscalls import Attributes, open_cached, open_step, stat_descriptor
+from ninefuse.ops.locking import end_locks
 from ninefuse.tree.identity import Mark
 from ninefuse.tree.nodes import Node
-from ninefuse.tree.opened import AttributeWrite
+from ninefuse.tree.opened import AttributeWrite, OpenFile
 from ninefuse.tree.qids import Qid, qid_of
 from ninefuse.tree.session import MOST_TRIES, Session, Use, check_component, check_directory
 from ninefuse.tree.table import Fid
@@ -311,7 +312,8 @@ def _arrive(session: Session, start: Fid, newfid: int | Numbering, node: Node) -
 async def clunk(session: Session, fid: int) -> None:
     """End a fid; it is gone even if this fails.
 
-    An extended attribute that was being written (xattrcreate) is set or removed now.
+    An extended attribute that was being written (xattrcreate) is set or removed now. Locks that end
+    with the fid are given back.
 
     Raises:
         OSError: unknown fid; for an attribute, EINVAL if less was written than was
@@ -325,6 +327,8 @@ async def clunk(session: Session, fid: int) -> None:
     try:
         if isinstance(gone.opened, AttributeWrite):
             await _commit(session, gone, gone.opened)
+        elif isinstance(gone.opened, OpenFile) and gone.opened.holders:
+            await end_locks(session, gone.node, gone.opened)
     finally:
         session.fids.put(gone)
 

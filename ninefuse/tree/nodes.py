@@ -61,7 +61,8 @@ class Node:
         self.mark = mark  # see identity.py
         self.fd = -1  # O_PATH; -1: it has none now
         self.asked: Mount | None = None  # its own when the kernel was told to look it up again
-        # The (parent, name) it was last seen at, swapped as a whole; None for the root.
+        # The (parent, name) it was last seen at, swapped as a whole; None for the root, and for a
+        # file that has had no name yet, whose descriptor is never taken.
         self.place = place
         self.refs = 1  # fids on it, and operations that use it: now its maker
         self.pins = 0  # operations that use its descriptor

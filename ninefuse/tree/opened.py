@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 
 from ninefuse.linux.callers import Caller
+from ninefuse.tree.filelocks import Holder
 from ninefuse.tree.listing import Listing
 
 
@@ -17,10 +18,11 @@ class OpenFile:
     ``opener`` is who opened it, if that is known; ``writer`` the same, where a write must be
     made with other ids than the daemon's; ``group`` a further group to write in, or None;
     ``owner`` the user id of who opened it, whom its descriptor is counted for, or None; ``live``
-    whether each read and write is one of the source's, past every cache.
+    whether each read and write is one of the source's, past every cache; ``holders`` who has taken
+    locks by it, or None.
     """
 
-    __slots__ = ("fd", "flags", "group", "live", "opener", "owner", "writer")
+    __slots__ = ("fd", "flags", "group", "holders", "live", "opener", "owner", "writer")
 
     def __init__(
         self,
@@ -37,6 +39,7 @@ class OpenFile:
         self.group: int | None = None
         self.opener: Caller | None = None
         self.owner = owner
+        self.holders: set[Holder] | None = None  # guarded by the mutex of `FileLocks`
 
     @property
     def readable(self) -> bool:

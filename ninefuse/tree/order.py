@@ -176,12 +176,27 @@ class Ranges:
 
         Not needed where ``path in ranges`` is false.
         """
+        turn = self.look(path, start, end)
+        if turn is not None:
+            await Behind(turn)
+
+    def look(self, path: int, start: int, end: int) -> Turn | None:
+        """What to be `Behind` of, later on, for the changes of these bytes that came before now.
+
+        For who changes other bytes as well: he looks before he begins that change, so that nobody
+        waits in a circle. What one waits for has then begun before one's own change.
+
+        Args:
+            path, start, end: as of `changing`.
+
+        Returns:
+            None, where there is nothing to wait for.
+        """
         turn = Turn(self, path, start, end)
         with self.mutex:
             file = self._files.get(path)
             waits = file is not None and turn.follow(self._all_of(file).before(turn))
-        if waits:
-            await Behind(turn)
+        return turn if waits else None
 
     def begin(self, turn: Turn) -> bool:
         """A change comes; whether it has to wait."""

@@ -88,6 +88,14 @@ class Mounts:
         """A mount by its number; one that was not `learn`-ed forbids all."""
         return self._known.get(number, UNKNOWN)
 
+    def met(self) -> list[bytes]:
+        """Where in the source the other mounts are that were met here: paths below it."""
+        with self._lock:
+            table = self._table.lines() if self._table is not None else {}
+            prefix = self._source.rstrip(b"/") + b"/"
+            lines = [table[number] for number in self._known if number in table]
+        return [line.point.removeprefix(prefix) for line in lines if line.point.startswith(prefix)]
+
     def learn(self, number: int, forbids: int) -> None:
         """Note what a mount forbids, and find out what others show as well."""
         with self._lock:

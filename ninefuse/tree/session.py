@@ -21,6 +21,7 @@ from ninefuse.linux.mountinfo import OwnMount
 from ninefuse.linux.syscalls import Attributes, open_step, stat_name
 from ninefuse.locks import RenameLock
 from ninefuse.tree.descriptors import MOST, Descriptors
+from ninefuse.tree.filelocks import FileLocks
 from ninefuse.tree.kernel import KernelTable
 from ninefuse.tree.nodes import Node
 from ninefuse.tree.order import Names, Ranges
@@ -89,6 +90,7 @@ class Session:
         self.rename_lock = RenameLock()
         self.ranges = Ranges()
         self.names = Names()
+        self.file_locks = FileLocks()
         self.read_only = read_only
         # Whether the mount that the requests come by has been made writable since.
         self.has_become_writable: Callable[[], bool] = bool
@@ -333,7 +335,7 @@ def _nobody_believes(fid: int) -> None:
     """A client that does not keep attributes need not be told that they have changed."""
 
 
-async def patiently(ask: Callable[[], Awaitable[T]]) -> T:
+async def patiently(ask: Callable[[], Awaitable[T]], *, is_withdrawable: bool = True) -> T:
     """Await what answers EAGAIN while somebody holds a lease on the file, until he gives it up.
 
     Whoever asks so begins to break the lease, which the kernel ends after a time
@@ -341,9 +343,11 @@ async def patiently(ask: Callable[[], Awaitable[T]]) -> T:
 
     Args:
         ask: makes a call in the form that does not wait (O_NONBLOCK).
+        is_withdrawable: whether the wait may end in EINTR (`Later`).
 
     Raises:
-        OSError: what ``ask`` raises; EAGAIN, nobody has given up anything in that time.
+        OSError: what ``ask`` raises; EAGAIN, nobody has given up anything in that time; EINTR, the
+            request was withdrawn.
     """
     until = None
     while True:
@@ -355,7 +359,7 @@ async def patiently(ask: Callable[[], Awaitable[T]]) -> T:
                 until = now + _break_time + _GRACE
             elif now > until:
                 raise
-        await Later()
+        await Later(is_withdrawable=is_withdrawable)
 
 
 def _lease_break_time() -> int:

@@ -14,6 +14,7 @@ have open; the mutex ``counts`` (counts.py), inside it, guards references.
 from __future__ import annotations
 
 import errno
+import stat
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -121,6 +122,21 @@ class FidTable(Counts):
         assert self._paths is not None
         return self._paths.path(a)
 
+    def number_listed(self, directory: Node, inode: int, kind: int) -> int:
+        """The qid path of a file that a directory lists, if nothing is mounted on it.
+
+        Args:
+            directory: its node.
+            inode: the file's inode number.
+            kind: S_IFDIR and so on; 0: the directory does not say.
+        """
+        device, mount = directory.device, directory.mount
+        aside = mount.directories if kind == stat.S_IFDIR else mount.files
+        if self._root == (device.number, inode) and not aside:
+            return inode
+        assert self._paths is not None
+        return self._paths.path_of(device, inode, aside)
+
     def number_apart(self, device: Device, inode: int) -> int:
         """A number to show a file with of which nothing but its inode number is known."""
         assert self._paths is not None
@@ -170,9 +186,21 @@ class FidTable(Counts):
                 return
         # Only the last one comes here: a fid in the table has the table's reference,
         # and one that has left it gets no new ones.
-        if fid.opened is not None and fid.opened.fd >= 0:
-            self._defer(self.close_open, fid.opened.fd, fid.opened.owner)
+        opened = fid.opened
+        if opened is not None and opened.fd >= 0:
+            if isinstance(opened, OpenFile) and opened.holders:
+                self._defer(self.close_locked, opened)
+            else:
+                self._defer(self.close_open, opened.fd, opened.owner)
         self.drop(fid.node)
+
+    def close_locked(self, file: OpenFile) -> None:
+        """Close the descriptor of an open fid by which locks were taken: they end. Blocks."""
+        try:
+            self.close_open(file.fd, file.owner)
+        finally:
+            for holder in list(file.holders or ()):
+                holder.lost(file, self.close_open)
 
     def owner_of(self, number: int) -> int | None:
         """The user id of who opened a fid, if that is known. Takes no lock.

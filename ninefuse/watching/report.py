@@ -21,7 +21,7 @@ from typing import Any
 
 import ninefuse
 from ninefuse.executor import Executor
-from ninefuse.fuse.adapter import Adapter
+from ninefuse.fuse.sessions import FuseSession
 from ninefuse.locks import RWLock
 from ninefuse.settings import Settings
 from ninefuse.tree.session import Session
@@ -36,10 +36,10 @@ class Counters:
     """The counters of one mount, since it was mounted."""
 
     def __init__(
-        self, settings: Settings, adapter: Adapter, executor: Executor, session: Session
+        self, settings: Settings, front: FuseSession, executor: Executor, session: Session
     ) -> None:
         self._settings = settings
-        self._adapter = adapter
+        self._front = front
         self._executor = executor
         self._session = session
         self._since = time.monotonic()
@@ -129,7 +129,7 @@ class Counters:
             }
             for name, one in list(self._executor.answered.items())
         }
-        for (name, code), count in list(self._adapter.errors.items()):
+        for (name, code), count in list(self._front.errors.items()):
             if name in found:
                 found[name]["errors"][errno.errorcode.get(code, str(code))] = count
         return found

@@ -18,16 +18,13 @@ import errno
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator
 from typing import Any, TypeVar
-
-import trio
 
 from ninefuse.calls import Begin, Body, Call, Command, words_of
 from ninefuse.watching.trace_file import Lane, Message, Piece, TraceFile, Wait, Way
 
 T = TypeVar("T")
-WaitReadable = Callable[[int], Awaitable[None]]
 
 _now = time.perf_counter_ns
 
@@ -42,6 +39,9 @@ class Tracer:
 
     A context manager: inside, threads are switched more often.
 
+    Attributes:
+        who: reads requests and answers them: a thread; under pyfuse3 a task of trio's.
+
     Args:
         file: where to write.
     """
@@ -50,9 +50,9 @@ class Tracer:
         self._file = file
         self._lanes: dict[int, Lane] = {}  # by the thread's ident
         self._running: dict[int, _TracedBody[Any]] = {}  # likewise: whose code runs there
-        # By pyfuse3's tasks: requests that are being answered, and when one was there to read.
-        self._replying: dict[trio.lowlevel.Task, Way] = {}
-        self._received: dict[trio.lowlevel.Task, int] = {}
+        self.who: Callable[[], object] = threading.get_ident
+        self._received: dict[object, int] = {}  # by who: when a request was there
+        self._replying: dict[object, Way] = {}  # likewise: requests that are being answered
 
     def __enter__(self) -> Tracer:
         # The thread that writes is busy, and would keep the others waiting for the
@@ -75,7 +75,7 @@ class Tracer:
         """
         watched = _TracedBody(self, tag, name, body, awaited)
         if awaited:
-            received = self._received.pop(trio.lowlevel.current_task(), None)
+            received = self._received.pop(self.who(), None)
             if received is not None:
                 watched.way.received = (self.lane(), received)
         return watched
@@ -95,36 +95,30 @@ class Tracer:
         return watched
 
     def answered(self, body: Body[Any]) -> None:
-        """The dispatcher has the answer of a body. On the dispatcher."""
+        """A body's answer is there. On the thread that answers."""
         assert isinstance(body, _TracedBody)
         now = _now()
         body.way.reply = (self.lane(), now, now)
         if len(self._replying) >= _MOST_REPLYING:
             self._flush()
-        task = trio.lowlevel.current_task()
+        task = self.who()
         before = self._replying.get(task)
         if before is not None:  # it was no request of the device's
             self._file.put(before)
         self._replying[task] = body.way
 
-    def around_wait(self, wait_readable: WaitReadable) -> WaitReadable:
-        """Return a wait for the FUSE device that does the same and is watched.
+    def received(self) -> None:
+        """Whoever this is (`who`) has read a request."""
+        if len(self._received) >= _MOST_REPLYING:
+            self._received.clear()  # of tasks that have ended, and of what has no body
+        self._received[self.who()] = _now()
 
-        When a task waits (again) it has sent its reply; when its wait is over it receives.
-        """
-
-        async def watched(fd: int) -> None:
-            task = trio.lowlevel.current_task()
-            way = self._replying.pop(task, None)
-            if way is not None and way.reply is not None:
-                way.reply = (way.reply[0], way.reply[1], _now())
-                self._file.put(way)
-            await wait_readable(fd)
-            if len(self._received) >= _MOST_REPLYING:
-                self._received.clear()  # of tasks that have ended, and of what has no body
-            self._received[task] = _now()
-
-        return watched
+    def replied(self) -> None:
+        """The answer to the last body of which `answered` told the same one was sent."""
+        way = self._replying.pop(self.who(), None)
+        if way is not None and way.reply is not None:
+            way.reply = (way.reply[0], way.reply[1], _now())
+            self._file.put(way)
 
     def close(self) -> None:
         """Write what is left. When nothing is under way any more."""

@@ -49,7 +49,7 @@ def test_readmes_sections_are_in_their_places(site: Path) -> None:
     assert "make demo # mount a directory" in index
     assert "bin/ninefuse /tmp/src /tmp/mnt" in index
     assert "--engine auto|threads|uring" in shown(site / "options.html")
-    assert "no callback for them" in shown(site / "limitations.html")
+    assert "These are Linux's, or FUSE's." in shown(site / "limitations.html")
     for page in site.glob("*.html"):
         assert "README:" not in page.read_text(), page
 

@@ -1,4 +1,4 @@
-"""The FUSE device: waiting for it, reading it without standing still, its limits.
+"""The FUSE device under pyfuse3: waiting for it, reading it without standing still, its limits.
 
 pyfuse3 runs a number of tasks, each of which waits for the device, reads a request and
 answers it. It reaches trio through its own module attribute, where this module puts a
@@ -27,20 +27,17 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import logging
 import os
 import select
 import signal
-import struct
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator
 from types import FrameType
 from typing import Any
 
 import pyfuse3
 import trio
 
-from ninefuse.errors import error
 from ninefuse.linux import syscalls
 from ninefuse.linux.mountinfo import connection_at
 from ninefuse.linux.syscalls import PollFd, is_ready
@@ -52,13 +49,7 @@ WaitReadable = Callable[[int], Awaitable[None]]
 _TICK = 0.1  # seconds: how long a read may stand still, twice that at worst
 _IN_A_ROW = 16  # requests read without a round of trio's loop, for the others' sake
 
-_OUT_HEADER = struct.Struct("=IiQ")  # length, error or kind of notification, unique
-_NOTIFY_INVAL_INODE = 2
-_NOTIFY_PRUNE = 9
-
-_INVAL_INODE = struct.Struct("=Qqq")  # nodeid, offset (negative: attributes alone), length
-
-# Requests in the background; the kernel's defaults are 12 and 9. Well below what serve.py
+# Requests in the background; the kernel's defaults are 12 and 9. Well below what pyfuse3_session.py
 # lets run at once, so that they alone never stop the device from being read.
 _LIMITS = {"max_background": 16_000, "congestion_threshold": 12_000}
 
@@ -173,42 +164,9 @@ def install(around: Callable[[WaitReadable], WaitReadable] | None = None) -> Non
     pyfuse3.trio = stand_in  # type: ignore[attr-defined]
 
 
-def prune(nodeids: Sequence[int]) -> None:
-    """Ask the kernel to forget files that nobody uses (FUSE_NOTIFY_PRUNE). After `install`.
-
-    It passes over those in use, and over names that something is mounted on, in whichever
-    mount namespace. Unlike dropping a name (FUSE_NOTIFY_INVAL_ENTRY) this takes no lock of a
-    directory, whose holder may wait for us: there would be no end to it once we serve no more.
-
-    Raises:
-        OSError: EINVAL, the kernel does not know of it (before Linux 6.18), or the device has
-            not been waited for yet.
-
-    Source: Linux include/uapi/linux/fuse.h.
-    """
-    count = len(nodeids)
-    _notify(_NOTIFY_PRUNE, struct.pack(f"=IIQ{count}Q", count, 0, 0, *nodeids))
-
-
-def attributes_changed(nodeid: int) -> None:
-    """Have the kernel ask for a file's attributes, and ACLs, before it believes any again.
-
-    It does so too with answers to what it asked before. Only for a file or directory that a
-    request under way is about: whoever makes that keeps it in the kernel's memory, and then
-    this waits for nobody. (Of one that is just being evicted the kernel waits for the end,
-    which may wait for us.)
-
-    Source: Linux fs/fuse/inode.c, fuse_reverse_inval_inode.
-    """
-    with contextlib.suppress(OSError):  # it knows of no such file, or there is no mount any more
-        _notify(_NOTIFY_INVAL_INODE, _INVAL_INODE.pack(nodeid, -1, 0))
-
-
-def _notify(kind: int, body: bytes) -> None:
-    fd = pyfuse3.trio.lowlevel.descriptor()  # type: ignore[attr-defined]
-    if fd < 0:
-        raise error(errno.EINVAL)
-    os.write(fd, _OUT_HEADER.pack(_OUT_HEADER.size + len(body), kind, 0) + body)
+def descriptor() -> int:
+    """The device, as it was waited for last; -1: it was not yet."""
+    return int(pyfuse3.trio.lowlevel.descriptor())  # type: ignore[attr-defined]
 
 
 def terminate() -> None:

@@ -1,0 +1,1020 @@
+# cython: language_level=3, boundscheck=False, wraparound=False
+"""The kernel's side of a FUSE connection: requests decoded, replies encoded, one device.
+
+This module knows the protocol's bytes and nothing of files. `Device` reads one request at a time
+and writes one reply at a time, without the interpreter's lock. Every length that a message states
+is checked against the message itself before anything behind it is touched.
+
+Who reads gets a `Message`. Its ``args`` are, for each opcode (sizes in bytes):
+
+    LOOKUP, UNLINK, RMDIR, REMOVEXATTR   name
+    FORGET, BATCH_FORGET                 (nodeid, lookups) of each
+    GETATTR                              flags, handle
+    SETATTR                              valid, handle, size, owner, atime, mtime, ctime (each in
+                                         seconds), the same in nanoseconds, mode, uid, gid
+    SYMLINK                              name, target
+    MKNOD                                name, mode, rdev, umask
+    MKDIR                                name, mode, umask
+    RENAME, RENAME2                      old name, new name, new directory, flags
+    LINK                                 name, nodeid
+    OPEN, OPENDIR                        flags, open flags
+    CREATE, TMPFILE                      name, flags, mode, umask, open flags
+    READ, READDIR, READDIRPLUS           handle, offset, size, read flags, owner, flags
+    WRITE                                handle, offset, data, write flags, owner, flags
+    RELEASE, RELEASEDIR                  handle, flags, release flags, owner
+    FLUSH                                handle, owner
+    FSYNC, FSYNCDIR                      handle, flags
+    SETXATTR                             name, value, flags, further flags
+    GETXATTR                             name, size
+    LISTXATTR                            size
+    INIT                                 major, minor, readahead, flags (64 bits)
+    GETLK, SETLK, SETLKW                 handle, owner, start, end, type, pid, flags
+    ACCESS                               mask
+    INTERRUPT                            unique
+    BMAP                                 block size, block
+    IOCTL                                handle, flags, command, data, room for the answer
+    POLL                                 handle, kernel's handle, flags, events
+    FALLOCATE                            handle, offset, length, mode
+    LSEEK                                handle, offset, whence
+    COPY_FILE_RANGE, COPY_FILE_RANGE_64  handle, offset, nodeid, handle, offset, length, flags
+    STATX                                flags, handle, statx flags, mask
+    READLINK, STATFS, SYNCFS, DESTROY    nothing
+
+Source: Linux include/uapi/linux/fuse.h; fs/fuse/dev.c, fuse_dev_do_read and fuse_dev_do_write.
+
+Locks touched: none. Any thread may write replies; one thread at a time may read.
+"""
+
+cimport cython
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.tuple cimport PyTuple_GET_ITEM, PyTuple_GET_SIZE
+from libc.errno cimport EAGAIN, ECONNRESET, EINTR, EINVAL, EIO, ENODEV, ENOENT, ENOMEM, errno
+from libc.stdint cimport int32_t, int64_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport free
+from libc.string cimport memchr, memcpy, memset
+
+import os
+
+cdef extern from "<stdlib.h>" nogil:
+    int posix_memalign(void **, size_t, size_t)
+
+cdef extern from "<unistd.h>" nogil:
+    ssize_t read(int, void *, size_t)
+
+cdef extern from "<sys/uio.h>" nogil:
+    cdef struct iovec:
+        void *iov_base
+        size_t iov_len
+    ssize_t writev(int, const iovec *, int)
+
+cdef extern from "<poll.h>" nogil:
+    cdef struct pollfd:
+        int fd
+        short events
+        short revents
+    int poll(pollfd *, unsigned long, int)
+    enum:
+        POLLIN
+
+# ---- the protocol's structures ----------------------------------------------------------------
+
+cdef struct InHeader:
+    uint32_t len, opcode
+    uint64_t unique, nodeid
+    uint32_t uid, gid, pid
+    uint16_t total_extlen, padding
+
+cdef struct OutHeader:
+    uint32_t len
+    int32_t error
+    uint64_t unique
+
+cdef struct ForgetOne:
+    uint64_t nodeid, nlookup
+
+cdef struct GetattrIn:
+    uint32_t flags, dummy
+    uint64_t fh
+
+cdef struct SetattrIn:
+    uint32_t valid, padding
+    uint64_t fh, size, lock_owner, atime, mtime, ctime
+    uint32_t atimensec, mtimensec, ctimensec, mode, unused4, uid, gid, unused5
+
+cdef struct FourIn:  # mknod_in, create_in
+    uint32_t a, b, c, d
+
+cdef struct TwoIn:  # mkdir_in, open_in, access_in, getxattr_in, batch_forget_in
+    uint32_t a, b
+
+cdef struct RenameIn:
+    uint64_t newdir
+    uint32_t flags, padding
+
+cdef struct ReadIn:  # and write_in
+    uint64_t fh, offset
+    uint32_t size, more_flags
+    uint64_t lock_owner
+    uint32_t flags, padding
+
+cdef struct ReleaseIn:  # and flush_in
+    uint64_t fh
+    uint32_t flags, release_flags
+    uint64_t lock_owner
+
+cdef struct FsyncIn:
+    uint64_t fh
+    uint32_t flags, padding
+
+cdef struct LockIn:
+    uint64_t fh, owner, start, end
+    uint32_t type, pid, flags, padding
+
+cdef struct InitIn:
+    uint32_t major, minor, max_readahead, flags
+
+cdef struct BmapIn:
+    uint64_t block
+    uint32_t blocksize, padding
+
+cdef struct IoctlIn:
+    uint64_t fh
+    uint32_t flags, cmd
+    uint64_t arg
+    uint32_t in_size, out_size
+
+cdef struct PollIn:
+    uint64_t fh, kh
+    uint32_t flags, events
+
+cdef struct FallocateIn:
+    uint64_t fh, offset, length
+    uint32_t mode, padding
+
+cdef struct LseekIn:
+    uint64_t fh, offset
+    uint32_t whence, padding
+
+cdef struct CopyIn:
+    uint64_t fh_in, off_in, nodeid_out, fh_out, off_out, len, flags
+
+cdef struct StatxIn:
+    uint32_t getattr_flags, reserved
+    uint64_t fh
+    uint32_t sx_flags, sx_mask
+
+cdef struct Attr:
+    uint64_t ino, size, blocks, atime, mtime, ctime
+    uint32_t atimensec, mtimensec, ctimensec, mode, nlink, uid, gid, rdev, blksize, flags
+
+cdef struct EntryOut:
+    uint64_t nodeid, generation, entry_valid, attr_valid
+    uint32_t entry_valid_nsec, attr_valid_nsec
+    Attr attr
+
+cdef struct AttrOut:
+    uint64_t attr_valid
+    uint32_t attr_valid_nsec, dummy
+    Attr attr
+
+cdef struct OpenOut:
+    uint64_t fh
+    uint32_t open_flags
+    int32_t backing_id
+
+cdef struct CreateOut:
+    EntryOut entry
+    OpenOut opened
+
+cdef struct StatfsOut:
+    uint64_t blocks, bfree, bavail, files, ffree
+    uint32_t bsize, namelen, frsize, padding
+    uint32_t spare[6]
+
+cdef struct LockOut:
+    uint64_t start, end
+    uint32_t type, pid
+
+cdef struct IoctlOut:
+    int32_t result
+    uint32_t flags, in_iovs, out_iovs
+
+cdef struct Time:
+    int64_t seconds
+    uint32_t nanoseconds
+    int32_t reserved
+
+cdef struct StatxOut:
+    uint64_t attr_valid
+    uint32_t attr_valid_nsec, out_flags
+    uint64_t spare[2]
+    uint32_t mask, blksize
+    uint64_t attributes
+    uint32_t nlink, uid, gid
+    uint16_t mode, spare0
+    uint64_t ino, size, blocks, attributes_mask
+    Time atime, btime, ctime, mtime
+    uint32_t rdev_major, rdev_minor, dev_major, dev_minor
+    uint64_t spare2[14]
+
+cdef struct Dirent:
+    uint64_t ino, off
+    uint32_t namelen, type
+
+SIZES = {  # checked by the tests against the protocol's description
+    "in_header": sizeof(InHeader),
+    "out_header": sizeof(OutHeader),
+    "setattr_in": sizeof(SetattrIn),
+    "read_in": sizeof(ReadIn),
+    "lk_in": sizeof(LockIn),
+    "ioctl_in": sizeof(IoctlIn),
+    "copy_file_range_in": sizeof(CopyIn),
+    "statx_in": sizeof(StatxIn),
+    "attr": sizeof(Attr),
+    "entry_out": sizeof(EntryOut),
+    "attr_out": sizeof(AttrOut),
+    "open_out": sizeof(OpenOut),
+    "statfs_out": sizeof(StatfsOut),
+    "lk_out": sizeof(LockOut),
+    "ioctl_out": sizeof(IoctlOut),
+    "statx_out": sizeof(StatxOut),
+    "dirent": sizeof(Dirent),
+}
+
+# ---- opcodes ----------------------------------------------------------------------------------
+
+cdef enum:
+    _LOOKUP = 1
+    _FORGET = 2
+    _GETATTR = 3
+    _SETATTR = 4
+    _READLINK = 5
+    _SYMLINK = 6
+    _MKNOD = 8
+    _MKDIR = 9
+    _UNLINK = 10
+    _RMDIR = 11
+    _RENAME = 12
+    _LINK = 13
+    _OPEN = 14
+    _READ = 15
+    _WRITE = 16
+    _STATFS = 17
+    _RELEASE = 18
+    _FSYNC = 20
+    _SETXATTR = 21
+    _GETXATTR = 22
+    _LISTXATTR = 23
+    _REMOVEXATTR = 24
+    _FLUSH = 25
+    _INIT = 26
+    _OPENDIR = 27
+    _READDIR = 28
+    _RELEASEDIR = 29
+    _FSYNCDIR = 30
+    _GETLK = 31
+    _SETLK = 32
+    _SETLKW = 33
+    _ACCESS = 34
+    _CREATE = 35
+    _INTERRUPT = 36
+    _BMAP = 37
+    _DESTROY = 38
+    _IOCTL = 39
+    _POLL = 40
+    _BATCH_FORGET = 42
+    _FALLOCATE = 43
+    _READDIRPLUS = 44
+    _RENAME2 = 45
+    _LSEEK = 46
+    _COPY_FILE_RANGE = 47
+    _SYNCFS = 50
+    _TMPFILE = 51
+    _STATX = 52
+    _COPY_FILE_RANGE_64 = 53
+
+cdef enum:
+    _PAGE = 4096
+    _INIT_EXT = 1 << 30
+    _SX_GROUPS = 32  # FUSE_EXT_GROUPS, the kind of an extension
+    _MOST_CONTEXTS = 31  # what is less is their number, in an extension of that kind
+    _SHORT_SETXATTR = 8  # bytes of setxattr_in without FUSE_SETXATTR_EXT
+    # Bytes that a READ or READDIR may ask for: 256 pages (handshake.py), of 64 KiB at most.
+    # A kernel asks for no more, and who is asked makes room for all of it.
+    _MOST_ASKED = 1 << 24
+
+# ---- decoding ---------------------------------------------------------------------------------
+
+cdef struct Reader:
+    # What is left of a message.
+    const char *at
+    const char *end
+
+
+cdef int take(Reader *r, void *into, size_t count) except -1:
+    """Copy the next ``count`` bytes; refuse what the message does not have."""
+    if <size_t> (r.end - r.at) < count:
+        raise OSError(EIO, "a message is shorter than its structure")
+    memcpy(into, r.at, count)
+    r.at += count
+    return 0
+
+
+cdef bytes take_bytes(Reader *r, size_t count):
+    """The next ``count`` bytes."""
+    cdef bytes found
+    if <size_t> (r.end - r.at) < count:
+        raise OSError(EIO, "a message is shorter than its data")
+    found = PyBytes_FromStringAndSize(r.at, <Py_ssize_t> count)
+    r.at += count
+    return found
+
+
+cdef bytes take_name(Reader *r):
+    """The bytes up to the next zero, which has to be in the message. A name is not empty."""
+    cdef const char *zero = <const char *> memchr(r.at, 0, r.end - r.at)
+    cdef bytes found
+    if zero == NULL:
+        raise OSError(EIO, "a name does not end in its message")
+    if zero == r.at:
+        raise OSError(EINVAL, "a name is empty")
+    found = PyBytes_FromStringAndSize(r.at, zero - r.at)
+    r.at = zero + 1
+    return found
+
+
+cdef int take_extensions(Message message, Reader *r) except -1:
+    """What follows a request that makes something: the caller's groups, security contexts."""
+    cdef TwoIn head
+    cdef Reader one
+    cdef uint32_t count, group = 0
+    cdef uint32_t lengths[2]
+    cdef const char *at
+    cdef Py_ssize_t size
+    groups = []
+    contexts = []
+    while r.at < r.end:
+        one = r[0]
+        take(&one, &head, sizeof(head))
+        if head.a < sizeof(head) or <size_t> (r.end - r.at) < head.a:
+            raise OSError(EIO, "an extension is longer than its message")
+        one.end = r.at + head.a
+        r.at += head.a
+        if head.b <= _MOST_CONTEXTS:
+            for _ in range(head.b):
+                take(&one, lengths, sizeof(lengths))
+                at = one.at
+                name = take_name(&one)
+                contexts.append((name, take_bytes(&one, lengths[0])))
+                # Each is padded to 8 bytes; the last one may not be.
+                size = (one.at - at + 7) & ~7
+                one.at = at + size if one.end - at >= size else one.end
+        elif head.b == _SX_GROUPS:
+            take(&one, &count, sizeof(count))
+            for _ in range(count):
+                take(&one, &group, sizeof(group))
+                groups.append(group)
+    message.groups = tuple(groups)
+    message.contexts = tuple(contexts)
+    return 0
+
+
+@cython.final
+@cython.freelist(64)
+cdef class Message:
+    """One request of the kernel's.
+
+    Attributes:
+        opcode, unique, nodeid, uid, gid, pid: of its header.
+        args: what else it says; see above. None where `fault` is set.
+        fault: 0, or the errno to answer with: the message is not what its opcode says.
+        groups: the further groups of the caller that concern what is made; with requests that
+            make something, and where FUSE_CREATE_SUPP_GROUP was agreed on.
+        contexts: likewise the security attributes that it is to have: (name, value) of each.
+    """
+
+    cdef readonly uint32_t opcode, uid, gid, pid
+    cdef readonly uint64_t unique, nodeid
+    cdef readonly tuple args, groups, contexts
+    cdef readonly int fault
+
+    def __repr__(self):
+        return f"<opcode {self.opcode} unique {self.unique} nodeid {self.nodeid} {self.args}>"
+
+
+cdef tuple arguments_of(Message message, Reader *r, bint short_setxattr):
+    """Decode what follows the header."""
+    cdef uint32_t opcode = message.opcode
+    cdef ReadIn rw
+    cdef FourIn four
+    cdef TwoIn two
+    cdef uint64_t number
+    cdef GetattrIn getattr_in
+    cdef SetattrIn s
+    cdef RenameIn rename
+    cdef ReleaseIn release
+    cdef FsyncIn fsync
+    cdef LockIn lock
+    cdef InitIn init
+    cdef BmapIn bmap
+    cdef IoctlIn ioctl
+    cdef PollIn polled
+    cdef FallocateIn fallocate
+    cdef LseekIn lseek
+    cdef CopyIn copy
+    cdef StatxIn statx
+    cdef ForgetOne forgotten
+    if opcode == _WRITE:
+        take(r, &rw, sizeof(rw))
+        data = take_bytes(r, rw.size)
+        return rw.fh, rw.offset, data, rw.more_flags, rw.lock_owner, rw.flags
+    if opcode == _READ or opcode == _READDIR or opcode == _READDIRPLUS:
+        take(r, &rw, sizeof(rw))
+        if rw.size > _MOST_ASKED:
+            raise OSError(EINVAL, "more is asked for than a reply can have")
+        return rw.fh, rw.offset, rw.size, rw.more_flags, rw.lock_owner, rw.flags
+    if opcode == _LOOKUP or opcode == _UNLINK or opcode == _RMDIR or opcode == _REMOVEXATTR:
+        return (take_name(r),)
+    if opcode == _GETATTR:
+        take(r, &getattr_in, sizeof(getattr_in))
+        return getattr_in.flags, getattr_in.fh
+    if opcode == _OPEN or opcode == _OPENDIR:
+        take(r, &two, sizeof(two))
+        return two.a, two.b
+    if opcode == _RELEASE or opcode == _RELEASEDIR:
+        take(r, &release, sizeof(release))
+        return release.fh, release.flags, release.release_flags, release.lock_owner
+    if opcode == _FLUSH:
+        take(r, &release, sizeof(release))
+        return release.fh, release.lock_owner
+    if opcode == _FORGET:
+        take(r, &number, sizeof(number))
+        return ((message.nodeid, number),)
+    if opcode == _BATCH_FORGET:
+        take(r, &two, sizeof(two))
+        if <size_t> (r.end - r.at) / sizeof(ForgetOne) < two.a:
+            raise OSError(EIO, "a message is shorter than what it forgets")
+        forgets = []
+        for _ in range(two.a):
+            take(r, &forgotten, sizeof(forgotten))
+            forgets.append((forgotten.nodeid, forgotten.nlookup))
+        return tuple(forgets)
+    if opcode == _GETXATTR:
+        take(r, &two, sizeof(two))
+        return take_name(r), two.a
+    if opcode == _LISTXATTR:
+        take(r, &two, sizeof(two))
+        return (two.a,)
+    if opcode == _SETATTR:
+        take(r, &s, sizeof(s))
+        return (
+            s.valid, s.fh, s.size, s.lock_owner, <int64_t> s.atime, <int64_t> s.mtime,
+            <int64_t> s.ctime, s.atimensec, s.mtimensec, s.ctimensec, s.mode, s.uid, s.gid,
+        )
+    if opcode == _CREATE or opcode == _TMPFILE:
+        take(r, &four, sizeof(four))
+        name = take_name(r)
+        take_extensions(message, r)
+        return name, four.a, four.b, four.c, four.d
+    if opcode == _MKNOD:
+        take(r, &four, sizeof(four))
+        name = take_name(r)
+        take_extensions(message, r)
+        return name, four.a, four.b, four.c
+    if opcode == _MKDIR:
+        take(r, &two, sizeof(two))
+        name = take_name(r)
+        take_extensions(message, r)
+        return name, two.a, two.b
+    if opcode == _SYMLINK:
+        name = take_name(r)
+        target = take_name(r)
+        take_extensions(message, r)
+        return name, target
+    if opcode == _RENAME:
+        take(r, &number, sizeof(number))
+        name = take_name(r)
+        return name, take_name(r), number, 0
+    if opcode == _RENAME2:
+        take(r, &rename, sizeof(rename))
+        name = take_name(r)
+        return name, take_name(r), rename.newdir, rename.flags
+    if opcode == _LINK:
+        take(r, &number, sizeof(number))
+        return take_name(r), number
+    if opcode == _FSYNC or opcode == _FSYNCDIR:
+        take(r, &fsync, sizeof(fsync))
+        return fsync.fh, fsync.flags
+    if opcode == _SETXATTR:
+        if short_setxattr:
+            memset(&four, 0, sizeof(four))
+            take(r, &four, _SHORT_SETXATTR)
+        else:
+            take(r, &four, sizeof(four))
+        name = take_name(r)
+        return name, take_bytes(r, four.a), four.b, four.c
+    if opcode == _GETLK or opcode == _SETLK or opcode == _SETLKW:
+        take(r, &lock, sizeof(lock))
+        return lock.fh, lock.owner, lock.start, lock.end, lock.type, lock.pid, lock.flags
+    if opcode == _INIT:
+        take(r, &init, sizeof(init))
+        number = init.flags
+        if init.flags & _INIT_EXT and r.end - r.at >= 4:
+            take(r, &two.a, sizeof(two.a))
+            number |= <uint64_t> two.a << 32
+        return init.major, init.minor, init.max_readahead, number
+    if opcode == _ACCESS:
+        take(r, &two, sizeof(two))
+        return (two.a,)
+    if opcode == _INTERRUPT:
+        take(r, &number, sizeof(number))
+        return (number,)
+    if opcode == _BMAP:
+        take(r, &bmap, sizeof(bmap))
+        return bmap.blocksize, bmap.block
+    if opcode == _IOCTL:
+        take(r, &ioctl, sizeof(ioctl))
+        return ioctl.fh, ioctl.flags, ioctl.cmd, take_bytes(r, ioctl.in_size), ioctl.out_size
+    if opcode == _POLL:
+        take(r, &polled, sizeof(polled))
+        return polled.fh, polled.kh, polled.flags, polled.events
+    if opcode == _FALLOCATE:
+        take(r, &fallocate, sizeof(fallocate))
+        return fallocate.fh, fallocate.offset, fallocate.length, fallocate.mode
+    if opcode == _LSEEK:
+        take(r, &lseek, sizeof(lseek))
+        return lseek.fh, <int64_t> lseek.offset, lseek.whence
+    if opcode == _COPY_FILE_RANGE or opcode == _COPY_FILE_RANGE_64:
+        take(r, &copy, sizeof(copy))
+        return (
+            copy.fh_in, copy.off_in, copy.nodeid_out, copy.fh_out, copy.off_out, copy.len,
+            copy.flags,
+        )
+    if opcode == _STATX:
+        take(r, &statx, sizeof(statx))
+        return statx.getattr_flags, statx.fh, statx.sx_flags, statx.sx_mask
+    return ()
+
+
+cdef Message decoded(const char *start, size_t size, bint short_setxattr):
+    """The message in a buffer; None if it has not even a header."""
+    cdef InHeader header
+    cdef Reader r
+    cdef Message message
+    if size < sizeof(header):
+        return None
+    memcpy(&header, start, sizeof(header))
+    message = Message.__new__(Message)
+    message.opcode = header.opcode
+    message.unique = header.unique
+    message.nodeid = header.nodeid
+    message.uid = header.uid
+    message.gid = header.gid
+    message.pid = header.pid
+    message.fault = 0
+    if header.len != size:
+        message.fault = EIO
+        return message
+    r.at = start + sizeof(header)
+    r.end = start + size
+    try:
+        message.args = arguments_of(message, &r, short_setxattr)
+    except OSError as refused:
+        message.fault = refused.errno
+    except MemoryError:
+        message.fault = ENOMEM
+    return message
+
+
+def decode(bytes data not None, bint short_setxattr=False):
+    """Decode one request as it would come from the device; for tests of the decoder.
+
+    Args:
+        data: all of it.
+        short_setxattr: whether a SETXATTR has the structure of before FUSE_SETXATTR_EXT.
+
+    Returns:
+        The message, or None if there is not even a header.
+    """
+    return decoded(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), short_setxattr)
+
+
+# ---- encoding ---------------------------------------------------------------------------------
+
+cdef inline uint64_t number_at(attributes, Py_ssize_t index) except? 0xFFFFFFFFFFFFFFFF:
+    return <uint64_t> <object> PyTuple_GET_ITEM(attributes, index)
+
+
+cdef inline int64_t signed_at(attributes, Py_ssize_t index) except? -1:
+    return <int64_t> <object> PyTuple_GET_ITEM(attributes, index)
+
+
+cdef enum:  # the fields of Attributes (linux/syscalls.py), in its order
+    _MASK, _BLKSIZE, _FLAGS, _NLINK, _UID, _GID, _MODE, _INO, _SIZE, _BLOCKS, _FLAGS_MASK
+    _ATIME, _ATIME_NS, _BTIME, _BTIME_NS, _CTIME, _CTIME_NS, _MTIME, _MTIME_NS
+    _RDEV_MAJOR, _RDEV_MINOR, _DEV_MAJOR, _DEV_MINOR
+
+
+cdef int check_attributes(a) except -1:
+    """Refuse what is no tuple with all the fields."""
+    if not isinstance(a, tuple) or PyTuple_GET_SIZE(a) <= _DEV_MINOR:
+        raise TypeError(f"not Attributes: {a!r}")
+    return 0
+
+
+cdef int fill_attr(Attr *attr, uint64_t ino, a) except -1:
+    """Put Attributes into the kernel's structure."""
+    cdef uint32_t major, minor
+    check_attributes(a)
+    major = <uint32_t> number_at(a, _RDEV_MAJOR)
+    minor = <uint32_t> number_at(a, _RDEV_MINOR)
+    attr.ino = ino
+    attr.size = number_at(a, _SIZE)
+    attr.blocks = number_at(a, _BLOCKS)
+    attr.atime = <uint64_t> signed_at(a, _ATIME)
+    attr.mtime = <uint64_t> signed_at(a, _MTIME)
+    attr.ctime = <uint64_t> signed_at(a, _CTIME)
+    attr.atimensec = <uint32_t> number_at(a, _ATIME_NS)
+    attr.mtimensec = <uint32_t> number_at(a, _MTIME_NS)
+    attr.ctimensec = <uint32_t> number_at(a, _CTIME_NS)
+    attr.mode = <uint32_t> number_at(a, _MODE)
+    attr.nlink = <uint32_t> number_at(a, _NLINK)
+    attr.uid = <uint32_t> number_at(a, _UID)
+    attr.gid = <uint32_t> number_at(a, _GID)
+    attr.rdev = minor & 0xFF | major << 8 | (minor & ~<uint32_t> 0xFF) << 12
+    attr.blksize = <uint32_t> number_at(a, _BLKSIZE)
+    attr.flags = 0
+    return 0
+
+
+cdef void fill_time(double seconds, uint64_t *whole, uint32_t *nanoseconds) noexcept:
+    """Put a duration into the kernel's two fields; what is longer than it takes is the longest."""
+    if not seconds > 0:
+        whole[0] = 0
+        nanoseconds[0] = 0
+    elif seconds >= 1e15:
+        whole[0] = <uint64_t> 1_000_000_000_000_000
+        nanoseconds[0] = 0
+    else:
+        whole[0] = <uint64_t> seconds
+        nanoseconds[0] = <uint32_t> ((seconds - <double> whole[0]) * 1e9)
+
+
+cdef int fill_entry(
+    EntryOut *entry, uint64_t nodeid, uint64_t generation, double entry_valid, double attr_valid,
+    uint64_t ino, a
+) except -1:
+    entry.nodeid = nodeid
+    entry.generation = generation
+    fill_time(entry_valid, &entry.entry_valid, &entry.entry_valid_nsec)
+    fill_time(attr_valid, &entry.attr_valid, &entry.attr_valid_nsec)
+    fill_attr(&entry.attr, ino, a)
+    return 0
+
+
+@cython.final
+cdef class Entries:
+    """The entries of a directory for one reply, as many as it has room for.
+
+    Args:
+        size: bytes of the reply at most.
+    """
+
+    cdef bytearray data
+    cdef size_t room
+
+    def __init__(self, size_t size):
+        self.data = bytearray()
+        self.room = size
+
+    cdef bint _add(
+        self, EntryOut *entry, bytes name, uint64_t ino, uint64_t offset, uint32_t kind
+    ) except -1:
+        cdef Dirent dirent
+        cdef Py_ssize_t length = PyBytes_GET_SIZE(name)
+        cdef Py_ssize_t size = (<Py_ssize_t> sizeof(dirent) + length + 7) & ~7
+        cdef Py_ssize_t at = len(self.data)
+        cdef Py_ssize_t whole = size + (<Py_ssize_t> sizeof(EntryOut) if entry != NULL else 0)
+        cdef char *start
+        if <size_t> whole > self.room:
+            return False
+        self.room -= whole
+        self.data.extend(bytes(whole))
+        start = (<char *> self.data) + at
+        if entry != NULL:
+            memcpy(start, entry, sizeof(EntryOut))
+            start += sizeof(EntryOut)
+        dirent.ino = ino
+        dirent.off = offset
+        dirent.namelen = <uint32_t> length
+        dirent.type = kind
+        memcpy(start, &dirent, sizeof(dirent))
+        memcpy(start + sizeof(dirent), PyBytes_AS_STRING(name), length)
+        return True
+
+    def add(self, bytes name not None, uint64_t ino, uint64_t offset, uint32_t kind):
+        """Add an entry of READDIR; False, and nothing is added, where there is no room.
+
+        Args:
+            name: its name.
+            ino: its inode number.
+            offset: the cookie of the entry after it.
+            kind: DT_* of its type.
+        """
+        return self._add(NULL, name, ino, offset, kind)
+
+    def add_plus(
+        self, bytes name not None, uint64_t ino, uint64_t offset, uint32_t kind, uint64_t nodeid,
+        uint64_t generation, double entry_valid, double attr_valid, attributes
+    ):
+        """Add an entry of READDIRPLUS, likewise.
+
+        Args:
+            name, ino, offset, kind: as of `add`.
+            nodeid: 0: nothing is said but the name, and no lookup is counted.
+            generation: of the nodeid.
+            entry_valid, attr_valid: seconds for which name and attributes may be believed.
+            attributes: Attributes, or None with nodeid 0.
+        """
+        cdef EntryOut entry
+        memset(&entry, 0, sizeof(entry))
+        if nodeid:
+            fill_entry(&entry, nodeid, generation, entry_valid, attr_valid, ino, attributes)
+        return self._add(&entry, name, ino, offset, kind)
+
+    @property
+    def reply(self):
+        """All that was added, as the reply has it."""
+        return bytes(self.data)
+
+
+# ---- the device -------------------------------------------------------------------------------
+
+@cython.final
+cdef class Device:
+    """An open FUSE device, or what stands for one: each read one request, each write one reply.
+
+    Replies return whether somebody took them. False: the request was withdrawn meanwhile, or
+    there is no mount any more; what the reply gave away is to be taken back.
+
+    Args:
+        fd: open, with O_NONBLOCK; it stays its owner's.
+        size: bytes that a request may have.
+
+    Attributes:
+        fd: as given.
+        short_setxattr: whether the kernel sends SETXATTR in its older form.
+
+    Raises:
+        MemoryError: there is no room for a request.
+    """
+
+    cdef readonly int fd
+    cdef public bint short_setxattr
+    cdef char *buffer
+    cdef size_t size
+
+    def __cinit__(self, int fd, size_t size):
+        cdef void *room = NULL
+        if posix_memalign(&room, _PAGE, size):
+            raise MemoryError
+        self.buffer = <char *> room
+        self.fd = fd
+        self.size = size
+        self.short_setxattr = True
+
+    def __dealloc__(self):
+        free(self.buffer)
+
+    def receive(self):
+        """Read the next request; does not wait.
+
+        Returns:
+            The message; None if there is none now.
+
+        Raises:
+            OSError: ENODEV, there is no mount any more; ECONNABORTED, it was aborted; EPERM,
+                it is not there yet; others of read(2).
+        """
+        cdef ssize_t got
+        cdef int code
+        cdef Message message
+        while True:
+            with nogil:
+                got = read(self.fd, self.buffer, self.size)
+                code = errno
+            if got < 0:
+                if code == EAGAIN or code == EINTR:
+                    return None
+                if code == ENOENT:  # it was withdrawn while it was copied
+                    continue
+                if code == ECONNRESET:  # as below, and answers were not read
+                    code = ENODEV
+                raise OSError(code, os.strerror(code))
+            message = decoded(self.buffer, got, self.short_setxattr)
+            if message is not None:
+                return message
+            if not got:  # the other end of what stands for a device
+                raise OSError(ENODEV, os.strerror(ENODEV))
+
+    def wait(self, int wake, int other, int milliseconds):
+        """Sleep until there is a request, or one of two other descriptors is readable.
+
+        Args:
+            wake, other: the descriptors; -1: none.
+            milliseconds: how long at most; -1: for ever.
+
+        Returns:
+            1 for the device, 2 for ``wake`` and 4 for ``other``, added; 0 if the time is over.
+        """
+        cdef pollfd fds[3]
+        cdef int found = 0, count
+        fds[0].fd, fds[1].fd, fds[2].fd = self.fd, wake, other
+        for index in range(3):
+            fds[index].events = POLLIN
+            fds[index].revents = 0
+        with nogil:
+            count = poll(fds, 3, milliseconds)
+        if count > 0:
+            for index in range(3):
+                if fds[index].revents:
+                    found |= 1 << index
+        return found
+
+    cdef int send(self, iovec *parts, int count) noexcept nogil:
+        """Write what is in the parts, the first an OutHeader; 0 or an errno."""
+        cdef size_t whole = 0
+        cdef int index
+        for index in range(count):
+            whole += parts[index].iov_len
+        (<OutHeader *> parts[0].iov_base).len = <uint32_t> whole
+        while writev(self.fd, parts, count) < 0:
+            if errno != EINTR:
+                return errno
+        return 0
+
+    cdef bint answer(self, uint64_t unique, const void *body, size_t size) except -1:
+        cdef OutHeader header
+        cdef iovec parts[2]
+        cdef int code
+        header.error = 0
+        header.unique = unique
+        parts[0].iov_base, parts[0].iov_len = &header, sizeof(header)
+        parts[1].iov_base, parts[1].iov_len = <void *> body, size
+        with nogil:
+            code = self.send(parts, 2 if size else 1)
+        if not code:
+            return True
+        if code == EINVAL:
+            # The kernel does not take it for an answer, and its caller would wait for ever.
+            self.error(unique, EIO)
+            raise OSError(EINVAL, "the kernel refused a reply")
+        return False
+
+    def error(self, uint64_t unique, int code):
+        """Answer with an error.
+
+        Args:
+            unique: of the request.
+            code: an errno, 1 to 511.
+        """
+        cdef OutHeader header
+        cdef iovec part
+        cdef int failed
+        if not 0 < code < 512:
+            code = EIO
+        header.error = -code
+        header.unique = unique
+        part.iov_base, part.iov_len = &header, sizeof(header)
+        with nogil:
+            failed = self.send(&part, 1)
+        return failed == 0
+
+    def empty(self, uint64_t unique):
+        """Answer that it is done."""
+        return self.answer(unique, NULL, 0)
+
+    def data(self, uint64_t unique, bytes data not None):
+        """Answer with bytes: what was read, a target, a value, entries."""
+        return self.answer(unique, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
+
+    def entry(
+        self, uint64_t unique, uint64_t nodeid, uint64_t generation, double entry_valid,
+        double attr_valid, uint64_t ino, attributes
+    ):
+        """Answer with a file that was looked up or made; arguments as of `Entries.add_plus`."""
+        cdef EntryOut out
+        fill_entry(&out, nodeid, generation, entry_valid, attr_valid, ino, attributes)
+        return self.answer(unique, &out, sizeof(out))
+
+    def absent(self, uint64_t unique, double entry_valid):
+        """Answer that there is no such name, which may be believed for so many seconds."""
+        cdef EntryOut out
+        memset(&out, 0, sizeof(out))
+        fill_time(entry_valid, &out.entry_valid, &out.entry_valid_nsec)
+        return self.answer(unique, &out, sizeof(out))
+
+    def attributes(self, uint64_t unique, double attr_valid, uint64_t ino, attributes):
+        """Answer with Attributes, to be believed for so many seconds."""
+        cdef AttrOut out
+        out.dummy = 0
+        fill_time(attr_valid, &out.attr_valid, &out.attr_valid_nsec)
+        fill_attr(&out.attr, ino, attributes)
+        return self.answer(unique, &out, sizeof(out))
+
+    def opened(self, uint64_t unique, uint64_t handle, uint32_t flags):
+        """Answer with a file handle and FOPEN_* flags."""
+        cdef OpenOut out
+        out.fh = handle
+        out.open_flags = flags
+        out.backing_id = 0
+        return self.answer(unique, &out, sizeof(out))
+
+    def created(
+        self, uint64_t unique, uint64_t nodeid, uint64_t generation, double entry_valid,
+        double attr_valid, uint64_t ino, attributes, uint64_t handle, uint32_t flags
+    ):
+        """Answer as `entry` and `opened` do, in one."""
+        cdef CreateOut out
+        fill_entry(&out.entry, nodeid, generation, entry_valid, attr_valid, ino, attributes)
+        out.opened.fh = handle
+        out.opened.open_flags = flags
+        out.opened.backing_id = 0
+        return self.answer(unique, &out, sizeof(out))
+
+    def count(self, uint64_t unique, uint32_t count):
+        """Answer with a number of bytes: written, copied, or that a value has."""
+        cdef TwoIn out
+        out.a, out.b = count, 0
+        return self.answer(unique, &out, sizeof(out))
+
+    def number(self, uint64_t unique, uint64_t number):
+        """Answer with one number of 64 bits: an offset, or bytes copied."""
+        return self.answer(unique, &number, sizeof(number))
+
+    def file_system(
+        self, uint64_t unique, uint64_t blocks, uint64_t bfree, uint64_t bavail, uint64_t files,
+        uint64_t ffree, uint32_t bsize, uint32_t frsize, uint32_t namelen
+    ):
+        """Answer a STATFS; the names are statvfs(3)'s."""
+        cdef StatfsOut out
+        memset(&out, 0, sizeof(out))
+        out.blocks, out.bfree, out.bavail = blocks, bfree, bavail
+        out.files, out.ffree = files, ffree
+        out.bsize, out.frsize, out.namelen = bsize, frsize, namelen
+        return self.answer(unique, &out, sizeof(out))
+
+    def lock(self, uint64_t unique, uint64_t start, uint64_t end, uint32_t kind, uint32_t pid):
+        """Answer with a lock: its first and last byte, F_RDLCK and so on, whose it is."""
+        cdef LockOut out
+        out.start, out.end, out.type, out.pid = start, end, kind, pid
+        return self.answer(unique, &out, sizeof(out))
+
+    def controlled(self, uint64_t unique, bytes data not None):
+        """Answer an IOCTL that has gone well, with what it is to write to its caller."""
+        cdef OutHeader header
+        cdef IoctlOut out
+        cdef iovec parts[3]
+        cdef int code
+        memset(&out, 0, sizeof(out))
+        header.error = 0
+        header.unique = unique
+        parts[0].iov_base, parts[0].iov_len = &header, sizeof(header)
+        parts[1].iov_base, parts[1].iov_len = &out, sizeof(out)
+        parts[2].iov_base = PyBytes_AS_STRING(data)
+        parts[2].iov_len = PyBytes_GET_SIZE(data)
+        with nogil:
+            code = self.send(parts, 3)
+        if code == EINVAL:
+            self.error(unique, EIO)
+            raise OSError(EINVAL, "the kernel refused a reply")
+        return code == 0
+
+    def statx(self, uint64_t unique, double attr_valid, uint64_t ino, a):
+        """Answer a STATX with Attributes, likewise."""
+        cdef StatxOut out
+        check_attributes(a)
+        memset(&out, 0, sizeof(out))
+        fill_time(attr_valid, &out.attr_valid, &out.attr_valid_nsec)
+        out.mask = <uint32_t> number_at(a, _MASK)
+        out.blksize = <uint32_t> number_at(a, _BLKSIZE)
+        out.attributes = number_at(a, _FLAGS)
+        out.nlink = <uint32_t> number_at(a, _NLINK)
+        out.uid = <uint32_t> number_at(a, _UID)
+        out.gid = <uint32_t> number_at(a, _GID)
+        out.mode = <uint16_t> number_at(a, _MODE)
+        out.ino = ino
+        out.size = number_at(a, _SIZE)
+        out.blocks = number_at(a, _BLOCKS)
+        out.attributes_mask = number_at(a, _FLAGS_MASK)
+        out.atime.seconds = signed_at(a, _ATIME)
+        out.atime.nanoseconds = <uint32_t> number_at(a, _ATIME_NS)
+        out.btime.seconds = signed_at(a, _BTIME)
+        out.btime.nanoseconds = <uint32_t> number_at(a, _BTIME_NS)
+        out.ctime.seconds = signed_at(a, _CTIME)
+        out.ctime.nanoseconds = <uint32_t> number_at(a, _CTIME_NS)
+        out.mtime.seconds = signed_at(a, _MTIME)
+        out.mtime.nanoseconds = <uint32_t> number_at(a, _MTIME_NS)
+        out.rdev_major = <uint32_t> number_at(a, _RDEV_MAJOR)
+        out.rdev_minor = <uint32_t> number_at(a, _RDEV_MINOR)
+        return self.answer(unique, &out, sizeof(out))

@@ -1,0 +1,380 @@
+"""A FUSE session of our own: requests straight from the device, answers straight to it.
+
+One thread, the dispatcher, reads the device and starts what it reads; a request's answer is
+written by the thread where its body ended. So under the second model a request crosses threads
+once, and nobody waits for the dispatcher to have it answered.
+
+What is relied on:
+
+* The dispatcher alone reads. So requests are started in the order in which the kernel sent them,
+  and an INTERRUPT is never read before what it is about.
+* The device does not block (O_NONBLOCK): a request that is withdrawn between the moment it is
+  announced and the read costs a try. The dispatcher sleeps in poll(2) alone, without the
+  interpreter's lock, and is woken by the device, by an eventfd, or by the engine.
+* An answer that nobody took (its caller is gone) is taken back: a lookup that was counted is
+  counted no more, a file that was opened is closed.
+* No exception leaves a request. What fails unexpectedly is answered with EIO.
+
+Locks touched: none but the driver's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from ninefuse.driving.driver import Executor
+from ninefuse.driving.request import Request
+from ninefuse.fuse import handshake, mounting, notices
+from ninefuse.fuse import opcodes as op
+from ninefuse.fuse._wire import Device, Message
+from ninefuse.fuse.answers import NOT_REFUSED, errno_for_kernel, shortened
+from ninefuse.fuse.opcodes import Opcode
+from ninefuse.fuse.replies import Replies
+from ninefuse.fuse.rows import Known, NotServed, Row, Rows, lock_rows, table
+from ninefuse.fuse.sessions import Place, Watcher
+from ninefuse.linux.callers import is_being_killed
+from ninefuse.settings import Settings
+from ninefuse.tree.kernel import FIRST_HANDLE
+from ninefuse.tree.session import Session
+
+log = logging.getLogger(__name__)
+
+_IN_A_ROW = 16  # requests read before what else the dispatcher has to do is looked at
+# Requests under way at which the device is read no more: well above what the kernel
+# sends when every thread of a busy machine is stuck in one file.
+_MOST_REQUESTS = 20_000
+_A_WHILE = 50  # milliseconds until it is looked at again whether there are fewer
+
+# Whose these are the header does not say, or not truly: who opened the handle is counted.
+_BY_HANDLE = frozenset(
+    (
+        Opcode.READ,
+        Opcode.WRITE,
+        Opcode.FLUSH,
+        Opcode.FSYNC,
+        Opcode.READDIR,
+        Opcode.READDIRPLUS,
+        Opcode.FSYNCDIR,
+    )
+)
+# Nobody waits for an answer to these, whatever they say.
+_UNANSWERED = frozenset((Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT, Opcode.NOTIFY_REPLY))
+# The kernel sends these in nobody's name.
+_NOBODYS = frozenset((Opcode.RELEASE, Opcode.RELEASEDIR))
+
+
+class NativeSession:
+    """The requests of one mount.
+
+    Args:
+        settings: of the mount.
+        session: the conversation.
+        driver: that bodies are run by.
+
+    Attributes:
+        errors: how many there were, by callback and errno.
+        statistics: what says the value of the attribute that the counters are published in.
+    """
+
+    def __init__(self, settings: Settings, session: Session, driver: Executor) -> None:
+        self.errors: Counter[tuple[str, int]] = Counter()
+        self.statistics: Callable[[], bytes] = bytes
+        self._watcher: Watcher | None = None
+        self._session = session
+        self._driver = driver
+        self._settings = settings
+        self._device: Device
+        self._rows: Rows
+        self._table: dict[int, Row] = {}
+        self._lock_rows: tuple[Row, ...] = ()
+        self._fd = -1
+        # Open from the start: in the end there may be no descriptors left.
+        self._nowhere = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        self._mounted: mounting.Mounted | None = None
+        self._agreed: handshake.Agreed | None = None
+        self._started: Callable[[], None] = _nothing
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._ends = False
+        self._debug = log.isEnabledFor(logging.DEBUG)  # asked once, not for each request
+        driver.dispatcher.wake = self._be_woken
+
+    # ---- its life -----------------------------------------------------------------------------
+
+    def mount(self) -> Place:
+        """As of a `FuseSession`."""
+        self._mounted = mounting.mount(self._settings)
+        self.use(self._mounted.device)
+        return Place(self._mounted.number, self._mounted.point)
+
+    def watch(self, tracer: Watcher) -> None:
+        """As of a `FuseSession`."""
+        self._watcher = tracer
+
+    def use(self, device: int) -> None:
+        """Serve this device from now on.
+
+        Args:
+            device: the FUSE device, open, with O_NONBLOCK. It becomes the session's.
+        """
+        self._fd = device
+        self._device = Device(device, handshake.BUFFER_SIZE)
+        self._rows = Rows(self._session, self._settings)
+        self._rows.statistics = lambda: self.statistics()
+        background = self._driver.in_background
+        replies = Replies(self._device, self._session, self._settings, background)
+        self._table = table(self._rows, replies)
+        self._lock_rows = lock_rows(self._rows, replies)
+
+    def run(self, started: Callable[[], None]) -> None:
+        """Serve until there is no mount any more, or `end` was called. On the dispatcher.
+
+        Args:
+            started: called once the kernel has been answered for the first time.
+
+        Raises:
+            OSError: the device cannot be read.
+        """
+        self._started = started
+        driver, device = self._driver, self._device
+        while not self._ends:
+            try:
+                taken = self._take_some()
+            except OSError as e:
+                if e.errno in (errno.ENODEV, errno.ECONNABORTED):
+                    return
+                raise
+            idle = taken < _IN_A_ROW
+            driver.before_wait(sleeps=idle)
+            if idle or driver.fd >= 0:
+                found = device.wait(self._wake, driver.fd, -1 if idle else 0)
+                if found & 2:
+                    with contextlib.suppress(BlockingIOError):
+                        os.eventfd_read(self._wake)
+                if found & 4:
+                    driver.drain()
+            driver.after_wait()
+
+    def end(self) -> None:
+        """Have `run` return, whether there is a mount or not. Any thread; does not wait."""
+        self._ends = True
+        self._be_woken()
+
+    def leave(self, *, is_mounted: bool) -> None:
+        """As of a `FuseSession`.
+
+        The device's number stays taken until `close`: whoever is about to answer writes to no
+        other file.
+        """
+        with contextlib.suppress(OSError):  # its number is beyond what the process may have
+            os.dup2(self._nowhere, self._fd, inheritable=False)
+        if is_mounted and self._mounted is not None:
+            mounting.unmount(self._mounted, self._settings.mountpoint)
+
+    def close(self) -> None:
+        """Close what is open, when nothing is under way any more."""
+        for fd in (self._fd, self._wake, self._nowhere):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._wake = self._nowhere = -1
+
+    # ---- what the kernel is told ----------------------------------------------------------------
+
+    def prune(self, nodeids: Sequence[int]) -> None:
+        """Ask the kernel to forget files that nobody uses; see `notices.prune`."""
+        notices.prune(self._fd, nodeids)
+
+    def attributes_changed(self, nodeid: int) -> None:
+        """Have the kernel believe a file's attributes no more; see `notices`."""
+        notices.attributes_changed(self._fd, nodeid)
+
+    # ---- requests -----------------------------------------------------------------------------
+
+    def _take_some(self) -> int:
+        """Start requests, as many as there are and as may be in a row; how many."""
+        receive = self._device.receive
+        for taken in range(_IN_A_ROW):
+            if len(self._driver.requests) >= _MOST_REQUESTS:
+                self._device.wait(self._wake, -1, _A_WHILE)
+                return _IN_A_ROW
+            message = receive()
+            if message is None:
+                return taken
+            self._take(message)
+        return _IN_A_ROW
+
+    def _take(self, message: Message) -> None:
+        if self._watcher is not None:
+            self._watcher.received()
+        if message.fault:
+            log.warning("a request that is none: %r", message)
+            if message.opcode not in _UNANSWERED:
+                self._device.error(message.unique, message.fault)
+            return
+        row = self._table.get(message.opcode)
+        if row is None or self._agreed is None:
+            self._take_other(message)
+        else:
+            self._start(row, message)
+
+    def _start(self, row: Row, message: Message) -> None:
+        try:
+            body = row.asks(message)
+        except NotServed:
+            self._refuse(row.name, message, errno.ENOSYS)
+            return
+        except Exception as e:
+            self._fail(row, message, e)
+            return
+        if isinstance(body, Known):
+            self._reply(row, message, body.result)
+            return
+        user = self._user(message)
+        if user and self._driver.has_too_many(user) and row.name not in NOT_REFUSED:
+            body.close()
+            self._refuse(row.name, message, errno.EAGAIN)
+            return
+        self._driver.start(row.name, body, partial(self._answer, row, message), user)
+
+    def _take_other(self, message: Message) -> None:
+        """Requests that are about the connection, and those that are not served."""
+        opcode = message.opcode
+        if opcode in (Opcode.FORGET, Opcode.BATCH_FORGET):
+            body = self._rows.forget(message)
+            self._driver.start("forget", body, partial(self._forgotten, message))
+        elif opcode == Opcode.INTERRUPT:
+            self._interrupt(message.args[0])
+        elif opcode == Opcode.INIT:
+            self._agree(message)
+        elif opcode in (Opcode.SETLK, Opcode.SETLKW) and self._agreed is not None:
+            self._start(self._lock_rows[message.args[6] & op.LK_FLOCK], message)
+        elif opcode == Opcode.NOTIFY_REPLY:
+            pass  # nothing is asked for
+        elif opcode == Opcode.DESTROY:
+            self._device.empty(message.unique)
+        elif self._agreed is None:
+            self._device.error(message.unique, errno.EIO)
+        else:
+            # The kernel has an answer of its own then, and asks no more: access(2) by the mode,
+            # poll(2) that a file is always ready.
+            self._device.error(message.unique, errno.ENOSYS)
+
+    def _user(self, message: Message) -> int | None:
+        opcode = message.opcode
+        if opcode in _BY_HANDLE:
+            return self._session.fids.owner_of(FIRST_HANDLE + message.args[0])
+        return None if opcode in _NOBODYS else message.uid
+
+    def _agree(self, message: Message) -> None:
+        if self._agreed is not None:  # it is said once
+            self._device.error(message.unique, errno.EIO)
+            return
+        major, minor, readahead, offered = message.args
+        try:
+            agreed = handshake.agree(major, minor, offered, acl=self._settings.acl)
+        except OSError as e:
+            log.error("the kernel's FUSE protocol is %d.%d, which is too old", major, minor)
+            self._device.error(message.unique, e.errno or errno.EPROTO)
+            return
+        self._rows.knows_groups = handshake.Flags.CREATE_SUPP_GROUP in agreed.flags
+        self._device.short_setxattr = handshake.Flags.SETXATTR_EXT not in agreed.flags
+        self._device.data(message.unique, handshake.reply(agreed, readahead))
+        self._agreed = agreed
+        log.debug("FUSE 7.%d: %r", agreed.minor, agreed.flags)
+        self._started()
+
+    # ---- answers ------------------------------------------------------------------------------
+
+    def _answer(self, row: Row, message: Message, request: Request) -> None:
+        """A request has ended: answer it. On the thread where that was; raises nothing."""
+        driver = self._driver
+        driver.count(request)
+        if driver.observer is not None:
+            driver.observer.answered(request.body)
+        try:
+            result = request.result()
+        except Exception as e:
+            self._fail(row, message, e)
+        else:
+            self._reply(row, message, result)
+        if self._watcher is not None:
+            self._watcher.replied()
+
+    def _reply(self, row: Row, message: Message, result: Any) -> None:
+        if self._debug:
+            log.debug("%s: %s", row.name, shortened(result))
+        try:
+            taken = row.answers(message, result)
+        except Exception as e:
+            self._fail(row, message, e)
+            taken = False
+        if not taken and row.undo is not None:
+            self._undo(row, message, result)
+
+    def _undo(self, row: Row, message: Message, result: Any) -> None:
+        assert row.undo is not None
+        try:
+            row.undo(message, result)
+        except Exception:
+            log.exception("%s cannot be taken back", row.name)
+
+    def _fail(self, row: Row, message: Message, failure: Exception) -> None:
+        if isinstance(failure, OSError):
+            code = errno_for_kernel(failure)
+        else:
+            log.error("%s failed", row.name, exc_info=failure)
+            code = errno.EIO
+        valid = self._settings.negative_timeout
+        if code == errno.ENOENT and message.opcode == Opcode.LOOKUP and valid:
+            self.errors[row.name, code] += 1
+            self._device.absent(message.unique, valid)
+            return
+        self._refuse(row.name, message, code)
+
+    def _refuse(self, name: str, message: Message, code: int) -> None:
+        self.errors[name, code] += 1
+        if self._debug:
+            log.debug("%s: %s", name, errno.errorcode.get(code, code))
+        self._device.error(message.unique, code)
+
+    def _forgotten(self, message: Message, request: Request) -> None:
+        """What the kernel forgot is gone; there is nobody to tell."""
+        self._driver.count(request)
+        if self._driver.observer is not None:
+            self._driver.observer.answered(request.body)
+        try:
+            request.result()
+        except Exception:
+            log.exception("forget failed")
+        if self._watcher is not None:
+            self._watcher.replied()
+
+    def _interrupt(self, unique: int) -> None:
+        """A signal has come to a caller: a request of his that only waits waits no more.
+
+        One that waits for a worker does so only if he is being killed. Who goes on is not to be
+        told EINTR by calls that no file system interrupts.
+        """
+        # Seldom, so that it is looked for here and not noted for each request.
+        for request in list(self._driver.requests.values()):
+            done = request.done
+            if isinstance(done, partial) and done.args[-1].unique == unique:
+                if is_being_killed(done.args[-1].pid):
+                    self._driver.withdraw(request)
+                else:
+                    self._driver.interrupt(request)
+                return
+
+    def _be_woken(self) -> None:
+        with contextlib.suppress(OSError):  # it has ended
+            os.eventfd_write(self._wake, 1)
+
+
+def _nothing() -> None:
+    """Nobody waits for the start."""

@@ -470,7 +470,7 @@ def duplicates_and_children_share_the_lock_of_a_file(one: Client, other: Client)
         (whole, ("whole", "f", UNLOCK)),
         (record, ("record", "f", NONE)),
     ):
-        own = {} if take is whole else {"own": True}
+        own: dict[str, Any] = {} if take is whole else {"own": True}
         one("open", "f", "apart")
         other("open", "f")
         one("dup", "f", "g")

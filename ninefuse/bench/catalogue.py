@@ -111,6 +111,13 @@ def _metadata(amount: Amount) -> list[Workload]:
             operation="missing",
         ),
         Metadata(
+            *("getattr", "attributes again", "1/s", _PYTHON, amount(3000)),
+            note="one file for each client, again and again, past what the kernel believes",
+            operation="getattr",
+            prepare=make_one,
+            prefix="file-4096-",
+        ),
+        Metadata(
             *("open", "open + close", "1/s", _PYTHON, amount(1500)),
             note="one file for each client, again and again",
             operation="open",

@@ -10,6 +10,7 @@ operations, and prints one line of JSON: done, begin, end (seconds of that clock
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import random
@@ -20,6 +21,9 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 
 BLOCK = 4096
+
+_AT_EMPTY_PATH, _AT_STATX_FORCE_SYNC, _STATX_BASIC_STATS = 0x1000, 0x2000, 0x7FF
+_STATX_BYTES = 256
 
 # What is done once for each of the names, made beforehand.
 Step = Callable[[str], object]
@@ -61,6 +65,23 @@ def chmods(prefix: str, count: int) -> Callable[[], int]:
     return run
 
 
+def getattrs(prefix: str, count: int) -> Callable[[], int]:
+    """Return what asks so often for the attributes of one file, past what the kernel believes."""
+    statx = ctypes.CDLL(None, use_errno=True).statx
+    flags = _AT_EMPTY_PATH | _AT_STATX_FORCE_SYNC
+    buffer = ctypes.create_string_buffer(_STATX_BYTES)
+    words = [os.open(prefix, os.O_PATH), b"", flags, _STATX_BASIC_STATS, buffer]
+
+    def run() -> int:
+        for _ in range(count):
+            if statx(*words):
+                code = ctypes.get_errno()
+                raise OSError(code, os.strerror(code), prefix)
+        return count
+
+    return run
+
+
 def reads(prefix: str, count: int) -> Callable[[], int]:
     """Return what reads so many blocks of one file, in a random order that is always the same."""
     descriptor = os.open(prefix, os.O_RDONLY)
@@ -96,6 +117,7 @@ def lists(paths: Iterable[str]) -> Callable[[], int]:
 WORKLOADS: dict[str, Callable[[str, int], Callable[[], int]]] = {
     "stat": lambda prefix, count: each(os.stat, numbered(prefix, count)),
     "missing": lambda prefix, count: each(lookup_missing, numbered(prefix, count)),
+    "getattr": getattrs,
     "open": lambda prefix, count: each(open_and_close, [prefix] * count),
     "create": lambda prefix, count: each(create_and_unlink, numbered(prefix, count)),
     "readdir": lambda prefix, count: lists(numbered(prefix, count)),

@@ -7,6 +7,7 @@ not to be had is Missing, with the reason. Each is a command that serves in the 
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import re
 import shlex
@@ -22,7 +23,9 @@ from ninefuse.bench import BenchError, Processes
 from ninefuse.bench.mounted import ninefuse_command
 
 SOURCE = "source"
+# The null server on pyfuse3's session, and on the native one.
 NULL = "null"
+NULL_NATIVE = "null-native"
 
 # The second model with nothing but hand-overs, as it was in 2010; with calls of the
 # dispatcher's own; and with io_uring, which is the default where there is one.
@@ -48,7 +51,7 @@ class Row:
     """One line of the tables.
 
     name: for tables, --rows and results.json. kind: "source", "ninefuse", "peer", or "floor" for
-    the null server. command: the server's words, none for the source. version; note: what the
+    the null servers. command: the server's words, none for the source. version; note: what the
     reader should know of its options.
     """
 
@@ -122,6 +125,7 @@ def makers(peers: Sequence[Peer]) -> dict[str, Maker]:
         "pt_ll": _passthrough_ll,
         "example": _example,
         NULL: _null,
+        NULL_NATIVE: _null_native,
     }
     for peer in peers:
         if peer.name in found:
@@ -152,9 +156,20 @@ def _ninefuse(site: Site, name: str) -> Row:
 
 
 def _null(site: Site, name: str) -> Row:
-    command = (sys.executable, "-m", "ninefuse.bench.null_server", str(site.mountpoint(name)))
-    note = "a pyfuse3 server that answers from memory: the floor"
-    return Row(name, "floor", command, pyfuse3_version(), note)
+    note = "a server on pyfuse3 that answers from memory: the floor of its session"
+    return Row(name, "floor", _null_server(site, name, "pyfuse3"), pyfuse3_version(), note)
+
+
+def _null_native(site: Site, name: str) -> Row:
+    if importlib.util.find_spec("ninefuse.fuse._wire") is None:
+        raise BenchError("the native session was not built, which takes a C compiler and Cython")
+    note = "likewise on the native session: the floor of ninefuse"
+    return Row(name, "floor", _null_server(site, name, "native"), ninefuse.__version__, note)
+
+
+def _null_server(site: Site, name: str, session: str) -> tuple[str, ...]:
+    words = ("-m", "ninefuse.bench.null_server", "--session", session)
+    return (sys.executable, *words, str(site.mountpoint(name)))
 
 
 def pyfuse3_version() -> str:

@@ -67,7 +67,7 @@ _BY_HANDLE = frozenset(
 # Nobody waits for an answer to these, whatever they say.
 _UNANSWERED = frozenset((Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT, Opcode.NOTIFY_REPLY))
 # The kernel sends these in nobody's name.
-_NOBODYS = frozenset((Opcode.RELEASE, Opcode.RELEASEDIR))
+_NOBODYS = frozenset((Opcode.RELEASE, Opcode.RELEASEDIR, Opcode.FORGET, Opcode.BATCH_FORGET))
 
 
 class NativeSession:
@@ -91,7 +91,7 @@ class NativeSession:
         self._driver = driver
         self._settings = settings
         self._device: Device
-        self._rows: Rows
+        self._rows = Rows(session, settings)
         self._table: dict[int, Row] = {}
         self._lock_rows: tuple[Row, ...] = ()
         self._fd = -1
@@ -117,20 +117,16 @@ class NativeSession:
         """As of a `FuseSession`."""
         self._watcher = tracer
 
-    def use(self, device: int) -> None:
+    def use(self, device: int, rows: Callable[[Device], dict[int, Row]] | None = None) -> None:
         """Serve this device from now on.
 
         Args:
             device: the FUSE device, open, with O_NONBLOCK. It becomes the session's.
+            rows: by opcode, what answers requests on it; None: the callbacks.
         """
         self._fd = device
         self._device = Device(device, handshake.BUFFER_SIZE)
-        self._rows = Rows(self._session, self._settings)
-        self._rows.statistics = lambda: self.statistics()
-        background = self._driver.in_background
-        replies = Replies(self._device, self._session, self._settings, background)
-        self._table = table(self._rows, replies)
-        self._lock_rows = lock_rows(self._rows, replies)
+        self._table = (rows or self._callbacks)(self._device)
 
     def run(self, started: Callable[[], None]) -> None:
         """Serve until there is no mount any more, or `end` was called. On the dispatcher.
@@ -196,6 +192,13 @@ class NativeSession:
 
     # ---- requests -----------------------------------------------------------------------------
 
+    def _callbacks(self, device: Device) -> dict[int, Row]:
+        self._rows.statistics = lambda: self.statistics()
+        background = self._driver.in_background
+        replies = Replies(device, self._session, self._settings, background)
+        self._lock_rows = lock_rows(self._rows, replies)
+        return table(self._rows, replies)
+
     def _take_some(self) -> int:
         """Start requests, as many as there are and as may be in a row; how many."""
         receive = self._device.receive
@@ -245,17 +248,14 @@ class NativeSession:
     def _take_other(self, message: Message) -> None:
         """Requests that are about the connection, and those that are not served."""
         opcode = message.opcode
-        if opcode in (Opcode.FORGET, Opcode.BATCH_FORGET):
-            body = self._rows.forget(message)
-            self._driver.start("forget", body, partial(self._forgotten, message))
-        elif opcode == Opcode.INTERRUPT:
+        if opcode == Opcode.INTERRUPT:
             self._interrupt(message.args[0])
         elif opcode == Opcode.INIT:
             self._agree(message)
         elif opcode in (Opcode.SETLK, Opcode.SETLKW) and self._agreed is not None:
             self._start(self._lock_rows[message.args[6] & op.LK_FLOCK], message)
-        elif opcode == Opcode.NOTIFY_REPLY:
-            pass  # nothing is asked for
+        elif opcode in _UNANSWERED:
+            pass  # nothing was asked for, nor looked up
         elif opcode == Opcode.DESTROY:
             self._device.empty(message.unique)
         elif self._agreed is None:
@@ -341,19 +341,8 @@ class NativeSession:
         self.errors[name, code] += 1
         if self._debug:
             log.debug("%s: %s", name, errno.errorcode.get(code, code))
-        self._device.error(message.unique, code)
-
-    def _forgotten(self, message: Message, request: Request) -> None:
-        """What the kernel forgot is gone; there is nobody to tell."""
-        self._driver.count(request)
-        if self._driver.observer is not None:
-            self._driver.observer.answered(request.body)
-        try:
-            request.result()
-        except Exception:
-            log.exception("forget failed")
-        if self._watcher is not None:
-            self._watcher.replied()
+        if message.opcode not in _UNANSWERED:
+            self._device.error(message.unique, code)
 
     def _interrupt(self, unique: int) -> None:
         """A signal has come to a caller: a request of his that only waits waits no more.

@@ -63,6 +63,9 @@ class Replies:
     def nothing(self, m: Message, result: object) -> bool:
         return self.device.empty(m.unique)
 
+    def no_reply(self, m: Message, result: object) -> bool:
+        return True  # nobody waits
+
     def entry(self, m: Message, found: Found) -> bool:
         return self.device.entry(m.unique, *self.shown.entry(*found))
 

@@ -312,6 +312,8 @@ def table(rows: Rows, replies: Replies) -> dict[int, Row]:
     nothing = a.nothing
     return {
         Opcode.LOOKUP: Row("lookup", r.lookup, a.entry, a.undo_entry),
+        Opcode.FORGET: Row("forget", r.forget, a.no_reply),
+        Opcode.BATCH_FORGET: Row("forget", r.forget, a.no_reply),
         Opcode.GETATTR: Row("getattr", r.getattr, a.attributes),
         Opcode.STATX: Row("getattr", r.getattr, a.statx),
         Opcode.SETATTR: Row("setattr", r.setattr, a.attributes),

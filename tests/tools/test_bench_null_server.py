@@ -9,8 +9,10 @@ import pytest
 
 from ninefuse.bench import BenchError, Processes, catalogue, dd, workloads
 from ninefuse.bench.mounted import Mounted, mounts_below
+from ninefuse.bench.null_server import SESSIONS
 
 LIMIT = 20.0
+NULL_SERVER = (sys.executable, "-m", "ninefuse.bench.null_server")
 
 
 @pytest.fixture(scope="module")
@@ -19,11 +21,13 @@ def processes() -> Iterator[Processes]:
         yield processes
 
 
-@pytest.fixture(scope="module")
-def mount(processes: Processes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mounted]:
-    """One server for all; leaving it raises unless it ends well."""
+@pytest.fixture(scope="module", params=SESSIONS)
+def mount(
+    request: pytest.FixtureRequest, processes: Processes, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Mounted]:
+    """One server for all, on each session; leaving it raises unless it ends well."""
     path = tmp_path_factory.mktemp("null").resolve()
-    command = [sys.executable, "-m", "ninefuse.bench.null_server", str(path)]
+    command = [*NULL_SERVER, "--session", request.param, str(path)]
     with Mounted(processes, "null", command, path) as mounted:
         yield mounted
     assert mounts_below(path) == []
@@ -100,7 +104,6 @@ def test_it_forgets_what_the_kernel_forgets(processes: Processes, mount: Mounted
 
 
 def test_it_says_how_it_is_called() -> None:
-    command = [sys.executable, "-m", "ninefuse.bench.null_server"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
+    done = subprocess.run(NULL_SERVER, capture_output=True, text=True, timeout=LIMIT, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("usage: ")

@@ -152,11 +152,12 @@ def place(tmp_path: Path, mountpoint: Path) -> Path:
     stat = f"'{sys.executable}' -m ninefuse.stats.command"
     for name, text in (
         ("ninefuse", f"{path} '{sys.executable}' -m ninefuse \"$@\""),
-        # --watch goes on until Ctrl-C. Anything else ends by itself.
+        # --watch goes on until Ctrl-C. Anything else ends by itself. (Without --foreground the
+        # signal would come twice.)
         (
             "ninefuse-stat",
             f'limit=20; [ "$1" != --watch ] || limit=3; '
-            f'{path} timeout --preserve-status -s INT $limit {stat} "$@"',
+            f'{path} timeout --foreground --preserve-status -s INT $limit {stat} "$@"',
         ),
     ):
         script = tmp_path / "path" / name

@@ -12,17 +12,8 @@ from interleaved import Run, explore
 from mounting import SOAK
 
 from ninefuse.tree import filelocks
-from ninefuse.tree.filelocks import (
-    ALL,
-    FileLocks,
-    Held,
-    Holder,
-    Kind,
-    Locked,
-    LockRange,
-    Waiter,
-    set_part,
-)
+from ninefuse.tree.filelocks import FileLocks, Holder, Kind, Locked, Waiter
+from ninefuse.tree.lockranges import ALL, Held, LockRange, set_part
 
 READ, WRITE, NONE = fcntl.F_RDLCK, fcntl.F_WRLCK, fcntl.F_UNLCK
 AT = (Kind.RECORDS, (8, 1), 5)  # a file

@@ -25,17 +25,9 @@ from enum import IntEnum
 from ninefuse.calls import Begin, Later, blocking, brief
 from ninefuse.errors import error
 from ninefuse.linux.syscalls import proc_path
-from ninefuse.tree.filelocks import (
-    ALL,
-    Held,
-    Holder,
-    Kind,
-    Waiter,
-    packed,
-    unpacked,
-    where,
-)
-from ninefuse.tree.filelocks import LockRange as LockRange
+from ninefuse.tree.filelocks import Holder, Kind, Waiter, where
+from ninefuse.tree.lockranges import ALL, Held, packed, unpacked
+from ninefuse.tree.lockranges import LockRange as LockRange
 from ninefuse.tree.nodes import Node
 from ninefuse.tree.opened import OpenFile
 from ninefuse.tree.order import END

@@ -305,11 +305,11 @@ def test_release_drops_what_goes_with_the_handle(client: Client, neighbour: Neig
     assert client.do(locking.flock, other, SHARED)
     assert lock(client, mine, ONE, WRITE, 0, 10)
     assert lock(client, other, OTHER, WRITE, 20, 10)
-    client.do(callbacks.release, mine, True)
+    client.do(callbacks.release, mine)
     assert neighbour.is_free(0, 10)
     assert not neighbour.is_free(20, 10)
     assert not neighbour.whole(EXCLUSIVE)
-    client.do(callbacks.release, other, False)
+    client.do(callbacks.release, other)
     assert neighbour.is_free(0, 0)
     assert neighbour.whole(EXCLUSIVE)
     assert own_descriptors(client) == 0
@@ -335,7 +335,7 @@ def test_locks_are_given_back_before_the_file_is_closed(
     with monkeypatch.context() as patch:
         patch.setattr(client.session, "defer", defer)
         patch.setattr(client.session.fids, "_defer", defer)
-        client.do(callbacks.release, fid, True)
+        client.do(callbacks.release, fid)
         assert neighbour.is_free(0, 0)
         assert neighbour.whole(EXCLUSIVE)
         if in_use:

@@ -184,7 +184,6 @@ CALLBACKS = [
     step(callbacks.fsync, fids, st.booleans()),
     step(callbacks.fsyncdir, fids, st.booleans()),
     step(callbacks.release, fids),
-    step(callbacks.release, fids, st.just(True)),
     # Not one that waits: nobody would give anything back.
     *2 * [step(callbacks.setlk, fids, owners, ranges, st.just(False))],
     step(callbacks.getlk, fids, owners, ranges),

@@ -31,6 +31,7 @@ from ninefuse.linux.callers import Caller
 from ninefuse.tree import session
 from ninefuse.tree.qids import is_on_own_device
 from ninefuse.tree.session import Session, patiently
+from ninefuse.tree.table import Fid
 
 ME = Caller(os.geteuid(), os.getegid())
 
@@ -300,6 +301,16 @@ def lease() -> Iterator[Callable[[Path], Leased]]:
     signal.signal(signal.SIGIO, before)
 
 
+async def looked_up(executor: Executor, model: str, top: Path) -> tuple[Session, Fid]:
+    """A session on a directory, and the fid of the file in it."""
+    if model == "second-local":
+        executor.is_near = is_on_own_device  # type: ignore[attr-defined]
+    session = Session(executor)
+    await answer(executor, "attach", ops.attach(session, ROOT, str(top)))
+    fid, _ = await answer(executor, "lookup", callbacks.lookup(session, ROOT, b"file"))
+    return session, fid
+
+
 @pytest.mark.parametrize("model", ["first", "second", "second-local"])
 @pytest.mark.parametrize("what", ["open", "open to empty", "truncate"])
 def test_a_lease_keeps_no_worker(
@@ -310,11 +321,7 @@ def test_a_lease_keeps_no_worker(
     leased = lease(tmp_path / "file")
 
     async def scenario(executor: Executor) -> None:
-        if model == "second-local":
-            executor.is_near = is_on_own_device  # type: ignore[attr-defined]
-        session = Session(executor)
-        await answer(executor, "attach", ops.attach(session, ROOT, str(tmp_path)))
-        fid, _ = await answer(executor, "lookup", callbacks.lookup(session, ROOT, b"file"))
+        session, fid = await looked_up(executor, model, tmp_path)
         if what == "truncate":
             changes = ops.Changes(size=0)
             body = callbacks.setattr(session, fid.number, None, changes)
@@ -344,11 +351,7 @@ def test_who_waits_for_a_lease_may_be_withdrawn(
     leased = lease(tmp_path / "file")
 
     async def scenario(executor: Executor) -> None:
-        if model == "second-local":
-            executor.is_near = is_on_own_device  # type: ignore[attr-defined]
-        session = Session(executor)
-        await answer(executor, "attach", ops.attach(session, ROOT, str(tmp_path)))
-        fid, _ = await answer(executor, "lookup", callbacks.lookup(session, ROOT, b"file"))
+        session, fid = await looked_up(executor, model, tmp_path)
         before = len(session.fids)
         if "truncate" in what:
             changes = ops.Changes(mode=0o600 if "chmod" in what else None, size=0)

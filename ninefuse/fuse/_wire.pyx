@@ -347,7 +347,7 @@ cdef int take_extensions(Message message, Reader *r) except -1:
     """What follows a request that makes something: the caller's groups, security contexts."""
     cdef TwoIn head
     cdef Reader one
-    cdef uint32_t count, group = 0
+    cdef uint32_t count = 0, group = 0
     cdef uint32_t lengths[2]
     cdef const char *at
     cdef Py_ssize_t size
@@ -854,15 +854,21 @@ cdef class Device:
         return 0
 
     cdef bint answer(self, uint64_t unique, const void *body, size_t size) except -1:
+        return self.answer_two(unique, body, size, NULL, 0)
+
+    cdef bint answer_two(
+        self, uint64_t unique, const void *body, size_t size, const void *more, size_t more_size
+    ) except -1:
         cdef OutHeader header
-        cdef iovec parts[2]
+        cdef iovec parts[3]
         cdef int code
         header.error = 0
         header.unique = unique
         parts[0].iov_base, parts[0].iov_len = &header, sizeof(header)
         parts[1].iov_base, parts[1].iov_len = <void *> body, size
+        parts[2].iov_base, parts[2].iov_len = <void *> more, more_size
         with nogil:
-            code = self.send(parts, 2 if size else 1)
+            code = self.send(parts, 3 if more_size else 2 if size else 1)
         if not code:
             return True
         if code == EINVAL:
@@ -972,23 +978,11 @@ cdef class Device:
 
     def controlled(self, uint64_t unique, bytes data not None):
         """Answer an IOCTL that has gone well, with what it is to write to its caller."""
-        cdef OutHeader header
         cdef IoctlOut out
-        cdef iovec parts[3]
-        cdef int code
         memset(&out, 0, sizeof(out))
-        header.error = 0
-        header.unique = unique
-        parts[0].iov_base, parts[0].iov_len = &header, sizeof(header)
-        parts[1].iov_base, parts[1].iov_len = &out, sizeof(out)
-        parts[2].iov_base = PyBytes_AS_STRING(data)
-        parts[2].iov_len = PyBytes_GET_SIZE(data)
-        with nogil:
-            code = self.send(parts, 3)
-        if code == EINVAL:
-            self.error(unique, EIO)
-            raise OSError(EINVAL, "the kernel refused a reply")
-        return code == 0
+        return self.answer_two(
+            unique, &out, sizeof(out), PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data)
+        )
 
     def statx(self, uint64_t unique, double attr_valid, uint64_t ino, a):
         """Answer a STATX with Attributes, likewise."""

@@ -28,11 +28,12 @@ from ninefuse.calls import Body
 from ninefuse.fuse import callbacks
 from ninefuse.fuse.answers import (
     NOT_REFUSED,
-    STATISTICS,
     Opens,
     errno_for_kernel,
+    is_statistics,
     refuse_statistics,
     shortened,
+    without_statistics,
 )
 from ninefuse.fuse.entries import fitted
 from ninefuse.fuse.handles import Handle
@@ -41,7 +42,6 @@ from ninefuse.linux.callers import Caller
 from ninefuse.linux.syscalls import Attributes
 from ninefuse.settings import Settings
 from ninefuse.tree.kernel import FIRST_HANDLE
-from ninefuse.tree.qids import ROOT_NODEID
 from ninefuse.tree.session import Session
 from ninefuse.tree.table import Fid
 
@@ -193,8 +193,6 @@ class Adapter(pyfuse3.Operations):
             mtime=attr.st_mtime_ns if fields.update_mtime else None,
             ctime=fields.update_ctime,
         )
-        if changes == ops.Changes():
-            changes = changes._replace(ctime=True)  # a chown to nobody: it moves that at least
         handle = None if fh is None else FIRST_HANDLE + fh
         body = callbacks.setattr(self._session, inode, handle, changes, self._caller(ctx))
         return self._attributes(inode, await self._answer("setattr", body, ctx.uid))
@@ -298,7 +296,7 @@ class Adapter(pyfuse3.Operations):
 
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
         self._need_xattr()
-        if inode == ROOT_NODEID and name == STATISTICS:
+        if is_statistics(inode, name):
             return self._statistics()
         body = callbacks.getxattr(self._session, inode, name, self._caller(ctx))
         return await self._answer("getxattr", body, ctx.uid)
@@ -306,11 +304,7 @@ class Adapter(pyfuse3.Operations):
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
         self._need_xattr()
         body = callbacks.listxattr(self._session, inode, self._caller(ctx))
-        names = await self._answer("listxattr", body, ctx.uid)
-        if inode == ROOT_NODEID:
-            # Where the source has an attribute of that name it cannot be reached.
-            names = [name for name in names if name != STATISTICS]
-        return names
+        return without_statistics(inode, await self._answer("listxattr", body, ctx.uid))
 
     async def setxattr(
         self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext

@@ -74,9 +74,19 @@ def errno_for_kernel(failure: OSError) -> int:
     return code
 
 
+def is_statistics(nodeid: int, name: bytes) -> bool:
+    """Whether this is the attribute `STATISTICS`, which only the root has."""
+    return nodeid == ROOT_NODEID and name == STATISTICS
+
+
+def without_statistics(nodeid: int, names: list[bytes]) -> list[bytes]:
+    """The names of a file's attributes, but for one of that name that the source may have."""
+    return [name for name in names if not is_statistics(nodeid, name)]
+
+
 def refuse_statistics(nodeid: int, name: bytes) -> None:
     """Refuse with EPERM to change the attribute `STATISTICS`."""
-    if nodeid == ROOT_NODEID and name == STATISTICS:
+    if is_statistics(nodeid, name):
         raise error(errno.EPERM)
 
 

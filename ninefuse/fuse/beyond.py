@@ -21,10 +21,9 @@ from ninefuse.calls import Behind, blocking
 from ninefuse.errors import error
 from ninefuse.linux import ioctls, syscalls
 from ninefuse.linux.callers import Caller
-from ninefuse.linux.credentials import spending_as
 from ninefuse.linux.filesystems import file_system_of
 from ninefuse.linux.syscalls import proc_path, stat_descriptor
-from ninefuse.ops.opening import keep_mark
+from ninefuse.ops.opening import mark_again
 from ninefuse.tree.nodes import Node
 from ninefuse.tree.opened import OpenDirectory, OpenFile
 from ninefuse.tree.order import END
@@ -69,7 +68,7 @@ async def fallocate(session: Session, handle: int, mode: int, offset: int, lengt
         on = use.node.number
         end = END if mode & _MOVES_ALL else offset + length
         async with session.ranges.changing(on, offset, end):
-            await _keep_mark(session, on, file)
+            await mark_again(session, on, file)
             try:
                 await blocking(on, _fallocate, file, mode, offset, length)
             finally:
@@ -155,7 +154,7 @@ async def copy_file_range(
             async with session.ranges.changing(written, target_offset, target_offset + length):
                 if before is not None:
                     await Behind(before)
-                await _keep_mark(session, written, to_file)
+                await mark_again(session, written, to_file)
                 try:
                     return await _copy_pieces(
                         written, from_file.fd, source_offset, to_file, target_offset, length
@@ -221,7 +220,7 @@ async def ioctl(
         session.fids.put(use)
 
 
-def is_shared(session: Session, handle: int) -> None:
+def look_again(session: Session, handle: int) -> None:
     """A lock has been taken: have the kernel look at the file before it reads from its cache.
 
     Who takes a lock wants what others have written before they gave theirs back. They may have
@@ -254,18 +253,8 @@ async def syncfs(session: Session, nodeid: int) -> None:
         await blocking(node.number, _sync, session, node.fd, nodeid == ROOT_NODEID)
 
 
-async def _keep_mark(session: Session, on: int, file: OpenFile) -> None:
-    """As before a write (ops/io.py): a set-id bit may have come after the open."""
-    if session.fids.set_id and on in session.fids.set_id and file.group is None:
-        await blocking(on, keep_mark, file)
-
-
 def _fallocate(file: OpenFile, mode: int, offset: int, length: int) -> None:
-    if file.writer is None:
-        syscalls.fallocate(file.fd, mode, offset, length)
-    else:
-        call = syscalls.fallocate
-        spending_as(file.writer, file.group, call, file.fd, mode, offset, length)
+    file.spend(syscalls.fallocate, file.fd, mode, offset, length)
 
 
 async def _copy_pieces(
@@ -286,10 +275,8 @@ async def _copy_pieces(
 
 
 def _copy(source: int, target: OpenFile, count: int, source_offset: int, target_offset: int) -> int:
-    arguments = source, target.fd, count, source_offset, target_offset
-    if target.writer is None:
-        return os.copy_file_range(*arguments)
-    return spending_as(target.writer, target.group, os.copy_file_range, *arguments)
+    places = source_offset, target_offset
+    return target.spend(os.copy_file_range, source, target.fd, count, *places)
 
 
 def _nodeid_of(session: Session, node: Node) -> int:

@@ -83,6 +83,8 @@ async def setattr(
         session, nodeid, handle, wanted, caller: as of the messages.
         says_all: whether what is wanted is all that the kernel said; else see changes.py.
     """
+    if wanted == ops.Changes():
+        wanted = wanted._replace(ctime=True)  # a chown to nobody: it moves that at least
     if not says_all:
         return await changes.change(session, nodeid, handle, wanted, caller)
     return await changes.change_exactly(session, nodeid, handle, wanted, caller)
@@ -235,7 +237,7 @@ async def setlk(
     elif await ops.lock(session, handle, 0, wanted, owner) is not ops.LockStatus.SUCCESS:
         raise error(errno.EAGAIN)
     if wanted.type != fcntl.F_UNLCK:
-        beyond.is_shared(session, handle)
+        beyond.look_again(session, handle)
 
 
 async def flock(session: Session, handle: int, operation: int, waits: bool) -> None:
@@ -249,7 +251,7 @@ async def flock(session: Session, handle: int, operation: int, waits: bool) -> N
     elif not await locking.flock(session, handle, operation):
         raise error(errno.EAGAIN)
     if operation != fcntl.LOCK_UN:
-        beyond.is_shared(session, handle)
+        beyond.look_again(session, handle)
 
 
 async def flush(session: Session, handle: int, owner: int | None = None) -> None:
@@ -288,14 +290,11 @@ async def fsyncdir(session: Session, handle: int, datasync: bool) -> None:
     await ops.fsync(session, handle, datasync)
 
 
-async def release(session: Session, handle: int, unlocks: bool = False) -> None:
+async def release(session: Session, handle: int) -> None:
     """clunk, which gives back the locks that end with the handle.
 
-    Args:
-        session: the conversation.
-        handle: the open file.
-        unlocks: whether flock(2) was used on it. That is all that the kernel tells, and nothing
-            that is not known here: of locks by F_OFD_SETLK it does not say that they end.
+    Which these are is known here. The kernel says whether flock(2) was used (RELEASE's
+    FUSE_RELEASE_FLOCK_UNLOCK), and of locks by F_OFD_SETLK nothing.
     """
     await ops.clunk(session, handle)
 

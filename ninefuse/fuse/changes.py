@@ -129,8 +129,10 @@ async def _set_for_write(
 
 def _may_lose_bits(fd: int, caller: Caller) -> bool:
     """Whether a file has set-id bits that a write by this caller takes away. Blocks."""
-    if not stat_descriptor(fd).mode & _SET_ID:
-        return False
+    return bool(stat_descriptor(fd).mode & _SET_ID) and _may_write_as(caller, fd)
+
+
+def _may_write_as(caller: Caller, fd: int) -> bool:
     with acting_as(caller, (ENTER, fd, b"")):
         return may_write(fd)
 
@@ -150,9 +152,8 @@ def _is_for_write(fd: int, mode: int | None, caller: Caller) -> bool:
         return False
     # Who may not write, nor could have the bits taken by that, asks by himself: the kernel
     # believes him to be the owner still.
-    with acting_as(caller, (ENTER, fd, b"")):
-        if not may_write(fd):
-            return False
+    if not _may_write_as(caller, fd):
+        return False
     with acting_as(None, bits=True):
         os.chmod(proc_path(fd), mode)
     return True

@@ -41,7 +41,6 @@ class Flags(IntFlag):
     ASYNC_READ = 1 << 0
     POSIX_LOCKS = 1 << 1
     ATOMIC_O_TRUNC = 1 << 3
-    EXPORT_SUPPORT = 1 << 4
     BIG_WRITES = 1 << 5
     DONT_MASK = 1 << 6
     FLOCK_LOCKS = 1 << 10

@@ -83,10 +83,8 @@ FOPEN_DIRECT_IO = 1 << 0
 FOPEN_KEEP_CACHE = 1 << 1
 FOPEN_PARALLEL_DIRECT_WRITES = 1 << 6
 
-READ_LOCKOWNER = 1 << 1
 WRITE_CACHE = 1 << 0  # written back from the page cache
 WRITE_KILL_SUIDGID = 1 << 2  # set-id bits are to go
-RELEASE_FLOCK_UNLOCK = 1 << 1
 FSYNC_FDATASYNC = 1 << 0
 LK_FLOCK = 1 << 0
 

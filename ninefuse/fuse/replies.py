@@ -17,7 +17,7 @@ from ninefuse.errors import error
 from ninefuse.fuse import callbacks
 from ninefuse.fuse import opcodes as op
 from ninefuse.fuse._wire import Device, Entries, Message
-from ninefuse.fuse.answers import STATISTICS, Opens
+from ninefuse.fuse.answers import Opens, without_statistics
 from ninefuse.fuse.entries import EntryPlus, fitted
 from ninefuse.fuse.handles import Handle
 from ninefuse.fuse.shown import Shown
@@ -26,7 +26,6 @@ from ninefuse.linux.syscalls import Attributes
 from ninefuse.ops.locking import LockRange
 from ninefuse.settings import Settings
 from ninefuse.tree.kernel import FIRST_HANDLE
-from ninefuse.tree.qids import ROOT_NODEID
 from ninefuse.tree.session import Session
 from ninefuse.tree.table import Fid
 
@@ -145,10 +144,8 @@ class Replies:
         return self._sized(m, m.args[1], value)
 
     def names(self, m: Message, names: list[bytes]) -> bool:
-        if m.nodeid == ROOT_NODEID:
-            # Where the source has an attribute of that name it cannot be reached.
-            names = [name for name in names if name != STATISTICS]
-        return self._sized(m, m.args[0], b"".join(name + b"\0" for name in names))
+        shown = without_statistics(m.nodeid, names)
+        return self._sized(m, m.args[0], b"".join(name + b"\0" for name in shown))
 
     # What is taken back
 

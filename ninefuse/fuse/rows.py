@@ -10,7 +10,6 @@ Locks touched: none.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import stat
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from ninefuse.errors import error
 from ninefuse.fuse import callbacks
 from ninefuse.fuse import opcodes as op
 from ninefuse.fuse._wire import Message
-from ninefuse.fuse.answers import STATISTICS, Opens, refuse_statistics
+from ninefuse.fuse.answers import Opens, is_statistics, refuse_statistics
 from ninefuse.fuse.entries import EntryPlus
 from ninefuse.fuse.handles import Handle
 from ninefuse.fuse.opcodes import Opcode
@@ -30,21 +29,16 @@ from ninefuse.fuse.replies import LAST_BYTE, Found, Made, Replies
 from ninefuse.linux.callers import Caller
 from ninefuse.linux.records import DirectoryEntry
 from ninefuse.linux.syscalls import Attributes, SetTime
-from ninefuse.ops.locking import LockRange
+from ninefuse.ops.locking import FLOCK_OPERATIONS, LockRange
 from ninefuse.settings import Settings
 from ninefuse.tree.kernel import FIRST_HANDLE
-from ninefuse.tree.qids import ROOT_NODEID
 from ninefuse.tree.session import Session
 
 _BILLION = 1_000_000_000
-_FLOCKS = {
-    fcntl.F_RDLCK: fcntl.LOCK_SH,
-    fcntl.F_WRLCK: fcntl.LOCK_EX,
-    fcntl.F_UNLCK: fcntl.LOCK_UN,
-}
 _LAYOUT_IS_ANOTHER = op.IOCTL_COMPAT | op.IOCTL_UNRESTRICTED | op.IOCTL_32BIT | op.IOCTL_COMPAT_X32
 
-# By WRITE_CACHE and WRITE_KILL_SUIDGID. Written back it is in nobody's name, and says nothing of
+_SAYS_HOW = op.WRITE_CACHE | op.WRITE_KILL_SUIDGID
+# By these two flags. Written back it is in nobody's name, and says nothing of
 # set-id bits.
 _WRITING = {
     0: ops.Writing(keeps_bits=True),
@@ -114,10 +108,7 @@ class Rows:
         return callbacks.getattr(self.session, m.nodeid)
 
     def setattr(self, m: Message) -> Body[Attributes]:
-        valid, fh, size, _owner, atime, mtime, _ctime, atime_ns, mtime_ns, _ctime_ns, mode = m.args[
-            :11
-        ]
-        uid, gid = m.args[11:]
+        valid, fh, size, _, atime, mtime, _, atime_ns, mtime_ns, _, mode, uid, gid = m.args
         changes = ops.Changes(
             mode=stat.S_IMODE(mode) if valid & op.FATTR_MODE else None,
             uid=uid if valid & op.FATTR_UID else None,
@@ -127,8 +118,6 @@ class Rows:
             mtime=_time(valid, op.FATTR_MTIME, op.FATTR_MTIME_NOW, mtime, mtime_ns),
             ctime=bool(valid & op.FATTR_CTIME),
         )
-        if changes == ops.Changes():
-            changes = changes._replace(ctime=True)  # a chown to nobody: it moves that at least
         handle = FIRST_HANDLE + fh if valid & op.FATTR_FH else None
         return callbacks.setattr(self.session, m.nodeid, handle, changes, _caller(m), says_all=True)
 
@@ -159,7 +148,8 @@ class Rows:
 
     def write(self, m: Message) -> Body[int]:
         fh, offset, data, flags = m.args[:4]
-        return callbacks.write(self.session, FIRST_HANDLE + fh, offset, data, _WRITING[flags & 5])
+        how = _WRITING[flags & _SAYS_HOW]
+        return callbacks.write(self.session, FIRST_HANDLE + fh, offset, data, how)
 
     def flush(self, m: Message) -> Body[None]:
         fh, owner = m.args
@@ -171,9 +161,7 @@ class Rows:
         return callbacks.fsync(self.session, FIRST_HANDLE + fh, datasync)
 
     def release(self, m: Message) -> Body[None]:
-        fh, _, flags, _ = m.args
-        unlocks = bool(flags & op.RELEASE_FLOCK_UNLOCK)
-        return callbacks.release(self.session, FIRST_HANDLE + fh, unlocks)
+        return callbacks.release(self.session, FIRST_HANDLE + m.args[0])
 
     def getlk(self, m: Message) -> Body[LockRange]:
         fh, owner, start, end, kind, pid, _ = m.args
@@ -189,10 +177,10 @@ class Rows:
 
     def flock(self, m: Message) -> Body[None]:
         fh, kind = m.args[0], m.args[4]
-        if kind not in _FLOCKS:
+        if kind not in FLOCK_OPERATIONS:
             raise error(errno.EINVAL)
         waits = m.opcode == Opcode.SETLKW
-        return callbacks.flock(self.session, FIRST_HANDLE + fh, _FLOCKS[kind], waits)
+        return callbacks.flock(self.session, FIRST_HANDLE + fh, FLOCK_OPERATIONS[kind], waits)
 
     def fallocate(self, m: Message) -> Body[None]:
         fh, offset, length, mode = m.args
@@ -250,7 +238,7 @@ class Rows:
     def getxattr(self, m: Message) -> Body[bytes] | Known:
         self._need_xattr()
         name = m.args[0]
-        if m.nodeid == ROOT_NODEID and name == STATISTICS:
+        if is_statistics(m.nodeid, name):
             return Known(self.statistics())
         return callbacks.getxattr(self.session, m.nodeid, name, _caller(m))
 
@@ -372,6 +360,6 @@ def _time(valid: int, field: int, now: int, seconds: int, nanoseconds: int) -> i
 
 def _range(kind: int, start: int, end: int, pid: int) -> LockRange:
     """A lock as 9P has it: a length, and 0 for one to the end of the file."""
-    if kind not in _FLOCKS or end < start:
+    if kind not in FLOCK_OPERATIONS or end < start:
         raise error(errno.EINVAL)
     return LockRange(kind, start, 0 if end >= LAST_BYTE else end - start + 1, pid)

@@ -13,9 +13,9 @@ from typing import NamedTuple
 from ninefuse.calls import Begin, Call, Fsync, Pread, Pwrite, blocking
 from ninefuse.errors import error
 from ninefuse.linux import transfer
-from ninefuse.linux.credentials import acting_as, spending_as
+from ninefuse.linux.credentials import acting_as
 from ninefuse.linux.syscalls import proc_path
-from ninefuse.ops.opening import keep_mark
+from ninefuse.ops.opening import mark_again
 from ninefuse.tree.opened import AttributeRead, AttributeWrite, OpenDirectory, OpenFile
 from ninefuse.tree.order import END
 from ninefuse.tree.session import (
@@ -120,11 +120,8 @@ async def write(
         appends = file.flags & os.O_APPEND and not how.is_writeback
         end = END if appends else offset + len(data)
         async with session.ranges.changing(on, offset, end):
-            if session.fids.set_id and on in session.fids.set_id and file.group is None:
-                await blocking(on, keep_mark, file)  # it may have come after the open
-                keeps_bits = how.keeps_bits and file.writer is None
-            else:
-                keeps_bits = False
+            had_bits = session.fids.set_id and await mark_again(session, on, file)
+            keeps_bits = bool(had_bits) and how.keeps_bits and file.writer is None
             written = await _writing(on, file, data, offset, how, keeps_bits)
             while written < len(data) and _is_writeback(file, offset, how):
                 # Of such a write the kernel heeds the error alone: a short count would be a loss
@@ -208,11 +205,13 @@ def _is_writeback(file: OpenFile, offset: int, how: Writing) -> bool:
     return is_cached and not file.live and offset % mmap.PAGESIZE == 0
 
 
+def _write_live(file: OpenFile, data: bytes, offset: int) -> int:
+    return file.spend(_write_once, file.fd, data, offset)
+
+
 def _write_in_place(file: OpenFile, data: bytes, offset: int) -> int:
     """Write where it says by a descriptor that appends: pages go back by any handle there is."""
-    if file.writer is None:
-        return _write_there(file.fd, data, offset)
-    return spending_as(file.writer, file.group, _write_there, file.fd, data, offset)
+    return file.spend(_write_there, file.fd, data, offset)
 
 
 def _write_there(fd: int, data: bytes, offset: int) -> int:
@@ -231,12 +230,6 @@ def _write_there(fd: int, data: bytes, offset: int) -> int:
 def _write_keeping_bits(fd: int, data: bytes, offset: int) -> int:
     with acting_as(None, bits=True):
         return transfer.write_fully(fd, data, offset)
-
-
-def _write_live(file: OpenFile, data: bytes, offset: int) -> int:
-    if file.writer is None:
-        return _write_once(file.fd, data, offset)
-    return spending_as(file.writer, file.group, _write_once, file.fd, data, offset)
 
 
 def _write_attribute(new: AttributeWrite, offset: int, data: bytes) -> int:

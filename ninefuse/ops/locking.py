@@ -46,8 +46,9 @@ class LockStatus(IntEnum):
 
 _LOCK_FLAGS = 3  # P9_LOCK_FLAGS_BLOCK, P9_LOCK_FLAGS_RECLAIM
 _TYPES = (fcntl.F_RDLCK, fcntl.F_WRLCK, fcntl.F_UNLCK)
-_OPERATIONS = dict(zip(_TYPES, (fcntl.LOCK_SH, fcntl.LOCK_EX, fcntl.LOCK_UN), strict=True))
-_TYPE_OF = {operation: kind for kind, operation in _OPERATIONS.items()}
+# flock(2)'s operations, by the types that fcntl(2) has.
+FLOCK_OPERATIONS = dict(zip(_TYPES, (fcntl.LOCK_SH, fcntl.LOCK_EX, fcntl.LOCK_UN), strict=True))
+_TYPE_OF = {operation: kind for kind, operation in FLOCK_OPERATIONS.items()}
 _OPENING = os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 
 
@@ -353,7 +354,7 @@ def _try(kind: Kind, fd: int, wanted: LockRange) -> bool:
     """Set or clear a lock of a descriptor; False where another is in the way."""
     try:
         if kind is Kind.WHOLE:
-            fcntl.flock(fd, _OPERATIONS[wanted.type] | fcntl.LOCK_NB)
+            fcntl.flock(fd, FLOCK_OPERATIONS[wanted.type] | fcntl.LOCK_NB)
         else:
             fcntl.fcntl(fd, fcntl.F_OFD_SETLK, packed(wanted))
     except (BlockingIOError, PermissionError):

@@ -377,6 +377,23 @@ def has_mark(mode: int) -> bool:
     return mode & (stat.S_ISGID | stat.S_IXGRP) == stat.S_ISGID
 
 
+async def mark_again(session: Session, on: int, file: OpenFile) -> bool:
+    """`keep_mark` before a change of a file's data: a set-id bit may have come after the open.
+
+    Args:
+        session: the conversation.
+        on: the file's qid path.
+        file: it, open for writing.
+
+    Returns:
+        Whether the file was shown with set-id bits, and had to be looked at.
+    """
+    if on not in session.fids.set_id or file.group is not None:
+        return False
+    await blocking(on, keep_mark, file)
+    return True
+
+
 def keep_mark(file: OpenFile) -> None:
     """Have a file's set-group-id bit stay when it is written to, for whom the source leaves it."""
     if file.opener is not None and os.geteuid() == 0:

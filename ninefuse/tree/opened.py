@@ -6,10 +6,15 @@ Locks touched: none. What one of them holds is changed by its fid's operations a
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import TypeVar
 
 from ninefuse.linux.callers import Caller
+from ninefuse.linux.credentials import spending_as
 from ninefuse.tree.filelocks import Holder
 from ninefuse.tree.listing import Listing
+
+T = TypeVar("T")
 
 
 class OpenFile:
@@ -40,6 +45,20 @@ class OpenFile:
         self.opener: Caller | None = None
         self.owner = owner
         self.holders: set[Holder] | None = None  # guarded by the mutex of `FileLocks`
+
+    def spend(self, function: Callable[..., T], *args: object) -> T:
+        """Call what takes blocks by this file, for who opened it (`spending_as`). Blocks.
+
+        Args:
+            function: what to call.
+            args: its arguments.
+
+        Raises:
+            OSError: of `spending_as`.
+        """
+        if self.writer is None:
+            return function(*args)
+        return spending_as(self.writer, self.group, function, *args)
 
     @property
     def readable(self) -> bool:

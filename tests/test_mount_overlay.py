@@ -222,6 +222,38 @@ def test_root_in_a_container_has_fewer_rights_than_who_mounted_the_overlay(
 
 
 @needs_root
+@pytest.mark.limit(30.0)
+@pytest.mark.parametrize("model", SOME_MODELS)
+def test_a_program_is_started_with_a_file_open_that_was_copied_up(
+    new_mount: Callable[..., Mount], tmp_path: Path, model: str
+) -> None:
+    """execve(2) closes it, which overlayfs has the mount asked for: amid a change of the process.
+
+    Who looked for the caller in /proc then, where most of it waits for the end of that change,
+    kept waiting him, itself, and everybody who lists processes.
+    """
+    needs_overlay(tmp_path, tmp_path / "probe")
+    lower = tmp_path / "lower"
+    lower.mkdir()
+    (lower / "file").write_bytes(b"1")
+    mount = new_mount("--model", model)
+    script = """
+import os, sys
+uid, name = int(sys.argv[1]), sys.argv[2]
+reader = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
+writer = os.open(name, os.O_WRONLY | os.O_CLOEXEC)
+os.setresuid(uid, uid, uid)
+os.execv("/bin/echo", ["echo", "started"])
+"""
+    for uid in ("0", "1234"):
+        with overlay(tmp_path / "merged", lower, mount.path) as merged:
+            done = run(sys.executable, "-c", script, uid, merged / "file")
+        assert (done.returncode, done.stdout, done.stderr) == (0, "started\n", "")
+        shutil.rmtree(mount.path / "upper")
+        shutil.rmtree(mount.path / "work")
+
+
+@needs_root
 def test_a_lower_directory_on_the_mount(new_mount: Callable[..., Mount], tmp_path: Path) -> None:
     needs_overlay(tmp_path, tmp_path / "probe")
     mount = new_mount()

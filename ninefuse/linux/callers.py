@@ -96,7 +96,7 @@ def may_change_projects(caller: Caller) -> bool:
     That takes to be in no user namespace of one's own (fileattr_set_prepare in fs/file_attr.c).
     A process that cannot be seen may be in one, unless it is root's.
     """
-    if caller.pid and _own_namespace():
+    if caller.pid and _own_ids():
         with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
             return _is_in_our_namespace(caller.pid)
     return caller.uid == 0
@@ -108,16 +108,21 @@ def is_being_killed(pid: int) -> bool:
     Args:
         pid: the thread's number; 0: it is not known.
     """
-    if not pid or not _own_namespace():
+    if not pid or not _own_ids():
         return False
     try:
-        found = _PENDING.search(_read(f"{pid}/status"))
+        found = _PENDING.search(_read_status(pid))
     except OSError:
         return True  # it is no more
     return found is not None and bool(int(found[1], 16) & 1 << signal.SIGKILL - 1)
 
 
 # What proc(5) says
+#
+# A caller may wait for an answer while it runs execve(2): closing a file there can mean another
+# open, of an overlay's upper layer. It holds a lock then, for which most of its directory in
+# /proc has its readers wait (exec_update_lock in the kernel): the links in ns/, stat, fd/ and
+# more. Who waited for it would never answer. So no file is read here but status and uid_map.
 
 
 def look_apart() -> None:
@@ -135,17 +140,17 @@ def look_apart() -> None:
 _proc: int | None = None  # None: the one at /proc
 
 
-def _own_namespace() -> str:
-    """This process's user namespace; empty if /proc has other process numbers than requests."""
+def _own_ids() -> bytes:
+    """The user ids that this process knows; none if /proc has other numbers than requests."""
     global _own
     pid = os.getpid()
     if _own[0] != pid:
-        itself = _link("self") == str(pid)
-        _own = pid, _link("self/ns/user") if itself else ""
+        itself = os.readlink(_place("self"), dir_fd=_proc) == str(pid)
+        _own = pid, _read(f"{pid}/uid_map") if itself else b""
     return _own[1]
 
 
-_own: tuple[int, str] = (0, "")
+_own: tuple[int, bytes] = (0, b"")
 
 
 def rights_of(caller: Caller, permitted: int) -> Rights:
@@ -163,7 +168,7 @@ def rights_of(caller: Caller, permitted: int) -> Rights:
     all_if_root = ALL if caller.uid == 0 else _CHECKED
     unknown = Rights(capabilities=all_if_root)
     pid = caller.pid
-    if not pid or not _own_namespace():
+    if not pid or not _own_ids():
         return unknown
     try:
         if caller.uid == 0 and permitted & _OVER_FILES == _OVER_FILES:
@@ -171,7 +176,7 @@ def rights_of(caller: Caller, permitted: int) -> Rights:
             has = get_capabilities(pid).effective
             if not permitted & ~has and _is_in_our_namespace(pid):
                 return Rights(capabilities=has)
-        found = _STATUS.search(_read(f"{pid}/status"))
+        found = _STATUS.search(_read_status(pid))
         if found is None:
             return unknown
         has = int(found[4], 16)
@@ -199,35 +204,39 @@ def rights_of(caller: Caller, permitted: int) -> Rights:
 
 
 def _is_in_our_namespace(pid: int) -> bool:
-    """Whether a thread's capabilities are in the user namespace that this process is in."""
-    try:
-        return _link(f"{pid}/ns/user") == _own_namespace()
-    except PermissionError:
-        # That takes CAP_SYS_PTRACE, which containers lack. One that knows the same ids will do.
-        return all(_map(pid, kind) == _map("self", kind) for kind in ("uid", "gid"))
+    """Whether a thread's capabilities are in the user namespace that this process is in.
+
+    That it knows the same user ids will do. Who makes another one that knows them all must be
+    able to become each of them (user_namespaces(7)).
+    """
+    return _read(f"{pid}/uid_map") == _own_ids()
 
 
-def _map(pid: int | str, kind: str) -> list[tuple[int, ...]]:
+def _map(pid: int, kind: str) -> list[tuple[int, ...]]:
     """The ids that a thread's user namespace knows: (there, here, how many)."""
     lines = _read(f"{pid}/{kind}_map").splitlines()
     return [tuple(map(int, line.split())) for line in lines]
 
 
-def _link(path: str) -> str:
-    return os.readlink(path if _proc is not None else f"/proc/{path}", dir_fd=_proc)
+def _read_status(pid: int) -> bytes:
+    return _read(f"{pid}/status", until=b"\nCapEff:")
 
 
-def _read(path: str) -> bytes:
-    flags = os.O_RDONLY | os.O_CLOEXEC
-    fd = os.open(path if _proc is not None else f"/proc/{path}", flags, dir_fd=_proc)
+def _read(path: str, until: bytes = b"") -> bytes:
+    """What a file in /proc says; where what follows a word is not needed, up to there at least."""
+    fd = os.open(_place(path), os.O_RDONLY | os.O_CLOEXEC, dir_fd=_proc)
     try:
         data = os.read(fd, 8192)
-        # That is all of it, nearly always, and what is not in it is not needed.
-        while b"\nCapEff:" not in data and (more := os.read(fd, 1 << 16)):
+        # That is all of it, nearly always.
+        while until not in data and (more := os.read(fd, 1 << 16)):
             data += more
         return data
     finally:
         os.close(fd)
+
+
+def _place(path: str) -> str:
+    return path if _proc is not None else f"/proc/{path}"
 
 
 def granted(capabilities: int, pid: int, over: tuple[tuple[int, int, bytes], ...]) -> int:

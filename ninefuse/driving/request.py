@@ -103,7 +103,7 @@ class Request:
         self.at = get_ident()  # the thread that it was seen on last
         self.crossings = 0
         self.holds: tuple[Acquire, ...] = ()
-        self.has_waited = False  # a while, to try again
+        self.has_waited = False  # a while, to try again: it is counted as one that waits
         self.is_begun = False
         self.is_withdrawn = False
         self.is_interrupted = False

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import logging
 import os
 from collections import Counter
@@ -48,7 +49,8 @@ log = logging.getLogger(__name__)
 
 _IN_A_ROW = 16  # requests read before what else the dispatcher has to do is looked at
 # Requests under way at which the device is read no more: well above what the kernel
-# sends when every thread of a busy machine is stuck in one file.
+# sends when every thread of a busy machine is stuck in one file. Those that wait for a lock or a
+# lease do not count (`Executor.waiting`): what they wait for may come by the device.
 _MOST_REQUESTS = 20_000
 _A_WHILE = 50  # milliseconds until it is looked at again whether there are fewer
 
@@ -64,6 +66,7 @@ _BY_HANDLE = frozenset(
         Opcode.FSYNCDIR,
     )
 )
+_LOCKS = frozenset((Opcode.SETLK, Opcode.SETLKW))
 # Nobody waits for an answer to these, whatever they say.
 _UNANSWERED = frozenset((Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT, Opcode.NOTIFY_REPLY))
 # The kernel sends these in nobody's name.
@@ -93,6 +96,7 @@ class NativeSession:
         self._device: Device
         self._rows = Rows(session, settings)
         self._table: dict[int, Row] = {}
+        self._asked: dict[int, Request] = {}  # under way, by what the kernel calls them
         self._lock_rows: tuple[Row, ...] = ()
         self._fd = -1
         # Open from the start: in the end there may be no descriptors left.
@@ -203,7 +207,7 @@ class NativeSession:
         """Start requests, as many as there are and as may be in a row; how many."""
         receive = self._device.receive
         for taken in range(_IN_A_ROW):
-            if len(self._driver.requests) >= _MOST_REQUESTS:
+            if len(self._driver.requests) - self._driver.waiting >= _MOST_REQUESTS:
                 self._device.wait(self._wake, -1, _A_WHILE)
                 return _IN_A_ROW
             message = receive()
@@ -239,11 +243,17 @@ class NativeSession:
             self._reply(row, message, body.result)
             return
         user = self._user(message)
-        if user and self._driver.has_too_many(user) and row.name not in NOT_REFUSED:
+        if user and self._driver.has_too_many(user) and (code := _refusal(row, message)):
             body.close()
-            self._refuse(row.name, message, errno.EAGAIN)
+            self._refuse(row.name, message, code)
             return
-        self._driver.start(row.name, body, partial(self._answer, row, message), user)
+        request = self._driver.start(row.name, body, partial(self._answer, row, message), user)
+        # Looked at before and after: it may be answered meanwhile, by another thread.
+        under_way = self._driver.requests
+        if request.tag in under_way:
+            self._asked[message.unique] = request
+            if request.tag not in under_way:
+                self._asked.pop(message.unique, None)
 
     def _take_other(self, message: Message) -> None:
         """Requests that are about the connection, and those that are not served."""
@@ -252,7 +262,7 @@ class NativeSession:
             self._interrupt(message.args[0])
         elif opcode == Opcode.INIT:
             self._agree(message)
-        elif opcode in (Opcode.SETLK, Opcode.SETLKW) and self._agreed is not None:
+        elif opcode in _LOCKS and self._agreed is not None:
             self._start(self._lock_rows[message.args[6] & op.LK_FLOCK], message)
         elif opcode in _UNANSWERED:
             pass  # nothing was asked for, nor looked up
@@ -294,6 +304,7 @@ class NativeSession:
     def _answer(self, row: Row, message: Message, request: Request) -> None:
         """A request has ended: answer it. On the thread where that was; raises nothing."""
         driver = self._driver
+        self._asked.pop(message.unique, None)
         driver.count(request)
         if driver.observer is not None:
             driver.observer.answered(request.body)
@@ -350,19 +361,26 @@ class NativeSession:
         One that waits for a worker does so only if he is being killed. Who goes on is not to be
         told EINTR by calls that no file system interrupts.
         """
-        # Seldom, so that it is looked for here and not noted for each request.
-        for request in list(self._driver.requests.values()):
-            done = request.done
-            if isinstance(done, partial) and done.args[-1].unique == unique:
-                if is_being_killed(done.args[-1].pid):
-                    self._driver.withdraw(request)
-                else:
-                    self._driver.interrupt(request)
-                return
+        request = self._asked.get(unique)
+        if request is None:  # it is answered
+            return
+        assert isinstance(request.done, partial)
+        if is_being_killed(request.done.args[-1].pid):
+            self._driver.withdraw(request)
+        else:
+            self._driver.interrupt(request)
 
     def _be_woken(self) -> None:
         with contextlib.suppress(OSError):  # it has ended
             os.eventfd_write(self._wake, 1)
+
+
+def _refusal(row: Row, message: Message) -> int:
+    """What is told to who has too many requests under way; 0: nothing, he is served."""
+    if message.opcode in _LOCKS:
+        # Others wait for what is given back. And EAGAIN would say that a lock is in the way.
+        return 0 if message.args[4] == fcntl.F_UNLCK else errno.ENOLCK
+    return 0 if row.name in NOT_REFUSED else errno.EAGAIN
 
 
 def _nothing() -> None:

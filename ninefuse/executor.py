@@ -267,6 +267,12 @@ class SecondModel(_Pooled):
         """As of an `Executor`: on a worker, to its end."""
         self.pool.resume(partial(self._rest, request))
 
+    def withdraw(self, request: Request) -> None:
+        """As of an `Executor`."""
+        super().withdraw(request)
+        if self.uring is not None:  # what waits for a place there is the dispatcher's alone
+            self.dispatcher.post(partial(self._leave_engine, request))
+
     @property
     def fd(self) -> int:
         """As of an `Executor`: the engine's."""
@@ -367,6 +373,12 @@ class SecondModel(_Pooled):
             look = partial(self.dispatcher.post, self._look_after)
             # Else no thread is to be had, and the next that comes tries again.
             self._is_minding = self.clock.call_later(STUCK, look)
+
+    def _leave_engine(self, request: Request) -> None:
+        """Go on with a withdrawn request, if its first call waits for a place of the engine's."""
+        assert self.uring is not None
+        if not request.is_begun and self.uring.leave(request):
+            self._interrupt(request)
 
     def _look_after(self) -> None:
         self._is_minding = False

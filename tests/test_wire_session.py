@@ -12,6 +12,7 @@ import resource
 import stat
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -368,6 +369,65 @@ def test_the_session_ends_when_it_is_told_to(tree: Path, model: str) -> None:
         kernel.init()
         kernel.front.end()
         kernel.ended()
+
+
+# More than may be under way
+
+
+@pytest.fixture
+def stuck(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Syncs last until it is set; two requests are the most that may be under way."""
+    gate = threading.Event()
+    monkeypatch.setattr(os, "fsync", lambda _: passed(gate))
+    monkeypatch.setattr(native, "_MOST_REQUESTS", 2)
+    yield gate
+    gate.set()
+
+
+def fill_up(kernel: Kernel) -> list[int]:
+    """Have as many requests under way as may be, and one that is not read; their numbers."""
+    kernel.init()
+    nodeid = lookup(kernel, b"file")
+    body = pack("fsync_in", opened(kernel, nodeid), 0, 0)
+    uniques = [kernel.new_unique() for _ in range(2)]
+    for unique in uniques:
+        kernel.send(request(Opcode.FSYNC, body, unique=unique, nodeid=nodeid, **ME))
+    wait_until(lambda: len(kernel.driver.requests) == 2, "both are under way")
+    uniques.append(kernel.new_unique())
+    kernel.send(request(Opcode.LOOKUP, b"file\0", unique=uniques[-1], nodeid=ROOT, **ME))
+    return uniques
+
+
+@pytest.mark.parametrize("model", ["first", "second"])
+def test_while_too_much_is_under_way_the_session_sleeps(
+    tree: Path, stuck: threading.Event, model: str
+) -> None:
+    """Though there is something to be read; it is, when something has ended."""
+    with serving(tree, model) as kernel:
+        uniques = fill_up(kernel)
+        clock = time.pthread_getcpuclockid(kernel._thread.ident or 0)
+        before, since = time.clock_gettime(clock), time.monotonic()
+        while time.monotonic() < since + 0.5:
+            time.sleep(0.1)
+        used = time.clock_gettime(clock) - before
+        assert used < 0.05 * (time.monotonic() - since)
+        assert len(kernel.driver.requests) == 2
+        stuck.set()
+        for unique in uniques:
+            assert kernel.answer(unique)[0] == 0
+        kernel.settle()
+
+
+def test_while_too_much_is_under_way_the_session_ends_with_its_device(
+    tree: Path, stuck: threading.Event
+) -> None:
+    with serving(tree, "second") as kernel:
+        fill_up(kernel)
+        kernel.hang_up()
+        kernel.ended()
+        assert len(kernel.driver.requests) == 2
+        stuck.set()
+        kernel.settle()
 
 
 MAKERS: dict[str, tuple[int, bytes]] = {

@@ -25,6 +25,7 @@ import errno
 import fcntl
 import logging
 import os
+import select
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -144,8 +145,9 @@ class NativeSession:
         self._started = started
         driver, device = self._driver, self._device
         while not self._ends:
+            is_full = len(driver.requests) - driver.waiting >= _MOST_REQUESTS
             try:
-                taken = self._take_some()
+                taken = 0 if is_full else self._take_some()
             except OSError as e:
                 if e.errno in (errno.ENODEV, errno.ECONNABORTED):
                     return
@@ -153,7 +155,8 @@ class NativeSession:
             idle = taken < _IN_A_ROW
             driver.before_wait(sleeps=idle)
             if idle or driver.fd >= 0:
-                found = device.wait(self._wake, driver.fd, -1 if idle else 0)
+                wait = -1 if idle else 0
+                found = self._pause() if is_full else device.wait(self._wake, driver.fd, wait)
                 if found & 2:
                     with contextlib.suppress(BlockingIOError):
                         os.eventfd_read(self._wake)
@@ -207,14 +210,24 @@ class NativeSession:
         """Start requests, as many as there are and as may be in a row; how many."""
         receive = self._device.receive
         for taken in range(_IN_A_ROW):
-            if len(self._driver.requests) - self._driver.waiting >= _MOST_REQUESTS:
-                self._device.wait(self._wake, -1, _A_WHILE)
-                return _IN_A_ROW
             message = receive()
             if message is None:
                 return taken
             self._take(message)
         return _IN_A_ROW
+
+    def _pause(self) -> int:
+        """As `Device.wait`, for a while at most, whether there is something to be read or not."""
+        engine = self._driver.fd
+        poll = select.poll()
+        poll.register(self._fd, 0)  # told is its end alone
+        poll.register(self._wake, select.POLLIN)
+        if engine >= 0:
+            poll.register(engine, select.POLLIN)
+        ready = {fd for fd, _ in poll.poll(_A_WHILE)}
+        if self._fd in ready:
+            self._ends = True
+        return 2 * (self._wake in ready) + 4 * (engine in ready)
 
     def _take(self, message: Message) -> None:
         if self._watcher is not None:

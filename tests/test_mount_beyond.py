@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from file_systems import mounted
-from mounting import SESSION, Mount, Place, become, errno_of, in_child
+from file_systems import image, mounted
+from mounting import SESSION, Mount, Place, become, ending, errno_of, in_child
 from ops_helpers import outcome
 from test_mount_side_effects import FIELDS
 from trees import has_user_attributes
@@ -546,7 +546,7 @@ def test_the_figures_of_a_file_system_are_those_of_the_file_asked_for(
         (source / "link").symlink_to("below/file")
         os.mkfifo(source / "below/fifo")
         mount = new_mount(source=source)
-        try:
+        with ending(mount):
             for name in (".", "file", "below", "below/file", "link", "below/fifo"):
                 assert figures(mount.path / name) == figures(source / name), name
             assert figures(mount.path / "below/file") != figures(source / "file")
@@ -555,8 +555,6 @@ def test_the_figures_of_a_file_system_are_those_of_the_file_asked_for(
                 assert figures(fd) == figures(source / "below/file")
                 (mount.path / "below/file").unlink()
                 assert figures(fd) == figures(source / "below")
-        finally:
-            mount.end()
 
 
 # statx(2)
@@ -727,22 +725,38 @@ def test_what_a_flag_forbids_is_forbidden(flagged: tuple[Path, Place], flag: int
     assert "EPERM" in compare(flagged, scenario)
 
 
+def set_projects(top: Path) -> Any:
+    """Numbers by which project quotas go, and whether directories hand them on."""
+    answers: list[Any] = []
+    for path in entries(top):
+        for flags, project in ((0, 0), (0x200, 0), (0, 42), (0x200, 42), (1 << 30, 0)):
+            with opened(path, os.O_RDONLY) as fd:
+                given = XATTR.pack(flags, 0, 0, project, 0)
+                answers.append(outcome(partial(fcntl.ioctl, fd, FS_IOC_FSSETXATTR, given)))
+                answers.append(XATTR.unpack(ask(fd, FS_IOC_FSGETXATTR, 28)))
+    (top / "directory/new").touch()
+    with opened(top / "directory/new", os.O_RDONLY) as fd:
+        return [*answers, XATTR.unpack(ask(fd, FS_IOC_FSGETXATTR, 28))]
+
+
 @native
 @needs_root
-def test_a_projects_number_is_set_and_handed_on(flagged: tuple[Path, Place]) -> None:
-    """Where the source has none but 0, it says so through the mount."""
+def test_a_projects_number_is_set_as_the_source_lets(flagged: tuple[Path, Place]) -> None:
+    compare(flagged, set_projects)
 
-    def scenario(top: Path) -> Any:
-        answers: list[Any] = []
-        for path in entries(top):
-            for flags, project in ((0, 0), (0x200, 0), (0, 42), (0x200, 42), (1 << 30, 0)):
-                with opened(path, os.O_RDONLY) as fd:
-                    given = XATTR.pack(flags, 0, 0, project, 0)
-                    answers.append(outcome(partial(fcntl.ioctl, fd, FS_IOC_FSSETXATTR, given)))
-                    answers.append(XATTR.unpack(ask(fd, FS_IOC_FSGETXATTR, 28)))
-        return answers
 
-    compare(flagged, scenario)
+@native
+@needs_root
+def test_a_projects_number_is_handed_on(new_mount: Callable[..., Mount], tmp_path: Path) -> None:
+    """Where files have one: on xfs."""
+    with image("xfs", tmp_path) as disk:
+        mount = new_mount(source=disk)
+        with ending(mount):
+            for name in ("plain", "mounted"):
+                (disk / name).mkdir()
+            place = Place(mount, mount.path / "mounted", disk / "mounted")
+            *_, inherited = compare((disk / "plain", place), set_projects)
+            assert inherited[3] == 42
 
 
 @native

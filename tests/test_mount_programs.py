@@ -604,7 +604,6 @@ def make_package(base: Path, version: int) -> Path:
     return base / f"{version}.deb"
 
 
-@native
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root installs packages")
 def test_packages_are_installed_replaced_and_removed_by_dpkg(place: Place, tmp_path: Path) -> None:
     need("dpkg-deb")
@@ -713,7 +712,6 @@ class Cluster:
         return sum(len(log.read_text().splitlines()) for log in logs)
 
 
-@native
 @pytest.mark.skipif(not SOAK, reason="half a minute: make soak")
 @pytest.mark.skipif(not POSTGRES, reason="there is no PostgreSQL in /usr/lib/postgresql")
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root: PostgreSQL's user is another")

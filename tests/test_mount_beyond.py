@@ -622,7 +622,7 @@ UNKNOWN = {
     "nobody's": 0xC0FFEE00,
 }
 # The kernel answers these for any file: it shows that they are not in our way.
-GENERAL = {"FIONREAD": 0x541B, "FIGETBSZ": 2, "FIOQSIZE": 0x5460}
+GENERAL = {"FIONREAD": 0x541B, "FIGETBSZ": 2}
 
 
 def ask(fd: int, number: int, size: int) -> bytes:

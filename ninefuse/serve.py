@@ -22,7 +22,8 @@ from ninefuse.exitcodes import ExitCode, Failure
 from ninefuse.fuse import sessions
 from ninefuse.fuse.forgetting import Forgetter
 from ninefuse.fuse.sessions import FuseSession
-from ninefuse.linux import callers, capabilities, filesystems, mountflags, syscalls
+from ninefuse.linux import callers, capabilities, filesystems, mountflags, mountinfo, syscalls
+from ninefuse.linux.inodes import inodes_of
 from ninefuse.linux.mountinfo import MountsBelow, OwnMount
 from ninefuse.process import logs, memory, signals
 from ninefuse.process.loglines import ASKED_FOR
@@ -60,7 +61,7 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     log.debug("open files: limit raised from %d to %d", soft, hard)
-    source = _open_source(settings)
+    source, is_whole = _open_source(settings)
     settings = _forbid_as(settings, source)
     if settings.allow_other and settings.model == "none":
         log.warning("under --model none each user can keep all others waiting: use another one")
@@ -89,6 +90,8 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
     front = sessions.create(settings, session, driver)
     if settings.attr_timeout:
         session.attributes_changed = front.attributes_changed
+    inodes = inodes_of(source) if is_whole and front.asks_again else None
+    session.fids.devices.inodes = inodes
     session.noatime, session.nodiratime = settings.noatime, settings.nodiratime
     session.fids.devices.hides = mountflags.HIDEABLE & ~_forbidden(settings)
     with contextlib.ExitStack() as trace:
@@ -104,6 +107,8 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
             driver.close()
             front.close()
             os.close(source)
+            if inodes is not None:
+                inodes.close()
             logs.tell_repeats(all_of_them=True)
     log.info("%s: unmounted", settings.mountpoint)
     return ExitCode.OK
@@ -140,17 +145,21 @@ def _traced(
             tracer.close()
 
 
-def _open_source(settings: Settings) -> int:
+def _open_source(settings: Settings) -> tuple[int, bool]:
     """Open the source directory.
+
+    Returns:
+        A descriptor of it, O_PATH, and whether its mount shows all of a file system there.
 
     Raises:
         Failure: what is mounted in it is to be hidden, and we may not.
     """
     source = os.open(settings.source, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    is_whole = mountinfo.shows_all(source)
     if not settings.one_file_system:
-        return source
+        return source, is_whole
     try:
-        return syscalls.without_mounts(source)
+        return syscalls.without_mounts(source), is_whole
     except OSError as e:
         text = f"-o xdev: hiding what is mounted in {settings.source} takes CAP_SYS_ADMIN"
         raise Failure(ExitCode.USAGE, f"{text} ({e.strerror})") from None

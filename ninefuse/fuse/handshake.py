@@ -41,6 +41,7 @@ class Flags(IntFlag):
     ASYNC_READ = 1 << 0
     POSIX_LOCKS = 1 << 1
     ATOMIC_O_TRUNC = 1 << 3
+    EXPORT_SUPPORT = 1 << 4
     BIG_WRITES = 1 << 5
     DONT_MASK = 1 << 6
     FLOCK_LOCKS = 1 << 10
@@ -79,7 +80,6 @@ _WANTED = (
     | Flags.INIT_EXT
     | Flags.CREATE_SUPP_GROUP
     | Flags.DIRECT_IO_ALLOW_MMAP
-    | Flags.NO_EXPORT_SUPPORT
 )
 
 
@@ -90,20 +90,23 @@ class Agreed(NamedTuple):
     flags: Flags
 
 
-def agree(major: int, minor: int, offered: int, *, acl: bool) -> Agreed:
+def agree(major: int, minor: int, offered: int, *, acl: bool, exports: bool) -> Agreed:
     """What to agree on.
 
     Args:
         major, minor: the kernel's version of the protocol.
         offered: its flags, 64 bits.
         acl: whether the kernel is to evaluate ACLs.
+        exports: whether files are found that the kernel has forgotten.
 
     Raises:
         OSError: EPROTO, the kernel is too old.
     """
     if major != MAJOR or minor < _OLDEST_MINOR:
         raise error(errno.EPROTO)
-    wanted = _WANTED | (Flags.POSIX_ACL if acl else 0)
+    wanted = _WANTED | (Flags.EXPORT_SUPPORT if exports else Flags.NO_EXPORT_SUPPORT)
+    if acl:
+        wanted |= Flags.POSIX_ACL
     return Agreed(min(minor, MINOR), Flags(wanted & offered))
 
 

@@ -83,6 +83,8 @@ class NativeSession:
         statistics: what says the value of the attribute that the counters are published in.
     """
 
+    asks_again = True
+
     def __init__(self, settings: Settings, session: Session, driver: Executor) -> None:
         self.errors: Counter[tuple[str, int]] = Counter()
         self.statistics: Callable[[], bytes] = bytes
@@ -277,7 +279,8 @@ class NativeSession:
             return
         major, minor, readahead, offered = message.args
         try:
-            agreed = handshake.agree(major, minor, offered, acl=self._settings.acl)
+            exports = self._session.fids.devices.inodes is not None
+            agreed = handshake.agree(major, minor, offered, acl=self._settings.acl, exports=exports)
         except OSError as e:
             log.error("the kernel's FUSE protocol is %d.%d, which is too old", major, minor)
             self._device.error(message.unique, e.errno or errno.EPROTO)

@@ -46,6 +46,8 @@ class Pyfuse3Session:
         driver: that bodies are run by.
     """
 
+    asks_again = False  # pyfuse3 does not know whether files will be found
+
     def __init__(self, settings: Settings, session: Session, driver: Executor) -> None:
         self._settings = settings
         self._adapter = Adapter(session, Awaiting(driver), settings)

@@ -38,9 +38,11 @@ class FuseSession(Protocol):
     """The requests of one mount, and their answers.
 
     Attributes:
+        asks_again: whether the kernel may ask for files that it has forgotten (forgotten.py).
         statistics: what says the value of the attribute that the counters are published in.
     """
 
+    asks_again: bool
     statistics: Callable[[], bytes]
 
     @property

@@ -61,7 +61,7 @@ class Shown:
         generation = fid.generation
         if a is not seen and a.rdev != seen.rdev:
             # The kernel keeps the number that it was told first, but of another file.
-            generation += _HIDDEN
+            generation ^= _HIDDEN
         if not fid.node.may_be_believed(seen):
             return ShownEntry(fid.number, generation, 0.0, 0.0, ino, a)
         return ShownEntry(fid.number, generation, self.entry_valid, self.attr_valid, ino, a)

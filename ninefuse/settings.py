@@ -14,6 +14,8 @@ ENGINES = ("auto", "threads", "uring")
 DEFAULT_ENGINE = "auto"
 SESSIONS = ("auto", "native", "pyfuse3")
 DEFAULT_SESSION = "auto"
+DATA = ("daemon", "kernel")
+DEFAULT_DATA = "daemon"
 DEFAULT_THREADS = 16
 DEFAULT_MAX_INODES = 1_000_000
 LOG_LEVELS = ("error", "warning", "info", "debug")
@@ -30,6 +32,7 @@ class Settings:
     source, mountpoint: absolute paths. model: the threading model, one of MODELS or
     MODULE:CLASS. engine: what is
     beneath the second one, one of ENGINES. session: who speaks with the kernel, one of SESSIONS.
+    data: who reads and writes files, one of DATA.
     threads: how many workers. log_file, trace_file:
     absolute paths, or None. attr_timeout, entry_timeout,
     negative_timeout: seconds for which the kernel may keep attributes, names and the absence
@@ -49,6 +52,7 @@ class Settings:
     model: str = DEFAULT_MODEL
     engine: str = DEFAULT_ENGINE
     session: str = DEFAULT_SESSION
+    data: str = DEFAULT_DATA
     threads: int = DEFAULT_THREADS
     foreground: bool = False
     debug: bool = False

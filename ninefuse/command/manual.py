@@ -116,6 +116,13 @@ MOUNT = (
         "or with `--session pyfuse3`",
     ),
     Text(
+        "data=daemon|kernel",
+        "[who reads and writes files](operations.md#files-that-the-kernel-reads-and-writes)",
+        ": the daemon (default), or the kernel itself, which then reads, writes and maps the "
+        "source's files and asks the daemon for names and attributes alone; as root, from Linux "
+        "6.9 on, not with noatime",
+    ),
+    Text(
         "inline=auto|off",
         "whether the dispatcher makes calls itself",
         " that wait for nobody, under the second model (default), "

@@ -18,7 +18,7 @@ from enum import Enum
 from typing import Any
 
 from ninefuse.exitcodes import ExitCode, Failure
-from ninefuse.settings import DEFAULT_LOG_LEVEL, ENGINES, MODELS, SESSIONS, Settings
+from ninefuse.settings import DATA, DEFAULT_LOG_LEVEL, ENGINES, MODELS, SESSIONS, Settings
 
 _PLUG_IN = re.compile(r"\w+(\.\w+)*:\w+")  # a driver of the user's own, package.module:Class
 MAX_THREADS = 1024
@@ -175,6 +175,7 @@ OPTIONS = (
     Option("model", Kind.CHOICE, "model", values={name: name for name in MODELS}),
     Option("engine", Kind.CHOICE, "engine", values={name: name for name in ENGINES}),
     Option("session", Kind.CHOICE, "session", values={name: name for name in SESSIONS}),
+    Option("data", Kind.CHOICE, "data", values={name: name for name in DATA}),
     Option(
         "cache",
         Kind.CHOICE,
@@ -370,7 +371,8 @@ def make_settings(
     or absolute; options, from parse_options; the rest as flags on the command line gave it (None:
     not given), which wins over options. debug on either side means foreground too, as it does
     for all FUSE commands (mount.fuse3(8)).
-    Raises Failure(USAGE) when a path is empty, or the engine is not to be had with the model.
+    Raises Failure(USAGE) when a path is empty, the engine is not to be had with the model, or
+    data=kernel not with the rest.
     """
     for name, path in (
         ("SRC", source),
@@ -406,10 +408,26 @@ def make_settings(
     if settings.engine == "uring" and not (settings.model == "second" and settings.inline):
         text = "--engine uring is beneath the second model only, with -o inline=auto"
         raise Failure(ExitCode.USAGE, text)
+    _check_data(settings)
     # The group bits of a file with an ACL hold its mask: a kernel that looks at mode bits
     # alone would let people in whom the source keeps out.
     acl = settings.acl or (settings.allow_other and settings.xattr)
     return replace(settings, acl=acl)
+
+
+def _check_data(settings: Settings) -> None:
+    """Refuse -o data=kernel with what takes the daemon's reads and writes."""
+    if settings.data != "kernel":
+        return
+    if settings.session == "pyfuse3":
+        text = "-o data=kernel takes the native session: leave --session pyfuse3 out"
+        raise Failure(ExitCode.USAGE, text)
+    if settings.noatime:
+        text = (
+            "-o noatime takes -o data=daemon: reads by the kernel itself move the source's "
+            "access times (mount the source with noatime)"
+        )
+        raise Failure(ExitCode.USAGE, text)
 
 
 def _words_to_change(options: MountOptions) -> tuple[str, ...]:

@@ -928,24 +928,25 @@ cdef class Device:
         fill_attr(&out.attr, ino, attributes)
         return self.answer(unique, &out, sizeof(out))
 
-    def opened(self, uint64_t unique, uint64_t handle, uint32_t flags):
-        """Answer with a file handle and FOPEN_* flags."""
+    def opened(self, uint64_t unique, uint64_t handle, uint32_t flags, int32_t backing=0):
+        """Answer with a file handle, FOPEN_* flags, and the backing id that these may ask for."""
         cdef OpenOut out
         out.fh = handle
         out.open_flags = flags
-        out.backing_id = 0
+        out.backing_id = backing
         return self.answer(unique, &out, sizeof(out))
 
     def created(
         self, uint64_t unique, uint64_t nodeid, uint64_t generation, double entry_valid,
-        double attr_valid, uint64_t ino, attributes, uint64_t handle, uint32_t flags
+        double attr_valid, uint64_t ino, attributes, uint64_t handle, uint32_t flags,
+        int32_t backing=0
     ):
         """Answer as `entry` and `opened` do, in one."""
         cdef CreateOut out
         fill_entry(&out.entry, nodeid, generation, entry_valid, attr_valid, ino, attributes)
         out.opened.fh = handle
         out.opened.open_flags = flags
-        out.opened.backing_id = 0
+        out.opened.backing_id = backing
         return self.answer(unique, &out, sizeof(out))
 
     def count(self, uint64_t unique, uint32_t count):

@@ -57,6 +57,7 @@ class Flags(IntFlag):
     INIT_EXT = 1 << 30
     CREATE_SUPP_GROUP = 1 << 34
     DIRECT_IO_ALLOW_MMAP = 1 << 36
+    PASSTHROUGH = 1 << 37
     NO_EXPORT_SUPPORT = 1 << 38
 
 
@@ -90,29 +91,32 @@ class Agreed(NamedTuple):
     flags: Flags
 
 
-def agree(major: int, minor: int, offered: int, *, acl: bool) -> Agreed:
+def agree(major: int, minor: int, offered: int, *, acl: bool, passes: bool = False) -> Agreed:
     """What to agree on.
 
     Args:
         major, minor: the kernel's version of the protocol.
         offered: its flags, 64 bits.
         acl: whether the kernel is to evaluate ACLs.
+        passes: whether it is to read and write files itself.
 
     Raises:
         OSError: EPROTO, the kernel is too old.
     """
     if major != MAJOR or minor < _OLDEST_MINOR:
         raise error(errno.EPROTO)
-    wanted = _WANTED | (Flags.POSIX_ACL if acl else 0)
+    wanted = _WANTED | (Flags.POSIX_ACL if acl else 0) | (Flags.PASSTHROUGH if passes else 0)
     return Agreed(min(minor, MINOR), Flags(wanted & offered))
 
 
-def reply(agreed: Agreed, readahead: int) -> bytes:
+def reply(agreed: Agreed, readahead: int, stack_depth: int = 0) -> bytes:
     """The body of the reply.
 
     Args:
         agreed: of `agree`.
         readahead: bytes that the kernel reads ahead, which stay as they are.
+        stack_depth: how many file systems lie on each other here, this one among them, where the
+            kernel is to read and write files itself.
     """
     flags = int(agreed.flags)
     has_pages = Flags.MAX_PAGES in agreed.flags
@@ -128,7 +132,7 @@ def reply(agreed: Agreed, readahead: int) -> bytes:
         _MAX_PAGES if has_pages else 0,
         0,  # map alignment
         flags >> 32,
-        0,  # stack depth
+        stack_depth,
         0,  # request timeout: none
         *[0] * 11,
     )

@@ -31,10 +31,13 @@ from typing import Any
 
 from ninefuse.driving.driver import Executor
 from ninefuse.driving.request import Request
-from ninefuse.fuse import handshake, mounting, notices
+from ninefuse.exitcodes import ExitCode, Failure
+from ninefuse.fuse import callbacks, handshake, mounting, notices
 from ninefuse.fuse import opcodes as op
 from ninefuse.fuse._wire import Device, Message
 from ninefuse.fuse.answers import NOT_REFUSED, errno_for_kernel, shortened
+from ninefuse.fuse.backing import Backings
+from ninefuse.fuse.handles import Files
 from ninefuse.fuse.opcodes import Opcode
 from ninefuse.fuse.replies import Replies
 from ninefuse.fuse.rows import Known, NotServed, Row, Rows, lock_rows, table
@@ -91,7 +94,9 @@ class NativeSession:
         self._driver = driver
         self._settings = settings
         self._device: Device
-        self._rows = Rows(session, settings)
+        self._backings = Backings(session, settings) if settings.data == "kernel" else None
+        self._files: Files = callbacks if self._backings is None else self._backings
+        self._rows = Rows(session, settings, self._files)
         self._table: dict[int, Row] = {}
         self._lock_rows: tuple[Row, ...] = ()
         self._fd = -1
@@ -180,6 +185,10 @@ class NativeSession:
                 os.close(fd)
         self._fd = self._wake = self._nowhere = -1
 
+    def passed(self) -> int:
+        """As of a `FuseSession`."""
+        return 0 if self._backings is None else len(self._backings)
+
     # ---- what the kernel is told ----------------------------------------------------------------
 
     def prune(self, nodeids: Sequence[int]) -> None:
@@ -195,7 +204,7 @@ class NativeSession:
     def _callbacks(self, device: Device) -> dict[int, Row]:
         self._rows.statistics = lambda: self.statistics()
         background = self._driver.in_background
-        replies = Replies(device, self._session, self._settings, background)
+        replies = Replies(device, self._session, self._settings, background, self._files)
         self._lock_rows = lock_rows(self._rows, replies)
         return table(self._rows, replies)
 
@@ -277,17 +286,31 @@ class NativeSession:
             return
         major, minor, readahead, offered = message.args
         try:
-            agreed = handshake.agree(major, minor, offered, acl=self._settings.acl)
+            agreed = handshake.agree(
+                major, minor, offered, acl=self._settings.acl, passes=self._backings is not None
+            )
         except OSError as e:
             log.error("the kernel's FUSE protocol is %d.%d, which is too old", major, minor)
             self._device.error(message.unique, e.errno or errno.EPROTO)
             return
         self._rows.knows_groups = handshake.Flags.CREATE_SUPP_GROUP in agreed.flags
         self._device.short_setxattr = handshake.Flags.SETXATTR_EXT not in agreed.flags
-        self._device.data(message.unique, handshake.reply(agreed, readahead))
+        self._answer_init(message, agreed, readahead)
         self._agreed = agreed
         log.debug("FUSE 7.%d: %r", agreed.minor, agreed.flags)
         self._started()
+
+    def _answer_init(self, message: Message, agreed: handshake.Agreed, readahead: int) -> None:
+        backings = self._backings
+        if backings is None:
+            self._device.data(message.unique, handshake.reply(agreed, readahead))
+            return
+        if handshake.Flags.PASSTHROUGH not in agreed.flags:
+            self._device.error(message.unique, errno.EPROTO)
+            text = "-o data=kernel takes Linux 6.9 or newer, with CONFIG_FUSE_PASSTHROUGH"
+            raise Failure(ExitCode.MOUNT_REFUSED, text)
+        self._device.data(message.unique, handshake.reply(agreed, readahead, backings.stack_depth))
+        backings.begin(self._fd)
 
     # ---- answers ------------------------------------------------------------------------------
 

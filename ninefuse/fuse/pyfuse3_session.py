@@ -106,6 +106,10 @@ class Pyfuse3Session:
             with contextlib.suppress(trio.RunFinishedError):
                 self._token.run_sync_soon(device.terminate)
 
+    def passed(self) -> int:
+        """As of a `FuseSession`; its kernel is not asked to."""
+        return 0
+
     def prune(self, nodeids: Sequence[int]) -> None:
         """As of a `FuseSession`."""
         notices.prune(device.descriptor(), nodeids)

@@ -23,9 +23,9 @@ from ninefuse.fuse import opcodes as op
 from ninefuse.fuse._wire import Message
 from ninefuse.fuse.answers import Opens, is_statistics, refuse_statistics
 from ninefuse.fuse.entries import EntryPlus
-from ninefuse.fuse.handles import Handle
+from ninefuse.fuse.handles import Files, Handle, Made
 from ninefuse.fuse.opcodes import Opcode
-from ninefuse.fuse.replies import LAST_BYTE, Found, Made, Replies
+from ninefuse.fuse.replies import LAST_BYTE, Found, Replies
 from ninefuse.linux.callers import Caller
 from ninefuse.linux.records import DirectoryEntry
 from ninefuse.linux.syscalls import Attributes, SetTime
@@ -54,14 +54,16 @@ class Rows:
     Args:
         session: the conversation.
         settings: of the mount.
+        files: what opens files, makes and closes them.
 
     Attributes:
         statistics: what says the value of the attribute `STATISTICS`.
         knows_groups: whether requests that make something say the caller's group that counts.
     """
 
-    def __init__(self, session: Session, settings: Settings) -> None:
+    def __init__(self, session: Session, settings: Settings, files: Files = callbacks) -> None:
         self.session = session
+        self.files = files
         self.opens = Opens(settings)
         self.statistics: Callable[[], bytes] = bytes
         self.knows_groups = False
@@ -130,17 +132,17 @@ class Rows:
     # Files
 
     def open(self, m: Message) -> Body[Handle]:
-        return callbacks.open(self.session, m.nodeid, self.opens.kept(m.args[0]), _caller(m))
+        return self.files.open(self.session, m.nodeid, self.opens.kept(m.args[0]), _caller(m))
 
     def create(self, m: Message) -> Body[Made]:
         name, flags, mode, umask, _ = m.args
         kept = self.opens.kept(flags)
-        return callbacks.create(self.session, m.nodeid, name, kept, mode, self._maker(m, umask))
+        return self.files.create(self.session, m.nodeid, name, kept, mode, self._maker(m, umask))
 
     def tmpfile(self, m: Message) -> Body[Made]:
         _, flags, mode, umask, _ = m.args
         kept = self.opens.kept(flags)
-        return callbacks.tmpfile(self.session, m.nodeid, kept, mode, self._maker(m, umask))
+        return self.files.tmpfile(self.session, m.nodeid, kept, mode, self._maker(m, umask))
 
     def read(self, m: Message) -> Body[bytes]:
         fh, offset, size = m.args[:3]
@@ -161,7 +163,7 @@ class Rows:
         return callbacks.fsync(self.session, FIRST_HANDLE + fh, datasync)
 
     def release(self, m: Message) -> Body[None]:
-        return callbacks.release(self.session, FIRST_HANDLE + m.args[0])
+        return self.files.release(self.session, FIRST_HANDLE + m.args[0])
 
     def getlk(self, m: Message) -> Body[LockRange]:
         fh, owner, start, end, kind, pid, _ = m.args

@@ -191,6 +191,7 @@ class KernelTable(FidTable):
         if fid.number < FIRST_HANDLE and self._paths is not None:
             node = fid.node
             self.set_id.discard(fid.number)
+            self.passed.discard(fid.number)
             self._paths.back(node.device, node.inode, node.aside, fid.number)
 
     def _share_descriptor(self, found: Node, known: Node) -> None:

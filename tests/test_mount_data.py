@@ -7,6 +7,7 @@ come of it. That it is the kernel that reads and writes, the daemon's counters t
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import mmap
 import os
@@ -162,7 +163,7 @@ def maps(top: Path) -> object:
     with opened(path) as fd, mmap.mmap(fd, 0) as shared:
         private = mmap.mmap(fd, 0, mmap.MAP_PRIVATE)
         shared[0:5] = b"first"
-        found = [os.pread(fd, 5, 0), private[0:5]]
+        found: list[object] = [os.pread(fd, 5, 0), private[0:5]]
         private[0:5] = b"other"
         os.pwrite(fd, b"there", PAGE)
         found += [shared[0:5], shared[PAGE : PAGE + 5], private[PAGE : PAGE + 5]]
@@ -346,17 +347,17 @@ def test_attributes_are_right_at_once(new_mount: Callable[..., Mount], cache: st
     there.write_bytes(b"old")
     agree()  # and now the kernel believes it
     with opened(here) as fd:
-        for change in (
+        deeds: tuple[Callable[[], object], ...] = (
             lambda: os.pwrite(fd, b"x" * 10, 5),
-            lambda: os.ftruncate(there_fd, 4),
-            lambda: os.pwrite(there_fd, b"y" * PAGE * 3, 3),
+            lambda: os.truncate(there, 4),
+            lambda: there.write_bytes(b"y" * PAGE * 3),
             lambda: os.pread(fd, 10, 0),
             lambda: os.utime(there, ns=(1, 2)),
             lambda: os.chmod(there, 0o604),
-        ):
-            with opened(there) as there_fd:
-                change()
-                agree()
+        )
+        for deed in deeds:
+            deed()
+            agree()
         view = mmap.mmap(fd, 0)
     agree()
     os.utime(here, ns=(10**18, 10**18))
@@ -544,6 +545,19 @@ def test_files_of_proc_are_the_daemon_s(new_mount: Callable[..., Mount]) -> None
         mount.end()
 
 
+def test_o_direct_is_refused_as_on_the_source(
+    tmp_path: Path, new_mount: Callable[..., Mount]
+) -> None:
+    with ExitStack() as stack:
+        source = stack.enter_context(mounted("ramfs", "ramfs", tmp_path / "ramfs"))
+        mount = stack.enter_context(ending(new_mount("-o", "data=kernel", source=source)))
+        for top in (source, mount.path):
+            (top / "f").write_bytes(b"data")
+            assert errno_of(os.open, top / "f", os.O_RDWR | os.O_DIRECT) == errno.EINVAL
+        assert (mount.path / "f").read_bytes() == b"data"
+        assert passed(mount) == 0
+
+
 def stacked(base: Path, stack: ExitStack, times: int) -> Path:
     """An overlay, whose lower layer is an overlay, and so on."""
     lower = base / "plain"
@@ -691,7 +705,8 @@ def test_it_is_refused_without_the_right(
     apart = (*how, "-m", "--propagation", "private") if how[0] == "unshare" else how
     (mountpoint / "s").mkdir()
     (mountpoint / "m").mkdir()
-    words = (*NINEFUSE, *detached, "-o", "data=kernel", mountpoint / "s", mountpoint / "m")
-    said = run(*apart, *words)
+    said = run(
+        *(*apart, *NINEFUSE, *detached), *("-o", "data=kernel", mountpoint / "s", mountpoint / "m")
+    )
     assert said.returncode == ExitCode.USAGE, said.stderr
     assert "CAP_SYS_ADMIN" in said.stderr

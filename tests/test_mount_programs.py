@@ -16,7 +16,7 @@ from pathlib import Path
 
 import mounting
 import pytest
-from mounting import ENVIRONMENT, SOAK, Child, Place, in_child
+from mounting import ENVIRONMENT, SESSION, SOAK, Child, Place, in_child
 from trees import plant, tree
 
 from ninefuse.settings import MODELS
@@ -201,6 +201,76 @@ def test_two_processes_write_to_an_sqlite_database_at_once(place: Place, mode: s
     finally:
         os.close(told)
         os.close(answers)
+
+
+# SQLite, where the kernel has the files: the mount's programs and the source's share memory
+
+OFTEN = 5000 if SOAK else 300  # transactions of each writer
+
+
+def comes_and_goes(path: Path, mode: str, who: int, count: int, told: int) -> bool:
+    """As `transactions`, and opens the database anew again and again."""
+    return all(
+        transactions(path, mode, who * count + n, 5, told) == (mode == "wal")
+        for n in range(0, count, 5)
+    )
+
+
+def reads(path: Path, told: int) -> int:
+    """See that what is there never becomes less, until told to end; how often."""
+    last = times = 0
+    with contextlib.closing(sqlite3.connect(path, timeout=30.0)) as base:
+        os.set_blocking(told, False)
+        while True:
+            base.execute("BEGIN")
+            (rows,) = base.execute("SELECT count(*) FROM t").fetchone()
+            (total,) = base.execute("SELECT n FROM total").fetchone()
+            base.execute("COMMIT")
+            assert rows == total >= last
+            last, times = total, times + 1
+            with contextlib.suppress(BlockingIOError):
+                os.read(told, 1)
+                return times
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="data=kernel takes CAP_SYS_ADMIN")
+@pytest.mark.skipif(SESSION == "pyfuse3", reason="data=kernel takes the native session")
+@pytest.mark.limit(60 * SCALE)
+@pytest.mark.parametrize(
+    ("mode", "how", "options"),
+    [
+        ("wal", "stays", "data=kernel"),
+        ("wal", "goes", "data=kernel,cache=none"),
+        ("delete", "goes", "data=kernel,cache=none"),
+    ],
+)
+def test_writers_on_the_mount_and_on_the_source_lose_no_row_of_an_sqlite_database(
+    new_place: Callable[..., Place], mode: str, how: str, options: str
+) -> None:
+    place = new_place("-o", options)
+    here, there = place.path / "base", place.source / "base"
+    in_child(make_database, there, mode)
+    count = OFTEN if how == "stays" else OFTEN // 5
+    told, answers = os.pipe()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        with contextlib.ExitStack() as stack:
+            write = transactions if how == "stays" else comes_and_goes
+            writers = [
+                stack.enter_context(Child(write, path, mode, who, count, nowhere))
+                for who, path in enumerate((here, there))
+            ]
+            readers = [stack.enter_context(Child(reads, path, told)) for path in (here, there)]
+            for writer in writers:
+                assert writer.result(50 * SCALE) or mode == "delete"
+            os.write(answers, b"..")
+            assert min(reader.result(50 * SCALE) for reader in readers) > 1
+        for path in (here, there):
+            assert in_child(check_database, path, mode) == (2 * count, 2 * count)
+        assert os.listdir(place.source) == ["base"]
+    finally:
+        for fd in (told, answers, nowhere):
+            os.close(fd)
 
 
 @default_model

@@ -81,13 +81,13 @@ class Backings:
         self._session = session
         self._sync = settings.sync
         self._device = -1
-        self._how = os.O_PATH | os.O_CLOEXEC  # how a file is opened to be asked for
+        self._how = os.O_PATH | os.O_CLOEXEC  # how a file is opened that it is to be given
         self._mutex = threading.Lock()
         self._by_node: dict[Node, Backing] = {}
         self._by_handle: dict[int, Backing] = {}
         self._told: set[int] = set()  # errnos that the log has
 
-    def __len__(self) -> int:
+    def passed(self) -> int:
         """How many files the kernel reads and writes itself now."""
         with self._mutex:
             return sum(backing.id > 0 for backing in self._by_node.values())
@@ -119,12 +119,12 @@ class Backings:
         probe = os.memfd_create("probe", os.MFD_CLOEXEC)
         try:
             try:
-                backing = self._asked_for(probe)
+                backing = self._new(probe)
             except OSError as e:
                 if e.errno != errno.EBADF:
                     raise
                 self._how = _READABLE  # before Linux 6.14 it takes no O_PATH
-                backing = self._asked_for(probe)
+                backing = self._new(probe)
         except OSError as e:
             text = "-o data=kernel takes CAP_SYS_ADMIN, outside of any user namespace"
             raise Failure(ExitCode.USAGE, f"{text} ({e.strerror})") from None
@@ -139,7 +139,10 @@ class Backings:
     ) -> Handle:
         """`callbacks.open`, and the kernel is given the file."""
         handle = await callbacks.open(session, nodeid, flags, caller)
-        return await self._given(handle, flags, caller)
+        given, is_first = await self._given(handle, None, flags, caller)
+        if is_first:
+            session.attributes_changed(nodeid)
+        return given
 
     async def create(
         self,
@@ -173,52 +176,67 @@ class Backings:
     async def _given_new(self, made: Made, flags: int, caller: Caller | None) -> Made:
         handle, fid, attributes = made
         try:
-            return await self._given(handle, flags, caller), fid, attributes
+            given, _ = await self._given(handle, fid.node, flags, caller)
         except BaseException:
             self._session.kernel.forget([(fid.number, 1)])
             raise
+        return given, fid, attributes
 
-    async def _given(self, handle: Handle, flags: int, caller: Caller | None) -> Handle:
-        """A handle, with the id by which the kernel reads and writes its file."""
+    async def _given(
+        self, handle: Handle, node: Node | None, flags: int, caller: Caller | None
+    ) -> tuple[Handle, bool]:
+        """A handle with the id by which the kernel has its file, and whether it had none before.
+
+        Args:
+            handle: just opened.
+            node: by which the kernel knows the file; None: it is the handle's own. (Of a file that
+                was just made the handle has another, if somebody was quicker to look it up.)
+            flags: of the open.
+            caller: who opens it.
+        """
         fids = self._session.fids
         use = fids.get(handle.number)
         try:
-            file, node = open_file_of(use), use.node
-            give = brief(node.number, self._give, handle, file, node, flags, caller)
-            given = await or_clunk(self._session, use, give)
+            file, known = open_file_of(use), node or use.node
+            give = brief(known.number, self._give, handle, file, known, flags, caller)
+            return await or_clunk(self._session, use, give)
         finally:
             fids.put(use)
-        return given
 
     def _give(
         self, handle: Handle, file: OpenFile, node: Node, flags: int, caller: Caller | None
-    ) -> Handle:
+    ) -> tuple[Handle, bool]:
         if flags & os.O_DIRECT:
             _check_direct(file.fd)
         has_bits = file.writable and os.fstat(file.fd).st_mode & _SET_ID
         spender = caller if caller is not None and needs_acting(caller) else None
         owner = None if spender is None else (spender.uid, spender.gid)
-        backing = self._joined(handle, file, node)
+        backing, is_first = self._joined(handle, file, node)
         if backing is None:
             new = Backing(node, owner, self._id_for(node, file, spender))
-            backing = self._joined(handle, file, node, new)
+            backing, is_first = self._joined(handle, file, node, new)
             assert backing is not None
             if backing is not new and new.id:
                 self._close(new.id)
         if not backing.id:
-            return handle
+            return handle, False
         lies_on = node.device.file_system
         if file.writable:
             is_ours = has_bits or self._sync or backing.owner != owner
         else:
             # A server on the network may look at who reads.
             is_ours = backing.owner != owner and (lies_on is None or not lies_on.is_local)
-        return handle._replace(backing=backing.id, is_live=bool(is_ours))
+        return handle._replace(backing=backing.id, is_live=bool(is_ours)), is_first
 
     def _joined(
         self, handle: Handle, file: OpenFile, node: Node, new: Backing | None = None
-    ) -> Backing | None:
-        """Count a handle of a file, whose first one brings ``new``."""
+    ) -> tuple[Backing | None, bool]:
+        """Count a handle of a file, whose first one brings ``new``.
+
+        Returns:
+            What it has in common with the others, if there is anything; whether the kernel was to
+            believe the file's attributes until now.
+        """
         passed, is_first = self._session.fids.passed, False
         with self._mutex:
             backing = self._by_node.get(node, new)
@@ -229,9 +247,7 @@ class Backings:
                 if backing.id:
                     is_first = node.number not in passed
                     passed.add(node.number)
-        if is_first:
-            self._session.attributes_changed(node.number)
-        return backing
+        return backing, is_first
 
     def _left(self, handle: int) -> int:
         """Count a handle that is about to be closed; the id that nobody uses any more, or 0."""
@@ -253,13 +269,7 @@ class Backings:
         if self._session.noatime or (lies_on is not None and lies_on.is_live):
             return 0
         try:
-            fd = os.open(proc_path(file.fd), self._how)
-            try:
-                if spender is None:
-                    return self._asked_for(fd)
-                return spending_as(spender, None, self._asked_for, fd)
-            finally:
-                os.close(fd)
+            return self._new(file.fd, spender)
         except OSError as e:
             self._tell(e, lies_on)
             return 0
@@ -273,6 +283,17 @@ class Backings:
         if failure.errno == errno.ELOOP:
             why = "file systems lie on each other more deeply than the kernel allows"
         log.warning("the daemon reads and writes some files itself, with data=kernel, too: %s", why)
+
+    def _new(self, file: int, spender: Caller | None = None) -> int:
+        # Not the handle's own descriptor: what the kernel is given stays open, and would keep
+        # locks and a program busy that go with that.
+        fd = os.open(proc_path(file), self._how)
+        try:
+            if spender is None:
+                return self._asked_for(fd)
+            return spending_as(spender, None, self._asked_for, fd)
+        finally:
+            os.close(fd)
 
     def _asked_for(self, fd: int) -> int:
         backing: int = fcntl.ioctl(self._device, _BACKING_OPEN, bytearray(_MAP.pack(fd, 0, 0)))

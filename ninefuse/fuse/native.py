@@ -187,7 +187,7 @@ class NativeSession:
 
     def passed(self) -> int:
         """As of a `FuseSession`."""
-        return 0 if self._backings is None else len(self._backings)
+        return 0 if self._backings is None else self._backings.passed()
 
     # ---- what the kernel is told ----------------------------------------------------------------
 

@@ -256,12 +256,13 @@ def executed(top: Path) -> object:
 
 
 def locked(top: Path) -> object:
-    """A lock of the whole file goes with its handle, though another one of the file stays."""
-    with opened(top / "f") as fd, opened(top / "f", os.O_RDONLY):
-        with opened(top / "f") as other:
-            fcntl.flock(other, fcntl.LOCK_EX)
-            kept = errno_of(fcntl.flock, fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        wait_until(lambda: not errno_of(fcntl.flock, fd, fcntl.LOCK_EX | fcntl.LOCK_NB), "the lock")
+    """A lock of the whole file goes with its handle, though a later one of the file stays."""
+    first = os.open(top / "f", NEW)
+    with opened(top / "f") as later:
+        fcntl.flock(first, fcntl.LOCK_EX)
+        kept = errno_of(fcntl.flock, later, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(first)
+        wait_until(lambda: not errno_of(fcntl.flock, later, fcntl.LOCK_EX | fcntl.LOCK_NB), "it")
     return kept
 
 
@@ -348,8 +349,8 @@ def test_attributes_are_right_at_once(new_mount: Callable[..., Mount], cache: st
     agree()  # and now the kernel believes it
     with opened(here) as fd:
         deeds: tuple[Callable[[], object], ...] = (
+            lambda: os.truncate(there, 1),
             lambda: os.pwrite(fd, b"x" * 10, 5),
-            lambda: os.truncate(there, 4),
             lambda: there.write_bytes(b"y" * PAGE * 3),
             lambda: os.pread(fd, 10, 0),
             lambda: os.utime(there, ns=(1, 2)),
@@ -358,14 +359,39 @@ def test_attributes_are_right_at_once(new_mount: Callable[..., Mount], cache: st
         for deed in deeds:
             deed()
             agree()
+
+    def store() -> None:
+        fd = os.open(here, os.O_RDWR)
         view = mmap.mmap(fd, 0)
-    agree()
-    os.utime(here, ns=(10**18, 10**18))
-    agree()
-    view[0:1] = b"z"  # though the file is closed
-    agree()
-    assert os.stat(here).st_mtime_ns > 10**18
-    view.close()
+        for number in os.listdir("/proc/self/fd"):  # the view's own is one of them
+            with contextlib.suppress(OSError):
+                if os.readlink(f"/proc/self/fd/{number}") == str(here):
+                    os.close(int(number))
+        assert passed(mount) == 0
+        os.utime(here, ns=(10**18, 10**18))
+        agree()
+        view[0:1] = b"z"
+        agree()
+        assert os.stat(here).st_mtime_ns > 10**18
+
+    in_child(store)
+
+
+def test_a_program_that_was_written_through_the_mount_can_be_run_in_the_source(
+    place: Place,
+) -> None:
+    """Though somebody who reads it has it still open on the mount."""
+    writing = os.open(place.path / "program", NEW, 0o755)
+    os.write(writing, Path("/bin/true").read_bytes())
+    with opened(place.path / "program", os.O_RDONLY):
+        os.close(writing)
+
+        def runs() -> bool:
+            with contextlib.suppress(OSError):  # the daemon's own handle goes a moment later
+                return run(place.source / "program").returncode == 0
+            return False
+
+        wait_until(runs, "that nobody has it open for writing")
 
 
 # ---- whose rights ------------------------------------------------------------------------------
@@ -533,16 +559,21 @@ def test_on_a_synchronous_mount_the_daemon_writes(new_mount: Callable[..., Mount
 # ---- files that the kernel does not get --------------------------------------------------------
 
 
-def test_files_of_proc_are_the_daemon_s(new_mount: Callable[..., Mount]) -> None:
+@pytest.mark.parametrize(("kind", "name"), [("proc", "uptime"), ("sysfs", "kernel/uevent_seqnum")])
+def test_files_that_are_made_as_they_are_read_are_the_daemon_s(
+    new_mount: Callable[..., Mount], kind: str, name: str
+) -> None:
     mount = new_mount("-o", "data=kernel")
-    with mounted("proc", "proc", mount.source / "live"):
-        with open(mount.path / "live/uptime", "rb", buffering=0) as file:
+    with mounted(kind, kind, mount.source / "live"):
+        with open(mount.path / "live" / name, "rb", buffering=0) as file:
             before = file.read(100)
             time.sleep(0.03)
             file.seek(0)
-            assert file.read(100) != before
+            assert (file.read(100) != before) == (kind == "proc")
+            assert before
             assert passed(mount) == 0
         mount.end()
+    assert "WARNING ninefuse.fuse" not in mount.log.text()
 
 
 def test_o_direct_is_refused_as_on_the_source(
@@ -609,7 +640,11 @@ def test_an_overlay_can_lie_on_the_mount(tmp_path: Path, new_mount: Callable[...
             (mount.path / name).mkdir()
         (mount.path / "lower/f").write_bytes(b"lower")
         options = "".join(f",{one}dir={mount.path}/{one}" for one in ("lower", "upper", "work"))
-        top = stack.enter_context(mounted("overlay", "overlay", tmp_path / "on", options[1:]))
+        stacked(base, stack, 1)  # which skips the test where there are no overlays
+        top = tmp_path / "on"
+        top.mkdir()
+        call("mount", "-t", "overlay", "-o", options[1:], "overlay", top)
+        stack.callback(run, "umount", top)
         with opened(top / "f") as fd:
             os.pwrite(fd, b"U", 0)
             assert passed(mount) == 1

@@ -285,8 +285,8 @@ class Backings:
         log.warning("the daemon reads and writes some files itself, with data=kernel, too: %s", why)
 
     def _new(self, file: int, spender: Caller | None = None) -> int:
-        # Not the handle's own descriptor: what the kernel is given stays open, and would keep
-        # locks and a program busy that go with that.
+        # Not the handle's own descriptor: what the kernel is given stays open, and a file that is
+        # open for writing cannot be executed.
         fd = os.open(proc_path(file), self._how)
         try:
             if spender is None:

@@ -12,9 +12,10 @@ names and attributes only. What the kernel wants of it (Linux fs/fuse/iomode.c, 
   and set-id bits go. Of who comes with other ids, and writes, the daemon makes the writes: his
   handle has the id all the same, and FOPEN_DIRECT_IO. So it is for files that have set-id bits
   when they are opened, since some writers may leave them, and for writes with -o sync.
-* The kernel believes its attributes of a file, though mapped pages or somebody on the source may
-  have changed it. So it is told that these hold for no time (`FidTable.passed`), from the first
-  open on to the last close; to its being forgotten if it may be mapped for writing.
+* The kernel believes its attributes of a file, though mapped pages, or who shares the file with
+  its writers on the source, may have changed it. So it is told that these hold for no time
+  (`FidTable.passed`) from the first open for writing on, to the last close; or to its being
+  forgotten, if it may be mapped for writing.
 
 Locks touched: the mutex of the backings, an innermost one. No call is made with it.
 """
@@ -244,7 +245,7 @@ class Backings:
                 self._by_node[node] = self._by_handle[handle.number] = backing
                 backing.handles += 1
                 backing.is_mappable |= file.readable and file.writable
-                if backing.id:
+                if backing.id and file.writable:
                     is_first = node.number not in passed
                     passed.add(node.number)
         return backing, is_first

@@ -80,8 +80,8 @@ class FidTable(Counts):
         on_change: called, on any thread and with no lock held, each time that the table has
             grown by ``step`` fids, and when it has become far smaller.
         set_id: the numbers of files that the client was told have set-id bits.
-        passed: the numbers of files that the client changes without our hearing of it: it is not
-            to believe their attributes.
+        passed: the numbers of files that the client may change without our hearing of it: it is
+            not to believe their attributes.
 
     Args:
         defer: ``defer(close, fd)`` has a descriptor closed where that may block.

@@ -576,6 +576,24 @@ def test_files_that_are_made_as_they_are_read_are_the_daemon_s(
     assert "WARNING ninefuse.fuse" not in mount.log.text()
 
 
+def test_after_a_remount_with_noatime_the_daemon_reads(new_mount: Callable[..., Mount]) -> None:
+    mount = new_mount("-o", "data=kernel,allow_other")
+    file = mount.source / "file"
+    file.write_bytes(b"data")
+
+    def is_moved() -> bool:
+        os.utime(file, (10**9, 10**9))
+        assert (mount.path / "file").read_bytes() == b"data"
+        return int(file.stat().st_atime) != 10**9
+
+    assert is_moved()
+    assert done(mount, "read") == 0
+    for flag, moves in (("noatime", False), ("strictatime", True)):
+        call("mount", "-i", "-o", f"remount,bind,{flag}", mount.path)
+        assert is_moved() == moves, flag
+    assert done(mount, "read") > 0
+
+
 def test_o_direct_is_refused_as_on_the_source(
     tmp_path: Path, new_mount: Callable[..., Mount]
 ) -> None:

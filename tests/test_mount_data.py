@@ -21,7 +21,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from file_systems import image, mounted
+from file_systems import image, mounted, overlay
 from mounting import (
     NINEFUSE,
     SESSION,
@@ -42,8 +42,10 @@ from mounting import (
 )
 
 from ninefuse.exitcodes import ExitCode
+from ninefuse.settings import MODELS
 
 pytestmark = [
+    pytest.mark.soak,
     pytest.mark.skipif(os.geteuid() != 0, reason="data=kernel takes CAP_SYS_ADMIN"),
     pytest.mark.skipif(SESSION == "pyfuse3", reason="data=kernel takes the native session"),
 ]
@@ -54,10 +56,12 @@ PAGE = mmap.PAGESIZE
 NEW = os.O_RDWR | os.O_CREAT
 
 
-@pytest.fixture
-def place(shared_mounts: Callable[..., Mount], guard: Watchdog) -> Iterator[Place]:
+@pytest.fixture(params=MODELS if SOAK else ["second"])
+def place(
+    request: pytest.FixtureRequest, shared_mounts: Callable[..., Mount], guard: Watchdog
+) -> Iterator[Place]:
     """A directory of a mount whose files the kernel has, open to everybody."""
-    mount = shared_mounts(*KERNEL)
+    mount = shared_mounts(*KERNEL, "--model", request.param)
     for directory in (mount.source, *mount.source.parents):
         os.chmod(directory, os.stat(directory).st_mode | 0o755)
     with fresh_place(mount) as place:
@@ -607,47 +611,48 @@ def test_o_direct_is_refused_as_on_the_source(
         assert passed(mount) == 0
 
 
-def stacked(base: Path, stack: ExitStack, times: int) -> Path:
-    """An overlay, whose lower layer is an overlay, and so on."""
-    lower = base / "plain"
-    lower.mkdir()
-    (lower / "below").write_bytes(b"lower")
-    for n in range(times):
-        work = base / f"layers{n}"
-        for name in ("upper", "work"):
-            (work / name).mkdir(parents=True)
-        options = f"lowerdir={lower},upperdir={work / 'upper'},workdir={work / 'work'}"
-        lower = stack.enter_context(mounted("overlay", "overlay", base / f"overlay{n}", options))
-    return lower
+def plant_old(lower: Path) -> None:
+    (lower / "old").write_bytes(b"lower")
 
 
-@pytest.mark.parametrize("times", [1, 2])
 @pytest.mark.parametrize("where", ["source", "below"])
-def test_overlays_are_passed_through_as_far_as_the_kernel_allows(
-    tmp_path: Path, new_mount: Callable[..., Mount], times: int, where: str
+def test_files_of_an_overlay_are_the_daemon_s(
+    tmp_path: Path, new_mount: Callable[..., Mount], where: str
 ) -> None:
-    """Two file systems may lie on each other; one, if the source itself is no overlay."""
+    """Two names of one number may be two files there (tests/test_mount_sources.py)."""
     with ExitStack() as stack:
-        base = stack.enter_context(mounted("tmpfs", "tmpfs", tmp_path / "tmpfs", "size=64m"))
-        source = stacked(base, stack, times)
+        source = stack.enter_context(overlay(tmp_path / "base", True, plant_old))
+        top = Path()
         if where == "below":
-            (base / "top/overlay").mkdir(parents=True)
-            run("mount", "--bind", source, base / "top/overlay")
-            stack.callback(run, "umount", base / "top/overlay")
-            source = base / "top"
-        with ending(new_mount("-o", "data=kernel", source=source)) as mount:
-            top = mount.path / ("overlay" if where == "below" else ".")
-            may = where == "source" and times == 1
-            for name in ("below", "new"):
-                with opened(top / name) as fd, opened(top / name, os.O_RDONLY) as reading:
-                    os.pwrite(fd, b"written", 3)
-                    assert os.pread(reading, 4, 6) == b"tten"
-                    with mmap.mmap(fd, 0) as view:
-                        view[3:4] = b"W"
-                    assert passed(mount) == may
-                assert (top / name).read_bytes().endswith(b"Written")
-            told = mount.log.text().count("more deeply than the kernel allows")
-            assert told == (not may), "once"
+            source, top = tmp_path / "base", Path("overlay")
+        mount = stack.enter_context(ending(new_mount("-o", "data=kernel", source=source)))
+        top = mount.path / top
+        for name in ("old", "new"):
+            with opened(top / name) as fd, opened(top / name, os.O_RDONLY) as reading:
+                os.pwrite(fd, b"written", 0)
+                with mmap.mmap(fd, 0) as view:
+                    view[0:1] = b"W"
+                assert os.pread(reading, 10, 0) == b"Written"
+                assert passed(mount) == 0
+        assert mount.log.text().count("do not tell their files apart") == 1, "once"
+
+
+@pytest.mark.parametrize("below", ["daemon", "kernel"])
+def test_a_source_that_is_such_a_mount_is_too_deep(
+    new_mount: Callable[..., Mount], below: str
+) -> None:
+    lower = new_mount("-o", f"data={below},allow_other")
+    mount = new_mount("-o", "data=kernel", source=lower.path)
+    for name in ("one", "two"):
+        with opened(mount.path / name) as fd, opened(mount.path / name, os.O_RDONLY) as reading:
+            os.pwrite(fd, b"written", 3)
+            with mmap.mmap(fd, 0) as view:
+                view[3:4] = b"W"
+                view.flush()
+            assert os.pread(reading, 4, 3) == b"Writ"
+            assert passed(mount) == (below == "daemon")
+    assert mount.log.text().count("more deeply than the kernel allows") == (below == "kernel")
+    mount.end()
 
 
 def test_an_overlay_can_lie_on_the_mount(tmp_path: Path, new_mount: Callable[..., Mount]) -> None:
@@ -658,7 +663,8 @@ def test_an_overlay_can_lie_on_the_mount(tmp_path: Path, new_mount: Callable[...
             (mount.path / name).mkdir()
         (mount.path / "lower/f").write_bytes(b"lower")
         options = "".join(f",{one}dir={mount.path}/{one}" for one in ("lower", "upper", "work"))
-        stacked(base, stack, 1)  # which skips the test where there are no overlays
+        with overlay(tmp_path / "try", True, lambda lower: None):
+            pass  # where there are none, this skips the test
         top = tmp_path / "on"
         top.mkdir()
         call("mount", "-t", "overlay", "-o", options[1:], "overlay", top)

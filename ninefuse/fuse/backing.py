@@ -37,12 +37,11 @@ from ninefuse.fuse import callbacks
 from ninefuse.fuse.handles import Handle, Made, or_clunk
 from ninefuse.linux.callers import Caller, needs_acting
 from ninefuse.linux.credentials import spending_as
-from ninefuse.linux.filesystems import FileSystem
 from ninefuse.linux.syscalls import proc_path
 from ninefuse.settings import Settings
+from ninefuse.tree.identity import Rights
 from ninefuse.tree.nodes import Node
 from ninefuse.tree.opened import OpenFile
-from ninefuse.tree.qids import ROOT_NODEID
 from ninefuse.tree.session import Session
 from ninefuse.tree.table import open_file_of
 
@@ -86,26 +85,12 @@ class Backings:
         self._mutex = threading.Lock()
         self._by_node: dict[Node, Backing] = {}
         self._by_handle: dict[int, Backing] = {}
-        self._told: set[int] = set()  # errnos that the log has
+        self._told: set[str] = set()  # what the log has
 
     def passed(self) -> int:
         """How many files the kernel reads and writes itself now."""
         with self._mutex:
             return sum(backing.id > 0 for backing in self._by_node.values())
-
-    @property
-    def stack_depth(self) -> int:
-        """How many file systems lie on each other here, this one among them.
-
-        The kernel bears two. Where the source is none that lies on others, an overlay may be put
-        on the mount instead.
-        """
-        root = self._session.fids.get(ROOT_NODEID)
-        try:
-            lies_on = root.node.device.file_system
-        finally:
-            self._session.fids.put(root)
-        return 2 if lies_on is not None and (lies_on.is_overlay or lies_on.is_fuse) else 1
 
     def begin(self, device: int) -> None:
         """Try whether the kernel takes files. Once INIT has been answered.
@@ -269,21 +254,22 @@ class Backings:
         lies_on = node.device.file_system
         if self._session.noatime or (lies_on is not None and lies_on.is_live):
             return 0
+        if type(node.mark) is Rights:
+            # Two names that lead to one file here may be two of the source.
+            self._tell("overlayfs and some others do not tell their files apart")
+            return 0
         try:
             return self._new(file.fd, spender)
         except OSError as e:
-            self._tell(e, lies_on)
+            deep = "file systems lie on each other more deeply than the kernel allows"
+            self._tell(deep if e.errno == errno.ELOOP else e.strerror or str(e))
             return 0
 
-    def _tell(self, failure: OSError, lies_on: FileSystem | None) -> None:
+    def _tell(self, why: str) -> None:
         """Say once why files are not given to the kernel."""
-        if failure.errno in self._told:
-            return
-        self._told.add(failure.errno or 0)
-        why = failure.strerror
-        if failure.errno == errno.ELOOP:
-            why = "file systems lie on each other more deeply than the kernel allows"
-        log.warning("the daemon reads and writes some files itself, with data=kernel, too: %s", why)
+        if why not in self._told:
+            self._told.add(why)
+            log.warning("the daemon reads and writes some files, with data=kernel, too: %s", why)
 
     def _new(self, file: int, spender: Caller | None = None) -> int:
         # Not the handle's own descriptor: what the kernel is given stays open, and a file that is

@@ -109,14 +109,12 @@ def agree(major: int, minor: int, offered: int, *, acl: bool, passes: bool = Fal
     return Agreed(min(minor, MINOR), Flags(wanted & offered))
 
 
-def reply(agreed: Agreed, readahead: int, stack_depth: int = 0) -> bytes:
+def reply(agreed: Agreed, readahead: int) -> bytes:
     """The body of the reply.
 
     Args:
         agreed: of `agree`.
         readahead: bytes that the kernel reads ahead, which stay as they are.
-        stack_depth: how many file systems lie on each other here, this one among them, where the
-            kernel is to read and write files itself.
     """
     flags = int(agreed.flags)
     has_pages = Flags.MAX_PAGES in agreed.flags
@@ -132,7 +130,9 @@ def reply(agreed: Agreed, readahead: int, stack_depth: int = 0) -> bytes:
         _MAX_PAGES if has_pages else 0,
         0,  # map alignment
         flags >> 32,
-        stack_depth,
+        # Of files that the kernel reads itself: they lie on no other file system, so that an
+        # overlay can lie on the mount. (The kernel bears two that do.)
+        int(Flags.PASSTHROUGH in agreed.flags),  # stack depth
         0,  # request timeout: none
         *[0] * 11,
     )

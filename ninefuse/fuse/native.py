@@ -302,15 +302,13 @@ class NativeSession:
 
     def _answer_init(self, message: Message, agreed: handshake.Agreed, readahead: int) -> None:
         backings = self._backings
-        if backings is None:
-            self._device.data(message.unique, handshake.reply(agreed, readahead))
-            return
-        if handshake.Flags.PASSTHROUGH not in agreed.flags:
+        if backings is not None and handshake.Flags.PASSTHROUGH not in agreed.flags:
             self._device.error(message.unique, errno.EPROTO)
             text = "-o data=kernel takes Linux 6.9 or newer, with CONFIG_FUSE_PASSTHROUGH"
             raise Failure(ExitCode.MOUNT_REFUSED, text)
-        self._device.data(message.unique, handshake.reply(agreed, readahead, backings.stack_depth))
-        backings.begin(self._fd)
+        self._device.data(message.unique, handshake.reply(agreed, readahead))
+        if backings is not None:
+            backings.begin(self._fd)
 
     # ---- answers ------------------------------------------------------------------------------
 

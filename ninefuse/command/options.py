@@ -417,16 +417,11 @@ def make_settings(
 
 def _check_data(settings: Settings) -> None:
     """Refuse -o data=kernel with what takes the daemon's reads and writes."""
-    if settings.data != "kernel":
-        return
-    if settings.session == "pyfuse3":
+    if settings.data == "kernel" and settings.session == "pyfuse3":
         text = "-o data=kernel takes the native session: leave --session pyfuse3 out"
         raise Failure(ExitCode.USAGE, text)
-    if settings.noatime:
-        text = (
-            "-o noatime takes -o data=daemon: reads by the kernel itself move the source's "
-            "access times (mount the source with noatime)"
-        )
+    if settings.data == "kernel" and settings.noatime:
+        text = "-o noatime takes -o data=daemon: the kernel's reads move the source's access times"
         raise Failure(ExitCode.USAGE, text)
 
 

@@ -27,7 +27,7 @@ class Handle(NamedTuple):
     """A file that was opened."""
 
     number: int  # of its fid
-    is_live: bool  # to be read and written past all caches; see `OpenFile`
+    is_live: bool  # to be read and written by us, past all caches; see `OpenFile`
     backing: int = 0  # by which the kernel reads and writes it itself (backing.py); 0: it asks us
 
 

@@ -3,7 +3,7 @@
 They are optional. Without liburing's headers or pkg-config, ninefuse is built without
 ninefuse.driving._ring, and does its input and output on threads. Without a compiler or Cython it
 is also built without ninefuse.linux._transfer, and does what that does in Python, and without
-ninefuse.fuse._wire, and is served by pyfuse3's session.
+ninefuse.fuse._wire and _role, and is served by pyfuse3's session.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def extensions() -> list[Extension]:
     except ImportError:
         return []
     wanted = [
+        Extension("ninefuse.fuse._role", ["ninefuse/fuse/_role.pyx"]),
         Extension("ninefuse.fuse._wire", ["ninefuse/fuse/_wire.pyx"]),
         Extension("ninefuse.linux._transfer", ["ninefuse/linux/_transfer.pyx"]),
     ]

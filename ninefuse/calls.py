@@ -267,7 +267,8 @@ class Later(_Other):
             be held by a lock or a turn of this body's own.
         tries: how often was tried before: the pauses grow with it, up to a bound.
         is_withdrawable: whether the wait may end in OSError(EINTR), because the request was
-            withdrawn (`Executor.withdraw`): nothing that the body has done has had an effect.
+            withdrawn (`Executor.withdraw`): nothing that the body has done has had an effect. The
+            first of a body's waits may end in OSError(EAGAIN) then: too many wait already.
     """
 
     __slots__ = ("early", "is_withdrawable", "tries")

@@ -7,9 +7,9 @@ A body (ninefuse/ops/) is a coroutine that yields a command wherever it may bloc
   only what waits for a lock of a file, which another request may have to give back.
 * `FirstModel`: each call goes to a worker, its result comes back to the dispatcher,
   which runs the body on to its next call: two crossings for each blocking call.
-* `SecondModel`: the dispatcher runs the body to its first blocking call and hands the
-  rest of the body to a worker, which makes every later call in place: one crossing out,
-  whatever the body does.
+* `SecondModel`: the dispatcher runs the body to its first blocking call and hands the rest to
+  a worker, which makes every later call in place: one crossing, whatever the body does.
+  `LeadingModel` hands over the dispatcher's role instead: no crossing.
 
 ``driver.start(name, body, done)`` starts a body; ``done(request)`` is called where it ends, on
 whatever thread that is, and ``request.result()`` returns what it returned or raises what it
@@ -34,28 +34,35 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from ninefuse.calls import Body, Later
+from ninefuse.calls import Body, Fsync, Later, Pwrite
 from ninefuse.driving import plugin
 from ninefuse.driving.clock import STUCK
+from ninefuse.driving.crew import Crew
 from ninefuse.driving.driver import Executor
 from ninefuse.driving.patience import TICK
+from ninefuse.driving.pooled import Pooled
 from ninefuse.driving.request import Request, Step
 from ninefuse.driving.uring import Uring
-from ninefuse.driving.workers import Job, Place, PoolStatistics, WorkerPool
+from ninefuse.errors import error
 
-__all__ = ["Executor", "FirstModel", "NoThreading", "Request", "SecondModel", "Step", "create"]
+__all__ = [
+    "Executor",
+    "FirstModel",
+    "LeadingModel",
+    "NoThreading",
+    "Request",
+    "SecondModel",
+    "Step",
+    "create",
+]
 
 T = TypeVar("T")
 
 _BATCH = 6  # deferred calls that may wait for more of them, …
 _BATCH_TIME = 0.01  # … for so many seconds
 _MOST_BEHIND = 8  # deferred calls
-
-
-# No place of the pool's: not even one for a call on no inode.
-_NO_PLACE = -1
 
 
 class NoThreading(Executor):
@@ -118,92 +125,7 @@ class NoThreading(Executor):
             self._drive(request)
 
 
-class _Pooled(Executor):
-    """What the two threading models share: the pool."""
-
-    def __init__(self, threads: int, *, by_user: bool = False) -> None:
-        super().__init__(most_cleaners=max(1, threads // 2))
-        self.pool = WorkerPool(threads, by_user=by_user)
-        self._cleans_later = False
-        self._is_closing = False
-
-    def close(self) -> None:
-        """Let everything that was started or deferred finish, then end the workers."""
-        self._is_closing = True
-        self._after()
-        self.end_waits()
-        self._patience.close()
-        self.clock.close()
-        self.pool.close()
-
-    def _clean_later(self) -> None:
-        if not self._cleans_later and not self._is_closing:
-            self._cleans_later = True
-            self._patience.wait(self._clean_again, None)
-
-    def _clean_again(self) -> None:
-        self._cleans_later = False
-        self._after()
-
-    def _after(self) -> None:
-        """Have workers do what bodies left to be done."""
-        if self.deferred.calls:
-            self.pool.resume(self.deferred.make_all)
-        while self._background:
-            try:
-                request = self._background.popleft()
-            except IndexError:  # another thread was quicker
-                return
-            self.pool.resume(partial(self._rest, request))
-
-    def _unqueue(self, request: Request) -> bool:
-        # What is not queued may be running elsewhere: all that is sure is what the pool finds.
-        taken = self.pool.take(partial(_is_waiting, request))
-        if taken is Place.GIVEN:
-            assert request.call is not None
-            self.pool.leave(request.call.on, request.user)
-        return taken is not None
-
-    def _rest(self, request: Request) -> None:
-        """Run the rest of a body on this worker: every later call is made in place.
-
-        Except that a call on another inode takes one of that inode's places. If there is
-        none, the rest waits for one in the inode's queue, and this worker is free.
-        """
-        request.thread = threading.current_thread().name
-        user = request.user
-        # Which inode's place it has. Kept here: once parked, the request is no longer ours
-        # to look at, and one that comes back from there has none.
-        place: int | None = _NO_PLACE
-        if request.call is not None:  # it waited for this call's place, and has it now
-            step, place = Step.CALL, request.call.on
-        else:
-            step = self.advance(request)
-        while step is Step.CALL:
-            assert request.call is not None
-            on = request.call.on
-            if place == _NO_PLACE or on not in (None, place):
-                if place != _NO_PLACE:
-                    self.pool.leave(place, user)
-                if not self.pool.enter(partial(self._rest, request), on, user):
-                    if request.is_withdrawn:
-                        self.withdraw(request)
-                    return
-                place = on
-            request.perform()
-            step = self.advance(request)
-        if place != _NO_PLACE:
-            self.pool.leave(place, user)
-        if self.deferred.calls:
-            self.deferred.make_all()
-        if self._background:
-            self._after()
-
-    def _pool(self) -> PoolStatistics:
-        return self.pool.statistics()
-
-
-class FirstModel(_Pooled):
+class FirstModel(Pooled):
     """Each call goes to a worker and its result comes back: two crossings a call."""
 
     model = "first"
@@ -235,7 +157,7 @@ class FirstModel(_Pooled):
         self.pool.leave(on, user)
 
 
-class SecondModel(_Pooled):
+class SecondModel(Pooled):
     """The dispatcher runs to the first call; a worker runs the rest: one crossing.
 
     Where the source is local it runs to the first call that would block and, with an engine, to
@@ -266,6 +188,12 @@ class SecondModel(_Pooled):
     def resume(self, request: Request) -> None:
         """As of an `Executor`: on a worker, to its end."""
         self.pool.resume(partial(self._rest, request))
+
+    def withdraw(self, request: Request) -> None:
+        """As of an `Executor`."""
+        super().withdraw(request)
+        if self.uring is not None:  # what waits for a place there is the dispatcher's alone
+            self.dispatcher.post(partial(self._leave_engine, request))
 
     @property
     def fd(self) -> int:
@@ -368,6 +296,12 @@ class SecondModel(_Pooled):
             # Else no thread is to be had, and the next that comes tries again.
             self._is_minding = self.clock.call_later(STUCK, look)
 
+    def _leave_engine(self, request: Request) -> None:
+        """Go on with a withdrawn request, if its first call waits for a place of the engine's."""
+        assert self.uring is not None
+        if not request.is_begun and self.uring.leave(request):
+            self._interrupt(request)
+
     def _look_after(self) -> None:
         self._is_minding = False
         assert self.uring is not None
@@ -376,7 +310,120 @@ class SecondModel(_Pooled):
         self._mind()
 
 
-def create(model: str, threads: int, *, by_user: bool = False) -> Executor:
+class LeadingModel(SecondModel):
+    """The second model, where not the request changes threads, but the role of the dispatcher.
+
+    Who has read a request runs its body to the first call that would block, passes the role on, and
+    makes that call and all later ones itself. Calls that need no Python are made without it.
+
+    Attributes:
+        crew: those who lead in turn.
+    """
+
+    crew: Crew
+
+    def drive(self, request: Request) -> None:
+        """As of an `Executor`. Where the request is `in_place` then, its call is this thread's."""
+        step = self.advance(request)
+        if self.is_near is not None and step is Step.CALL and not self._is_behind():
+            step = self._run_on(request, self.is_near)
+        if step is not Step.CALL:
+            self._hand_over(request, step)
+            return
+        call = request.call
+        assert call is not None
+        if request.is_plain and self.crew.reserve(request):
+            if self.crew.hand(request):
+                return
+            if self.crew.pass_on():
+                request.in_place = True
+                return
+            self.crew.free(request.user, call.on)
+        request.plain = None  # it has no place as such
+        job = partial(self._rest, request)
+        if not self.pool.enter(job, call.on, request.user):
+            if request.is_withdrawn:
+                self.withdraw(request)
+        elif self.crew.pass_on():
+            request.in_place = True
+        else:
+            self.pool.queue(job)
+
+    def rest(self, request: Request) -> None:
+        """Make the call of a request that is in place, and all later ones, on this thread."""
+        request.in_place = False
+        self._rest(request)
+
+    def finish(self, request: Request, outcome: Any, is_answered: bool, by_hand: bool) -> None:
+        """Go on with a request whose plain call was made without Python. It makes no call here.
+
+        Args:
+            request: that asked for it.
+            outcome: of the call, or a negated errno.
+            is_answered: whether that was told already.
+            by_hand: whether a hand made it, which is another thread than the one that read it.
+        """
+        call = request.call
+        assert call is not None
+        self.crew.free(request.user, call.on)
+        request.is_begun = True
+        if by_hand:
+            request.cross()
+        request.at = threading.get_ident()
+        step = Step.CALL
+        if isinstance(call, Pwrite) and 0 <= outcome < len(call.data):
+            # What is written must not be written again: a file may be open to append.
+            call.done = outcome
+        else:
+            if isinstance(outcome, int) and outcome < 0:
+                request.error = error(-outcome)
+            else:
+                request.value = None if isinstance(call, Fsync) else outcome
+                request.is_answered = is_answered
+            request.call = None
+            step = self.advance(request)
+        if step is Step.CALL:
+            self.leave_to_workers(request)
+        else:
+            self._hand_over(request, step)
+
+    def leave_to_workers(self, request: Request) -> None:
+        """Have a worker make a request's call. Any thread."""
+        assert request.call is not None
+        job = partial(self._rest, request)
+        if self.pool.enter(job, request.call.on, request.user):
+            self.pool.queue(job)
+        if request.is_withdrawn:
+            self.withdraw(request)
+
+    def close(self) -> None:
+        """As of an `Executor`."""
+        self.end_waits()
+        self.crew.join()
+        super().close()
+
+    def _end(self, request: Request) -> None:
+        self.crew.came_back()  # before the answer: who has it may ask at once
+        super()._end(request)
+
+    def _clean_up(self, request: Request) -> None:
+        if self.crew.is_one():  # who leads gets stuck in nobody's close
+            self._hand_over(request, Step.DONE)
+        else:
+            super()._clean_up(request)
+
+    def _unqueue(self, request: Request) -> bool:
+        if self.crew.take_back(request):
+            assert request.call is not None
+            self.crew.free(request.user, request.call.on)
+            return True
+        return super()._unqueue(request)
+
+    def _interrupt(self, request: Request) -> None:
+        Executor._interrupt(self, request)  # on a worker
+
+
+def create(model: str, threads: int, *, by_user: bool = False, leads: bool = False) -> Executor:
     """The driver of a threading model.
 
     Args:
@@ -385,6 +432,7 @@ def create(model: str, threads: int, *, by_user: bool = False) -> Executor:
         threads: workers of the pool, 1 or more; the none model has no pool.
         by_user: whether each user is to have his share of the workers (not of a plugged in
             model's).
+        leads: whether the second model hands over the role, not the request.
 
     Raises:
         ValueError: there is no such class, or it cannot be a model.
@@ -394,12 +442,8 @@ def create(model: str, threads: int, *, by_user: bool = False) -> Executor:
     if ":" in model:
         own: Executor = plugin.make(model, threads, Executor)
         return own
-    return {"first": FirstModel, "second": SecondModel}[model](threads, by_user=by_user)
-
-
-def _is_waiting(request: Request, job: Job) -> bool:
-    """Whether a job of the pool's is a request's, whose first call has not begun."""
-    return isinstance(job, partial) and request in job.args and not request.is_begun
+    second = LeadingModel if leads else SecondModel
+    return {"first": FirstModel, "second": second}[model](threads, by_user=by_user)
 
 
 def _nobody(request: Request) -> None:

@@ -22,12 +22,13 @@ from ninefuse.exitcodes import ExitCode, Failure
 from ninefuse.fuse import sessions
 from ninefuse.fuse.forgetting import Forgetter
 from ninefuse.fuse.sessions import FuseSession
-from ninefuse.linux import callers, capabilities, filesystems, mountflags, syscalls
+from ninefuse.linux import callers, capabilities, filesystems, mountflags, mountinfo, syscalls
+from ninefuse.linux.inodes import inodes_of
 from ninefuse.linux.mountinfo import MountsBelow, OwnMount
 from ninefuse.process import logs, memory, signals
 from ninefuse.process.loglines import ASKED_FOR
 from ninefuse.process.stopper import Stopper
-from ninefuse.settings import Settings
+from ninefuse.settings import LEADERS, Settings
 from ninefuse.tree.leaving import Leaver
 from ninefuse.tree.qids import ROOT_NODEID, is_on_own_device
 from ninefuse.tree.session import Session
@@ -60,7 +61,7 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     log.debug("open files: limit raised from %d to %d", soft, hard)
-    source = _open_source(settings)
+    source, is_whole = _open_source(settings)
     settings = _forbid_as(settings, source)
     if settings.allow_other and settings.model == "none":
         log.warning("under --model none each user can keep all others waiting: use another one")
@@ -69,12 +70,15 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
     os.chdir("/")  # so as not to keep another file system busy
 
     inline = settings.inline and settings.model == "second"
-    uring = _engine(settings) if inline else None
+    leads = _leads(settings)
+    uring = _engine(settings) if inline and not leads else None
     # The kernel's threads for io_uring stay where this one is, and are better elsewhere.
-    one_cpu = uring is None if settings.one_cpu is None else settings.one_cpu
+    one_cpu = settings.one_cpu
+    if one_cpu is None:
+        one_cpu = uring is None and not leads
     if one_cpu and settings.model != "none":
         _share_one_cpu()
-    driver = _driver(settings)
+    driver = _driver(settings, leads)
     mounts = MountsBelow(settings.source)
     if inline and isinstance(driver, executor.SecondModel):
         driver.is_near = is_on_own_device if filesystems.is_local(source) else None
@@ -83,12 +87,14 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
         driver,
         read_only=settings.read_only,
         sync_directories=settings.sync or settings.dirsync,
-        threads=1 + (0 if settings.model == "none" else settings.threads),
+        threads=LEADERS + (0 if settings.model == "none" else settings.threads),
         attr_timeout=settings.attr_timeout,
     )
     front = sessions.create(settings, session, driver)
     if settings.attr_timeout:
         session.attributes_changed = front.attributes_changed
+    inodes = inodes_of(source) if is_whole and front.asks_again else None
+    session.fids.devices.inodes = inodes
     session.noatime, session.nodiratime = settings.noatime, settings.nodiratime
     session.fids.devices.hides = mountflags.HIDEABLE & ~_forbidden(settings)
     with contextlib.ExitStack() as trace:
@@ -104,17 +110,32 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
             driver.close()
             front.close()
             os.close(source)
+            if inodes is not None:
+                inodes.close()
             logs.tell_repeats(all_of_them=True)
     log.info("%s: unmounted", settings.mountpoint)
     return ExitCode.OK
 
 
-def _driver(settings: Settings) -> executor.Executor:
+def _driver(settings: Settings, leads: bool) -> executor.Executor:
     try:
         by_user = _serves_several(settings)
-        return executor.create(settings.model, settings.threads, by_user=by_user)
+        return executor.create(settings.model, settings.threads, by_user=by_user, leads=leads)
     except ValueError as error:
         raise Failure(ExitCode.USAGE, f"--model {settings.model}: {error}") from error
+
+
+def _leads(settings: Settings) -> bool:
+    """Whether the role of the dispatcher is to change threads, not the request.
+
+    Raises:
+        Failure: it was asked for, and the native session was not built.
+    """
+    leads = settings.may_lead and sessions.is_native(settings)
+    if settings.handover == "role" and not leads:
+        text = "-o handover=role: the native session was not built"
+        raise Failure(ExitCode.USAGE, text)
+    return leads
 
 
 def _serves_several(settings: Settings) -> bool:
@@ -140,17 +161,21 @@ def _traced(
             tracer.close()
 
 
-def _open_source(settings: Settings) -> int:
+def _open_source(settings: Settings) -> tuple[int, bool]:
     """Open the source directory.
+
+    Returns:
+        A descriptor of it, O_PATH, and whether its mount shows all of a file system there.
 
     Raises:
         Failure: what is mounted in it is to be hidden, and we may not.
     """
     source = os.open(settings.source, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    is_whole = mountinfo.shows_all(source)
     if not settings.one_file_system:
-        return source
+        return source, is_whole
     try:
-        return syscalls.without_mounts(source)
+        return syscalls.without_mounts(source), is_whole
     except OSError as e:
         text = f"-o xdev: hiding what is mounted in {settings.source} takes CAP_SYS_ADMIN"
         raise Failure(ExitCode.USAGE, f"{text} ({e.strerror})") from None

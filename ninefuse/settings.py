@@ -14,6 +14,11 @@ ENGINES = ("auto", "threads", "uring")
 DEFAULT_ENGINE = "auto"
 SESSIONS = ("auto", "native", "pyfuse3")
 DEFAULT_SESSION = "auto"
+HANDOVERS = ("auto", "role", "request")
+DEFAULT_HANDOVER = "auto"
+LEADERS = 2  # threads that take the dispatcher's role in turn, as long as none is stuck
+DATA = ("daemon", "kernel")
+DEFAULT_DATA = "daemon"
 DEFAULT_THREADS = 16
 DEFAULT_MAX_INODES = 1_000_000
 LOG_LEVELS = ("error", "warning", "info", "debug")
@@ -30,13 +35,15 @@ class Settings:
     source, mountpoint: absolute paths. model: the threading model, one of MODELS or
     MODULE:CLASS. engine: what is
     beneath the second one, one of ENGINES. session: who speaks with the kernel, one of SESSIONS.
+    data: who reads and writes files, one of DATA.
     threads: how many workers. log_file, trace_file:
     absolute paths, or None. attr_timeout, entry_timeout,
     negative_timeout: seconds for which the kernel may keep attributes, names and the absence
     of names. keep_cache: whether cached file data outlives an open. direct_sync: whether writes
     through O_SYNC and O_DSYNC opens go past the kernel's page cache. one_cpu: whether the
-    dispatcher and the workers share one processor; None: unless the engine is io_uring. inline:
-    whether the second model's dispatcher makes quick calls itself. xattr: whether extended
+    threads share one processor; None: where requests are handed to workers, and no io_uring
+    stands between. inline: whether the second model's dispatcher makes quick calls itself.
+    handover: what the second model hands over, one of HANDOVERS. xattr: whether extended
     attributes are served. acl: whether the kernel evaluates ACLs. one_file_system: whether what
     is mounted in the source is hidden. max_inodes: of how many files the kernel may know before
     it is asked to forget some; 0: any number. mount_options: the words for libfuse, each for an
@@ -49,6 +56,7 @@ class Settings:
     model: str = DEFAULT_MODEL
     engine: str = DEFAULT_ENGINE
     session: str = DEFAULT_SESSION
+    data: str = DEFAULT_DATA
     threads: int = DEFAULT_THREADS
     foreground: bool = False
     debug: bool = False
@@ -70,10 +78,22 @@ class Settings:
     direct_sync: bool = True
     one_cpu: bool | None = None
     inline: bool = True
+    handover: str = DEFAULT_HANDOVER
     acl: bool = False
     one_file_system: bool = False
     mount_options: tuple[str, ...] = ()
     remount: tuple[str, ...] | None = None
+
+    @property
+    def may_lead(self) -> bool:
+        """Whether the dispatcher's role is to change threads, if the session lets it."""
+        return (
+            self.model == "second"
+            and self.inline
+            and self.handover != "request"
+            and self.engine != "uring"
+            and self.session != "pyfuse3"
+        )
 
     @property
     def is_handed_over(self) -> bool:

@@ -29,7 +29,8 @@ ROWS: Mapping[str, tuple[str, ...] | None] = {
     "source": None,
     "none": ("--model", "none"),
     "first": ("--model", "first"),
-    "second": ("--model", "second", "--engine", "threads"),
+    "second": ("--model", "second"),
+    "second-threads": ("--engine", "threads", "-o", "handover=request"),
     "second-uring": ("--model", "second", "--engine", "uring"),
 }
 

@@ -163,13 +163,15 @@ def start(
 ) -> Mount:
     """Start a daemon in the foreground on directories below base, and wait for its mount.
 
-    The environment's NINEFUSE_ENGINE is the engine of those that do not ask for one, and its
-    NINEFUSE_SESSION the session.
+    The environment's NINEFUSE_ENGINE is the engine of those that do not ask for one, its
+    NINEFUSE_SESSION the session, and its NINEFUSE_DATA who reads and writes files.
     """
     if (engine := os.environ.get("NINEFUSE_ENGINE")) and "--engine" not in options:
         options = ("--engine", engine, *options)
     if "--session" not in options:
         options = ("--session", SESSION, *options)
+    if (data := os.environ.get("NINEFUSE_DATA")) and not any("data=" in one for one in options):
+        options = ("-o", f"data={data}", *options)
     source = source or base / "source"
     path = base / "mount"
     source.mkdir(exist_ok=True)

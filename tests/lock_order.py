@@ -51,6 +51,7 @@ RANKS = {
     ("ninefuse.linux.mountinfo", "MountsBelow"): LISTING,  # held while the mount table is read
     ("ninefuse.tree.places", "Mounts"): LISTING,  # likewise
     ("ninefuse.process.threads", "ThreadOnDemand"): INNERMOST,
+    ("ninefuse.fuse.backing", "Backings"): INNERMOST,
     ("ninefuse.tree.counts", "Counts"): COUNTS,
     ("ninefuse.locks", "RWLock"): INNERMOST,  # the state of a read-write lock
     ("ninefuse.driving.driver", "Executor"): INNERMOST,  # the registry of requests

@@ -13,7 +13,8 @@ from ninefuse.settings import MODELS
 SERVERS = {
     "none": ("--model", "none"),
     "first": ("--model", "first"),
-    "second, threads": ("--model", "second", "--engine", "threads"),
+    "second, role": ("--model", "second", "-o", "handover=role"),
+    "second, threads": ("--engine", "threads", "-o", "handover=request"),
     "second, uring": ("--model", "second", "--engine", "uring"),
 }
 

@@ -543,3 +543,27 @@ def test_a_storm_of_callbacks_leaves_nothing(
     table.clear()
     executor.deferred.make_all()
     assert table.descriptors == 0
+
+
+@pytest.mark.parametrize("refusals", [1, 3, 100])
+def test_a_write_is_not_refused_because_another_took_the_set_id_bits_just_before(
+    tree: Client, monkeypatch: pytest.MonkeyPatch, refusals: int
+) -> None:
+    """The kernel asks for a change time then, and was refused while there were bits."""
+    tried: list[None] = []
+
+    async def refused(*args: Any) -> None:
+        tried.append(None)
+        if len(tried) <= refusals:
+            raise PermissionError(errno.EPERM, "not the owner")
+        await change(*args)
+
+    change = ops.setattr
+    found, _ = tree.run(callbacks.lookup(tree.session, ROOT, b"file"))
+    monkeypatch.setattr(ops, "setattr", refused)
+    asked = callbacks.setattr(tree.session, found.number, None, Changes(), ME, says_all=True)
+    if refusals < 4:
+        assert tree.run(asked).mode & 0o777
+    else:
+        with fails(errno.EPERM):
+            tree.run(asked)

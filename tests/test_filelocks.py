@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import pytest
@@ -285,6 +285,37 @@ def test_more_than_may_try_at_once_all_have_it_in_the_end() -> None:
     place.go_on()
     assert {client.state for client in waiting} == {"has it"}
     assert {client.tries for client in waiting} == {2}
+
+
+class Looked(dict[Waiter, None]):
+    """Who waits; counts how often all of them are gone through."""
+
+    count = 0
+
+    def __iter__(self) -> Iterator[Waiter]:
+        self.count += 1
+        return super().__iter__()
+
+
+def test_a_try_in_vain_is_no_reason_to_look_at_all_who_wait() -> None:
+    """Thousands may wait, and each tries again and again: only what is given back is."""
+    place = Place()
+    holder = place.client("holder", WRITE, 0, 0)
+    assert holder.take()
+    waiting = [place.client(f"{n}", WRITE, 0, 0) for n in range(20)]
+    looked = place.locks._files[AT].waiting = Looked()
+    for client in waiting:
+        client.begin()
+    for client in waiting[1:]:
+        client.run()
+    waiting.pop().withdraw()
+    assert looked.count == 0
+    holder.give()
+    assert place.rung == waiting[:1]
+    for client in waiting:
+        place.go_on()
+        assert client.state == "has it"
+        client.give()
 
 
 def test_owners_at_random_wait_for_nothing_that_is_free() -> None:

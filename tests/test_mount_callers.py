@@ -687,7 +687,7 @@ def test_who_has_too_many_requests_under_way_is_told_so(
     server = Server(guard, base, ())
     mount = open_mount(guard, server.new_base("mount"), command=FEW_REQUESTS)
     try:
-        with attacked(server, mount, [(Attack(stuck.open_leased, (5,), 5), ATTACKER)]):
+        with attacked(server, mount, [(Attack(stuck.change_each, ("chmod",), 5), ATTACKER)]):
             wait_until(lambda: mount.counters().under_way == 5, "five requests under way")
             told = {
                 uid: Child(_statvfs_as, uid, mount.path).result()

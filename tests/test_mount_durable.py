@@ -17,12 +17,23 @@ import shutil
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from mounting import PATIENCE, SOAK, Child, Mount, is_mounted, mount_ids, run, wait_until
+from mounting import (
+    PATIENCE,
+    SESSION,
+    SOAK,
+    Child,
+    Mount,
+    done,
+    is_mounted,
+    mount_ids,
+    run,
+    wait_until,
+)
 from servers import SERVERS, need_engine
 
 pytestmark = pytest.mark.soak
@@ -42,6 +53,7 @@ WAYS: dict[str, Way] = {
     "fsync": (0, os.fsync),
     "fdatasync": (0, os.fdatasync),
 }
+ALL_WAYS: dict[str, Way] = {**WAYS, "nothing": (0, None)}
 
 # The command, with calls that say that they have synced and have not.
 LYING = (
@@ -272,7 +284,7 @@ def missing_after(disk: Disk, copy: Path, writers: list[Writer]) -> dict[str, li
 def check_writers_who_wait(disk: Disk, top: Path, way: str, writers: int) -> None:
     """Copies at the very moment of an acknowledgement, when the disk should be at rest."""
     with ExitStack() as stack:
-        found = [stack.enter_context(Writer(top, WAYS[way], True)) for _ in range(writers)]
+        found = [stack.enter_context(Writer(top, ALL_WAYS[way], True)) for _ in range(writers)]
         total = 0
         for count in (3, SLOTS):  # while the file grows, and when it is written over
             before = disk.flushes()
@@ -291,7 +303,7 @@ def check_writers_who_wait(disk: Disk, top: Path, way: str, writers: int) -> Non
 
 def check_a_writer_who_goes_on(disk: Disk, top: Path, way: str) -> None:
     """A copy at a moment of no one's choice, in the middle of something perhaps."""
-    with Writer(top, WAYS[way], False) as writer:
+    with Writer(top, ALL_WAYS[way], False) as writer:
         writer.wait_for(2)
         copy = disk.copy_at_rest(writer.listen)
         assert missing_after(disk, copy, [writer]) == {}, way
@@ -315,6 +327,21 @@ def test_what_was_acknowledged_as_durable_survives_a_power_failure(
         done = json.loads(os.getxattr(mount.path, "user.ninefuse.stats"))["operations"]
         syncs = done["write" if osync == "direct" else "fsync"]
         assert syncs["crossings"] < syncs["count"] / 4, "workers have made the calls"
+
+
+@pytest.mark.skipif(SESSION == "pyfuse3", reason="data=kernel takes the native session")
+@pytest.mark.limit(200)
+@pytest.mark.parametrize(("options", "ways"), [("", WAYS), (",sync", ("nothing",))])
+def test_so_does_what_the_kernel_writes_itself(
+    disk: Disk, new_mount: Callable[..., Mount], options: str, ways: Iterable[str]
+) -> None:
+    mount = new_mount("-o", f"data=kernel{options}", source=disk.source)
+    for _ in range(TURNS):
+        for way in ways:
+            check_writers_who_wait(disk, mount.path, way, 1)
+            check_writers_who_wait(disk, mount.path, way, 3)
+            check_a_writer_who_goes_on(disk, mount.path, way)
+    assert (done(mount, "write") > 0) == bool(options)
 
 
 def test_names_survive_a_power_failure_once_their_directory_was_synced(

@@ -15,11 +15,13 @@ import multiprocessing
 import os
 import signal
 import struct
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
+from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
@@ -700,3 +702,32 @@ def test_it_is_as_on_the_source(place: Place, function: Scenario) -> None:
             partial(closed, place.mount, file),
             "the daemon to close what it had open",
         )
+
+
+FEW = (
+    sys.executable,
+    "-c",
+    "import sys; from ninefuse.command import cli; from ninefuse.driving import driver;"
+    " from ninefuse.fuse import native; driver.MOST_WAITS = 11; native._MOST_REQUESTS = 5;"
+    " sys.exit(cli.main())",
+)
+
+
+@pytest.mark.parametrize("model", ["none", "first", "second"])
+def test_those_who_wait_keep_nobody_from_giving_back(
+    new_mount: Callable[..., Mount], model: str
+) -> None:
+    """More wait than may be under way; and who would be one too many is told so at once."""
+    mount = new_mount("--model", model, command=FEW)
+    make_file(mount.source / "d")
+    with ExitStack() as stack:
+        *clients, other = clients_of(stack, *[mount.path / "d"] * 13)
+        for client in (*clients, other):
+            client("open", "f")
+        clients[0]("record", "f", WRITE)
+        for client in clients[1:]:
+            client.wait_for("record", "f", WRITE, waits=True)
+        assert other("record", "f", WRITE, waits=True) == "ENOLCK"
+        for holder, following in pairwise(clients):
+            holder("record", "f", NONE)
+            assert isinstance(following.end(), float)

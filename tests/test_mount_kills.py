@@ -399,12 +399,13 @@ def test_a_daemon_killed_under_load_has_done_what_it_answered(
 
 # A daemon that answers before it has written.
 HASTY = """
-import sys, threading
+import os, sys, threading
 from ninefuse.command import cli
 from ninefuse.linux import transfer
 
 def later(fd, data, offset, done=0, write=transfer.write_fully):
-    threading.Timer(0.3, write, (fd, data, offset)).start()
+    kept = os.dup(fd)  # the file may be closed meanwhile
+    threading.Timer(0.3, write, (kept, data, offset)).start()
     return len(data)
 
 transfer.write_fully = later

@@ -23,7 +23,7 @@ PAGE = mmap.PAGESIZE
 PAGES = 16
 _SECONDS = 20.0 if SOAK else 1.0  # of each storm
 
-# The command, whose changes are late: a worker makes them late, or the engine is given them late.
+# The command, whose changes are late: who makes them is late, or is given them late.
 LATE = (
     sys.executable,
     "-c",
@@ -31,8 +31,10 @@ LATE = (
 import sys, threading, time
 from functools import partial
 from ninefuse import executor
+from ninefuse.calls import Pwrite
 from ninefuse.command import cli
 from ninefuse.driving import uring
+from ninefuse.fuse import leading
 from ninefuse.linux import transfer
 from ninefuse.ops import attributes, names
 
@@ -60,6 +62,22 @@ def late_start(self, request, call, start=uring.Uring._write):
     begin = partial(drivers[0].dispatcher.post, partial(start, self, request, call))
     threading.Timer(0.3, begin).start()
 
+class LateRole(leading.Role):
+    def make(self, request, unique):
+        if isinstance(request.call, Pwrite):
+            say_so()
+            self.leave()
+            time.sleep(0.3)
+            self.enter()
+        return super().make(request, unique)
+
+    def hand(self, request, unique):
+        if not isinstance(request.call, Pwrite):
+            return super().hand(request, unique)
+        say_so()
+        threading.Timer(0.3, partial(super().hand, request, unique)).start()
+
+leading.Role = LateRole
 make_late(transfer, "write_fully")
 for name in "_ftruncate", "_truncate":
     make_late(attributes, name)

@@ -315,6 +315,12 @@ WAYS = pytest.mark.parametrize(
     [
         pytest.param(True, BRIEFLY, id="one, cached"),
         pytest.param(False, "cache=none", id="two, not cached"),
+        pytest.param(
+            True,
+            f"{BRIEFLY},data=kernel",
+            id="one, data=kernel",
+            marks=pytest.mark.skipif(SESSION == "pyfuse3", reason="takes the native session"),
+        ),
     ],
 )
 

@@ -67,6 +67,7 @@ def test_a_synchronous_write_is_one_request(new_mount: Callable[..., Mount]) -> 
         before = [done(mount, name) for name in ("write", "fsync", "getxattr")]
         for _ in range(10):
             os.write(fd, b"x" * 4096)
+        wait_until(lambda: done(mount, "write") == before[0] + 10, "the writes, counted")
         after = [done(mount, name) for name in ("write", "fsync", "getxattr")]
     finally:
         os.close(fd)
@@ -82,7 +83,8 @@ def test_a_cached_synchronous_write_is_followed_by_an_fsync(
     try:
         before = done(mount, "fsync")
         os.write(fd, b"x" * 4096)
-        assert done(mount, "fsync") == before + 1
+        # Counted a moment after it is answered.
+        wait_until(lambda: done(mount, "fsync") == before + 1, "an fsync")
         flags = flags_of_descriptors(mount.pid, mount.source / "file")
         assert [f & os.O_SYNC for f in flags] == [0]  # the fsync is enough
         with mmap.mmap(fd, 4096) as mapping:

@@ -20,7 +20,8 @@ def affinities(mount: Mount) -> list[set[int]]:
 def test_dispatcher_and_workers_share_one_processor(
     new_mount: Callable[..., Mount], model: str
 ) -> None:
-    found = affinities(new_mount("--model", model, "--threads", "3", "--engine", "threads"))
+    options = ("--engine", "threads", "-o", "handover=request")
+    found = affinities(new_mount("--model", model, "--threads", "3", *options))
     assert len(found) >= 4
     assert len(set.union(*found)) == 1
 
@@ -28,6 +29,11 @@ def test_dispatcher_and_workers_share_one_processor(
 def test_with_io_uring_they_go_where_they_like(new_mount: Callable[..., Mount]) -> None:
     """The kernel's threads go with the dispatcher, and would share its processor, too."""
     need_engine("uring")
+    for cpus in affinities(new_mount("--engine", "uring")):
+        assert cpus == os.sched_getaffinity(0)
+
+
+def test_those_who_lead_in_turn_go_where_they_like(new_mount: Callable[..., Mount]) -> None:
     for cpus in affinities(new_mount()):
         assert cpus == os.sched_getaffinity(0)
 

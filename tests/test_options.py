@@ -368,6 +368,16 @@ def test_io_uring_is_refused_where_it_would_not_be_used(words: str) -> None:
     assert settings("engine=uring").engine == "uring"
 
 
+@pytest.mark.parametrize("words", ["session=pyfuse3", "noatime"])
+def test_the_kernel_gets_no_files_where_the_daemon_has_to_read_them(words: str) -> None:
+    with pytest.raises(Failure) as caught:
+        settings("data=kernel," + words)
+    assert caught.value.code == ExitCode.USAGE
+    assert settings("data=daemon," + words).data == settings().data == "daemon"
+    assert settings("data=kernel").data == "kernel"
+    assert settings("data=kernel,noatime,atime,session=auto").data == "kernel"
+
+
 def test_what_mount_8_hands_back_of_a_mount_that_is_to_be_changed() -> None:
     """What the table shows, words of fstab, and at last what was asked for."""
     text = (

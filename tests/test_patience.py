@@ -23,6 +23,7 @@ from ops_helpers import ROOT, fails
 from ninefuse import ops
 from ninefuse.calls import Later
 from ninefuse.driving import clock, patience
+from ninefuse.driving import driver as driver_module
 from ninefuse.driving.clock import Clock
 from ninefuse.driving.patience import TICK, Patience, Ticket
 from ninefuse.executor import Executor
@@ -263,6 +264,51 @@ def test_a_request_that_waits_says_so() -> None:
             gate[0] = True
 
     drive("second", 1, scenario)
+
+
+@pytest.mark.parametrize("model", ["first", "second"])
+def test_so_many_may_wait(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a user, and in all; beyond, EAGAIN. Who has done something already waits all the same."""
+    monkeypatch.setattr(driver_module, "MOST_REQUESTS", 2)
+    monkeypatch.setattr(driver_module, "MOST_WAITS", 4)
+    gate = [False]
+
+    async def waiter(is_withdrawable: bool = True) -> str:
+        while not gate[0]:
+            await Later(is_withdrawable=is_withdrawable)
+        return "went on"
+
+    async def scenario(executor: Executor) -> None:
+        outcomes: list[object] = []
+
+        async def one(user: int, is_withdrawable: bool = True) -> None:
+            try:
+                body = waiter(is_withdrawable)
+                outcomes.append(await answer(executor, "waiter", body, user))
+            except BlockingIOError as refused:
+                outcomes.append(refused.errno)
+
+        async with trio.open_nursery() as nursery:
+            for number in range(1, 3):
+                nursery.start_soon(one, 1001)
+                await until(lambda: executor.waiting == number)  # noqa: B023
+            await one(1001)
+            assert outcomes == [errno.EAGAIN]
+            assert not executor.has_too_many(1001), "they are counted apart"
+            nursery.start_soon(one, 1001, False)
+            await until(lambda: executor.waiting == 3)
+            nursery.start_soon(one, 1002)
+            await until(lambda: executor.waiting == 4)
+            for user in (1002, 0):
+                await one(user)
+            assert outcomes == [errno.EAGAIN] * 3
+            gate[0] = True
+        assert outcomes[3:] == ["went on"] * 4
+        assert executor.waiting == 0
+        assert not executor._users
+        assert not executor._waits
+
+    drive(model, 2, scenario)
 
 
 # Leases

@@ -22,7 +22,7 @@ from mounting import Mount
 from ops_helpers import needs_root
 
 from ninefuse import executor, ops
-from ninefuse.calls import Call, Fsync, Pread, Pwrite, blocking
+from ninefuse.calls import Call, Fsync, Plain, Pread, Pwrite, blocking
 from ninefuse.driving import uring
 from ninefuse.driving.uring import PLACES, Refused, Uring
 from ninefuse.executor import Executor, Request, SecondModel
@@ -572,7 +572,7 @@ WITHOUT = (
 def test_a_mount_without_it_uses_workers_and_says_so_once(
     new_mount: Callable[..., Mount],
 ) -> None:
-    mount = new_mount("-o", "inline=auto", command=WITHOUT)
+    mount = new_mount("-o", "handover=request", command=WITHOUT)
     (mount.path / "file").write_bytes(b"x")
     assert mount.log.text().count("no io_uring, workers instead: ninefuse was built without") == 1
 
@@ -701,6 +701,45 @@ def test_a_user_has_at_most_half_of_the_places(holding: tuple[Uring, HoldingRing
     engine.done()
     assert not engine._users, "nothing is kept of who asks for nothing"
     assert engine._under_way == 0
+
+
+@pytest.mark.parametrize("is_begun", [False, True])
+def test_what_waits_for_a_place_is_withdrawn_at_once(
+    holding: tuple[Uring, HoldingRing], is_begun: bool
+) -> None:
+    """If its first call has not begun: EINTR, though nothing comes back. Else it goes on."""
+    engine, ring = holding
+    driver = SecondModel(1)
+    driver.is_near, driver.uring = lambda _: True, engine
+    ended: list[Request] = []
+
+    async def body() -> None:
+        if is_begun:
+            await Plain(7, str, (), str)
+        await Fsync(7, 3)
+
+    try:
+        stuck = [driver.start("stuck", body(), ended.append) for _ in range(PLACES)]
+        withdrawn, other = [driver.start("waits", body(), ended.append) for _ in range(2)]
+        assert ring.tokens == stuck
+        driver.withdraw(withdrawn)
+        driver.after_wait()
+        assert ended == ([] if is_begun else [withdrawn])
+        ring.let_go(stuck[0], 0)
+        driver.after_wait()
+        assert ring.tokens == [*stuck[1:], withdrawn if is_begun else other]
+        while ring.tokens:
+            request = ring.tokens[0]
+            assert isinstance(request, Request)
+            ring.let_go(request, 0)
+            driver.after_wait()
+        assert sorted(request.tag for request in ended) == list(range(1, PLACES + 3))
+        if not is_begun:
+            with pytest.raises(InterruptedError):
+                withdrawn.result()
+        assert not engine._users
+    finally:
+        driver.close()
 
 
 def test_root_may_have_all_places_and_others_wait_only_for_a_while(

@@ -499,9 +499,17 @@ REPLIES: dict[str, tuple[Send, bytes]] = {
         pack("attr_out", 2, 250_000_000, 0, *ATTR),
     ),
     "opened": (lambda d: d.opened(UNIQUE, 1 << 40, 65), pack("open_out", 1 << 40, 65, 0)),
+    "opened, passed through": (
+        lambda d: d.opened(UNIQUE, 1 << 40, 128, 1 << 30),
+        pack("open_out", 1 << 40, 128, 1 << 30),
+    ),
     "created": (
         lambda d: d.created(UNIQUE, *SHOWN, 1 << 40, 65),
         pack("entry_out", *ENTRY) + pack("open_out", 1 << 40, 65, 0),
+    ),
+    "created, passed through": (
+        lambda d: d.created(UNIQUE, *SHOWN, 1 << 40, 128, 7),
+        pack("entry_out", *ENTRY) + pack("open_out", 1 << 40, 128, 7),
     ),
     "count": (lambda d: d.count(UNIQUE, 1 << 31), pack("write_out", 1 << 31, 0)),
     "number": (lambda d: d.number(UNIQUE, 1 << 62), pack("lseek_out", 1 << 62)),

@@ -12,6 +12,7 @@ import resource
 import stat
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,10 @@ from wire_messages import (
 )
 
 from ninefuse import ops
+from ninefuse.driving.request import Request
 from ninefuse.executor import NoThreading
 from ninefuse.fuse import callbacks, native
+from ninefuse.fuse._wire import Message
 from ninefuse.fuse.native import NativeSession
 from ninefuse.fuse.opcodes import Opcode
 from ninefuse.settings import Settings
@@ -47,7 +50,7 @@ from ninefuse.tree.kernel import FIRST_HANDLE
 from ninefuse.tree.qids import ROOT_NODEID as ROOT
 from ninefuse.tree.session import Session
 
-MODELS = ["none", "second", "uring"]
+MODELS = ["none", "second", "role", "uring"]
 SETXATTR_EXT = 1 << 29
 LONG = 1 << 26  # bytes that a file may have in these tests
 
@@ -370,6 +373,65 @@ def test_the_session_ends_when_it_is_told_to(tree: Path, model: str) -> None:
         kernel.ended()
 
 
+# More than may be under way
+
+
+@pytest.fixture
+def stuck(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Syncs last until it is set; two requests are the most that may be under way."""
+    gate = threading.Event()
+    monkeypatch.setattr(os, "fsync", lambda _: passed(gate))
+    monkeypatch.setattr(native, "_MOST_REQUESTS", 2)
+    yield gate
+    gate.set()
+
+
+def fill_up(kernel: Kernel) -> list[int]:
+    """Have as many requests under way as may be, and one that is not read; their numbers."""
+    kernel.init()
+    nodeid = lookup(kernel, b"file")
+    body = pack("fsync_in", opened(kernel, nodeid), 0, 0)
+    uniques = [kernel.new_unique() for _ in range(2)]
+    for unique in uniques:
+        kernel.send(request(Opcode.FSYNC, body, unique=unique, nodeid=nodeid, **ME))
+    wait_until(lambda: len(kernel.driver.requests) == 2, "both are under way")
+    uniques.append(kernel.new_unique())
+    kernel.send(request(Opcode.LOOKUP, b"file\0", unique=uniques[-1], nodeid=ROOT, **ME))
+    return uniques
+
+
+@pytest.mark.parametrize("model", ["first", "second"])
+def test_while_too_much_is_under_way_the_session_sleeps(
+    tree: Path, stuck: threading.Event, model: str
+) -> None:
+    """Though there is something to be read; it is, when something has ended."""
+    with serving(tree, model) as kernel:
+        uniques = fill_up(kernel)
+        clock = time.pthread_getcpuclockid(kernel._thread.ident or 0)
+        before, since = time.clock_gettime(clock), time.monotonic()
+        while time.monotonic() < since + 0.5:
+            time.sleep(0.1)
+        used = time.clock_gettime(clock) - before
+        assert used < 0.05 * (time.monotonic() - since)
+        assert len(kernel.driver.requests) == 2
+        stuck.set()
+        for unique in uniques:
+            assert kernel.answer(unique)[0] == 0
+        kernel.settle()
+
+
+def test_while_too_much_is_under_way_the_session_ends_with_its_device(
+    tree: Path, stuck: threading.Event
+) -> None:
+    with serving(tree, "second") as kernel:
+        fill_up(kernel)
+        kernel.hang_up()
+        kernel.ended()
+        assert len(kernel.driver.requests) == 2
+        stuck.set()
+        kernel.settle()
+
+
 MAKERS: dict[str, tuple[int, bytes]] = {
     "lookup": (Opcode.LOOKUP, b"file\0"),
     "lookup of what is known": (Opcode.LOOKUP, b"d\0"),
@@ -407,7 +469,7 @@ def state(session: Session) -> tuple[dict[int, int], int]:
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("name", MAKERS)
 def test_what_is_answered_when_nobody_is_there_is_taken_back(
-    tree: Path, model: str, name: str
+    tree: Path, monkeypatch: pytest.MonkeyPatch, model: str, name: str
 ) -> None:
     with serving(tree, model) as kernel:
         kernel.init()
@@ -418,8 +480,15 @@ def test_what_is_answered_when_nobody_is_there_is_taken_back(
         before = state(kernel.session)
         # It is not read before the other end has gone.
         holds, gone = threading.Event(), threading.Event()
-        kernel.driver.dispatcher.post(holds.set)
-        kernel.driver.dispatcher.post(lambda: passed(gone))
+        take = kernel.front.take
+
+        def held(message: Message) -> Request | None:
+            if message.opcode == Opcode.STATFS:
+                holds.set()
+                passed(gone)
+            return take(message)
+
+        monkeypatch.setattr(kernel.front, "take", held)
         kernel.send(request(Opcode.STATFS, unique=kernel.new_unique(), nodeid=ROOT))
         passed(holds)
         kernel.send(made_for(name, known, listing))
@@ -475,7 +544,7 @@ def untaken(tree: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[NativeSessi
 
 def take(front: NativeSession, data: bytes) -> None:
     """Have a request served, on a thread of its own: its umask may become that thread's."""
-    bounded(lambda: front._take(decoded(data)))
+    bounded(lambda: front.take(decoded(data)))
 
 
 @pytest.mark.parametrize("refuses", [False, True])

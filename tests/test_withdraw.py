@@ -411,7 +411,7 @@ def test_a_wait_ends_once_whoever_ends_it(others: str) -> None:
             tries.append(1)
             return "goes on"
 
-        request = executor._admit("waiter", body(), ended)
+        request = executor.admit("waiter", body(), ended)
         ending: dict[str, Callable[[], object]] = {
             "withdraw": partial(executor.withdraw, request),
             "ring": bell.ring,
@@ -461,7 +461,7 @@ class Idle:
 
     def admit(self, name: str) -> Request:
         """A request that has not been driven."""
-        return self.executor._admit(name, self.body(name), self.ended)
+        return self.executor.admit(name, self.body(name), self.ended)
 
     def take_place(self) -> None:
         """Have the only place that the inode has taken, by a job that is queued."""

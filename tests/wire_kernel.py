@@ -59,7 +59,8 @@ class Kernel:
 
     Args:
         source: the directory that is served.
-        model: a threading model; or ``uring``, the second one with that beneath it.
+        model: a threading model; or ``role``, the second one which hands that over; or
+            ``uring``, the second one with that beneath it.
 
     Attributes:
         session, driver, front: what serves it.
@@ -197,6 +198,8 @@ class Kernel:
 
 
 def _driver(model: str) -> Executor:
+    if model == "role":
+        return create("second", 8, leads=True)
     if model != "uring":
         return create(model, 3)
     driver = SecondModel(3)

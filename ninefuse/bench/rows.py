@@ -28,13 +28,14 @@ NULL = "null"
 NULL_NATIVE = "null-native"
 
 # The second model with nothing but hand-overs, as it was in 2010; with calls of the
-# dispatcher's own; and with io_uring, which is the default where there is one.
+# dispatcher's own; and with io_uring; and as it is, which hands over the role.
 PLAIN_SECOND = "second-off"
 NINEFUSE = {
     "none": ("--model", "none"),
     "first": ("--model", "first"),
     PLAIN_SECOND: ("--model", "second", "-o", "inline=off"),
-    "second-thr": ("--model", "second", "--engine", "threads"),
+    "second-thr": ("--model", "second", "--engine", "threads", "-o", "handover=request"),
+    "second-req": ("--model", "second", "-o", "handover=request"),
     "second": ("--model", "second"),
 }
 

@@ -44,8 +44,8 @@ COMMAND_LINE = (
     Text(
         "--engine auto|threads|uring",
         "what makes calls beneath the model (auto)",
-        ", if it is the second: [io_uring](models.md#io_uring) where there is one (`auto`; "
-        "not with `inline=off`), or workers only",
+        ", if it is the second and hands over requests: [io_uring](models.md#io_uring) where there "
+        "is one (`auto`; not with `inline=off`), or workers only",
     ),
     Text(
         "--session auto|native|pyfuse3",
@@ -116,15 +116,29 @@ MOUNT = (
         "or with `--session pyfuse3`",
     ),
     Text(
+        "data=daemon|kernel",
+        "[who reads and writes files](operations.md#files-that-the-kernel-reads-and-writes)",
+        ": the daemon (default), or the kernel itself, which then reads, writes and maps the "
+        "source's files and asks the daemon for names and attributes alone; as root, from Linux "
+        "6.9 on, not with noatime",
+    ),
+    Text(
         "inline=auto|off",
         "whether the dispatcher makes calls itself",
         " that wait for nobody, under the second model (default), "
         "[or not](models.md#until-it-would-block)",
     ),
     Text(
+        "handover=auto|role|request",
+        "what changes threads under the second model (auto)",
+        ": the [role](models.md#leader-and-followers) of the dispatcher, or the request, as in "
+        "2010; the role where the native session serves (`auto`), but with `--engine uring` or "
+        "`inline=off`",
+    ),
+    Text(
         "cpus=one|all",
         "keep the daemon's threads on one processor",
-        ", which is faster where workers make the calls (default without io_uring), or not",
+        ", which is faster where requests are handed to workers (default there), or not",
     ),
     Text(
         "max_inodes=",

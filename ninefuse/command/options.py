@@ -17,8 +17,17 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
+from ninefuse.command.together import check
 from ninefuse.exitcodes import ExitCode, Failure
-from ninefuse.settings import DEFAULT_LOG_LEVEL, ENGINES, MODELS, SESSIONS, Settings
+from ninefuse.settings import (
+    DATA,
+    DEFAULT_LOG_LEVEL,
+    ENGINES,
+    HANDOVERS,
+    MODELS,
+    SESSIONS,
+    Settings,
+)
 
 _PLUG_IN = re.compile(r"\w+(\.\w+)*:\w+")  # a driver of the user's own, package.module:Class
 MAX_THREADS = 1024
@@ -175,6 +184,7 @@ OPTIONS = (
     Option("model", Kind.CHOICE, "model", values={name: name for name in MODELS}),
     Option("engine", Kind.CHOICE, "engine", values={name: name for name in ENGINES}),
     Option("session", Kind.CHOICE, "session", values={name: name for name in SESSIONS}),
+    Option("data", Kind.CHOICE, "data", values={name: name for name in DATA}),
     Option(
         "cache",
         Kind.CHOICE,
@@ -191,6 +201,8 @@ OPTIONS = (
     Option("osync", Kind.CHOICE, "direct_sync", values={"direct": True, "cached": False}),
     # Whether the dispatcher makes calls itself that wait for nobody.
     Option("inline", Kind.CHOICE, "inline", values={"auto": True, "off": False}),
+    # What changes threads: the dispatcher's role, or the request.
+    Option("handover", Kind.CHOICE, "handover", values={name: name for name in HANDOVERS}),
     # Whether the daemon's threads share one processor.
     Option("cpus", Kind.CHOICE, "one_cpu", values={"one": True, "all": False}),
 )
@@ -370,7 +382,7 @@ def make_settings(
     or absolute; options, from parse_options; the rest as flags on the command line gave it (None:
     not given), which wins over options. debug on either side means foreground too, as it does
     for all FUSE commands (mount.fuse3(8)).
-    Raises Failure(USAGE) when a path is empty, or the engine is not to be had with the model.
+    Raises Failure(USAGE) when a path is empty, or some of it does not go together (together.py).
     """
     for name, path in (
         ("SRC", source),
@@ -403,9 +415,7 @@ def make_settings(
         remount=_words_to_change(options) if options.remount else None,
         **fields,
     )
-    if settings.engine == "uring" and not (settings.model == "second" and settings.inline):
-        text = "--engine uring is beneath the second model only, with -o inline=auto"
-        raise Failure(ExitCode.USAGE, text)
+    check(settings)
     # The group bits of a file with an ACL hold its mask: a kernel that looks at mode bits
     # alone would let people in whom the source keeps out.
     acl = settings.acl or (settings.allow_other and settings.xattr)

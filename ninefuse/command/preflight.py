@@ -14,7 +14,7 @@ import stat
 
 from ninefuse.exitcodes import ExitCode, Failure
 from ninefuse.fuse import mounting
-from ninefuse.linux import mountinfo
+from ninefuse.linux import capabilities, mountinfo
 from ninefuse.process import ownfile
 from ninefuse.settings import FUSE_DEVICE, Settings
 
@@ -36,6 +36,8 @@ def check(settings: Settings) -> Settings:
     the kernel will show. Raises Failure with an exit code of its own for each thing that is wrong.
     """
     _check_source(settings.source)
+    if settings.data == "kernel":
+        _check_may_pass()
     if settings.is_handed_over:
         _check_handed_over(settings.source, settings.mountpoint)
         return settings  # there is nothing left to look at or to mount
@@ -79,6 +81,14 @@ def _check_source(source: str) -> None:
             ExitCode.SOURCE_UNREADABLE,
             f"source {source} may not be listed and entered by you: "
             "check its permissions (r and x are needed)",
+        )
+
+
+def _check_may_pass() -> None:
+    if not capabilities.get_capabilities().effective & capabilities.CAP_SYS_ADMIN:
+        raise Failure(
+            ExitCode.USAGE,
+            "-o data=kernel takes CAP_SYS_ADMIN: mount as root, or leave it out",
         )
 
 

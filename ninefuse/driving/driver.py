@@ -20,7 +20,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from threading import get_ident
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 from ninefuse.calls import Acquire, Begin, Behind, Body, Call, Ended, Later, Release
 from ninefuse.driving.clock import Clock
@@ -28,14 +28,16 @@ from ninefuse.driving.counters import Answered
 from ninefuse.driving.deferred import Deferred
 from ninefuse.driving.dispatcher import Dispatcher
 from ninefuse.driving.patience import LONGEST, TICK, Patience, Ticket
-from ninefuse.driving.request import Done, Request, Step, Watch
+from ninefuse.driving.request import Done, Observer, Request, Step
 from ninefuse.driving.workers import PoolStatistics
 from ninefuse.errors import error
 
 log = logging.getLogger(__name__)
 
-# Requests of one user under way, of those that are for the executor to refuse.
+# Requests of one user under way, of those that are for the executor to refuse; and, counted
+# apart, of those that wait for a lock of a file or for a lease.
 MOST_REQUESTS = 4000
+MOST_WAITS = 20_000  # requests that wait so, of all users together
 
 
 class ExecutorStatistics(NamedTuple):
@@ -48,29 +50,12 @@ class ExecutorStatistics(NamedTuple):
     pool: PoolStatistics
 
 
-class Watched(Watch, Protocol):
-    """A body that is watched: it is run in the place of the one that it watches."""
-
-    def send(self, value: Any) -> Any: ...
-
-    def throw(self, *error: Any) -> Any: ...
-
-
-class Observer(Protocol):
-    """What sees all that a driver does; see watching/tracing.py."""
-
-    def watch(self, tag: int, name: str, body: Body[Any], *, awaited: bool) -> Any: ...
-
-    def watch_call(self, function: Callable[..., Any]) -> Callable[..., Any]: ...
-
-    def answered(self, body: Body[Any]) -> None: ...
-
-
 class Executor(ABC):
     """What the three drivers share: the life of a request, and what comes after it.
 
     Attributes:
         requests: those under way, by tag.
+        waiting: how many of these wait for what somebody else has (`Later`), or have done so.
         answered: what is counted of them, by the name that `start` was given.
         dispatcher: the thread that starts requests, and what is to run there.
     """
@@ -79,6 +64,7 @@ class Executor(ABC):
 
     def __init__(self, most_cleaners: int = 1) -> None:
         self.requests: dict[int, Request] = {}
+        self.waiting = 0
         self.answered: dict[str, Answered] = {}
         self.observer: Observer | None = None
         self.dispatcher = Dispatcher()
@@ -87,34 +73,53 @@ class Executor(ABC):
         self._tags = itertools.count(1)
         self._registry = threading.Lock()
         self._counting = threading.Lock()
-        self._users: Counter[int] = Counter()  # requests under way, of each
+        self._users: Counter[int] = Counter()  # requests under way, of each, …
+        self._waits: Counter[int] = Counter()  # … but for those that are counted as `waiting`
         self._patience = Patience(self.clock)
         self._background: deque[Request] = deque()
         self._behind: set[int] = set()  # those of the background that have not ended
         self._is_ending = False  # nobody is to wait for a while any more
 
     def start(self, name: str, body: Body[Any], done: Done, user: int | None = None) -> Request:
-        """Drive a body to its end. On the dispatcher; raises nothing.
+        """Drive a body to its end. On the dispatcher; raises nothing. Arguments as of `admit`."""
+        request = self.admit(name, body, done, user)
+        self.drive(request)
+        return request
+
+    def admit(
+        self,
+        name: str,
+        body: Body[Any],
+        done: Done | None = None,
+        user: int | None = None,
+        plain: type[Call[Any]] | None = None,
+    ) -> Request:
+        """A request of a body, to be driven with `drive` at once.
 
         Args:
             name: what reports call the request.
             body: an operation that has not been started.
             done: called with the request once the body has ended, on the thread where that
-                was, perhaps before this returns. It may not block. ``request.result()`` is then
-                the body's result or error; what is no `Exception` (a worker's SystemExit, say)
-                becomes OSError(EIO).
+                was, perhaps before `drive` returns. It may not block. ``request.result()`` is
+                then the body's result or error; what is no `Exception` (a worker's SystemExit,
+                say) becomes OSError(EIO). None: nobody waits for it.
             user: who has his share of the workers, a uid; None and 0: nobody in particular.
-
-        Returns:
-            The request.
+            plain: as of a `Request`.
         """
-        request = self._admit(name, body, done, user)
-        self.drive(request)
+        request = Request(next(self._tags), name, body, user, done)
+        request.plain = plain
+        if self.observer is not None:
+            watched = self.observer.watch(request.tag, name, body, awaited=done is not None)
+            request.body = request.watch = watched
+        with self._registry:
+            self.requests[request.tag] = request
+            if user:
+                self._users[user] += 1
         return request
 
     def in_background(self, name: str, body: Body[None]) -> None:
         """Drive a body that nobody waits for, after the running one. Any thread."""
-        request = self._admit(name, body)
+        request = self.admit(name, body)
         with self._registry:
             self._behind.add(request.tag)
         self._background.append(request)
@@ -169,7 +174,11 @@ class Executor(ABC):
         self.deferred.add(function, args)
 
     def has_too_many(self, user: int | None) -> bool:
-        """Whether a user has as many requests under way as one may."""
+        """Whether a user has as many requests under way as one may.
+
+        Those that wait for a lock or a lease are not among them: they hold nothing but memory. And
+        who has the lock may be the same user, whose further requests are what they wait for.
+        """
         return bool(user) and self._users[user or 0] >= MOST_REQUESTS
 
     def count(self, request: Request) -> None:
@@ -307,7 +316,6 @@ class Executor(ABC):
 
     def wait_a_while(self, request: Request, later: Later) -> bool:
         """Have a body go on after a while; False if it goes on at once."""
-        request.has_waited = True
         patience = self._patience
         ticket = Ticket(partial(self.resume, request), request.user)
         request.ticket = ticket if later.is_withdrawable else None
@@ -348,21 +356,30 @@ class Executor(ABC):
     def _clean_later(self) -> None:  # noqa: B027 - with one thread there is nobody to look
         """See that somebody looks whether those who make deferred calls are stuck."""
 
-    def _admit(
-        self, name: str, body: Body[Any], done: Done | None = None, user: int | None = None
-    ) -> Request:
-        request = Request(next(self._tags), name, body, user, done)
-        if self.observer is not None:
-            watched = self.observer.watch(request.tag, name, body, awaited=done is not None)
-            request.body = request.watch = watched
+    def _may_wait(self, request: Request, later: Later) -> bool:
+        """Count a request among those that wait, from now to its end; False if there are too many.
+
+        One that cannot be told so, because something was done already, waits all the same.
+        """
+        if request.has_waited:
+            return True
+        user = request.user
         with self._registry:
-            self.requests[request.tag] = request
+            has_share = not user or self._waits[user] < MOST_REQUESTS
+            if later.is_withdrawable and not (has_share and self.waiting < MOST_WAITS):
+                return False
+            request.has_waited = True
+            self.waiting += 1
             if user:
-                self._users[user] += 1
-        return request
+                self._waits[user] += 1
+                _take_one(self._users, user)
+        return True
 
     def _park(self, request: Request, command: Acquire | Behind | Ended | Later) -> bool:
         """Have a request wait for what it asks for; False if it need not wait any more."""
+        if isinstance(command, Later) and not self._may_wait(request, command):
+            request.error = error(errno.EAGAIN)
+            return False
         # Said before it is queued: then the request may be resumed at any time.
         request.waits = command
         if request.watch is not None:
@@ -388,10 +405,9 @@ class Executor(ABC):
     def _end(self, request: Request) -> None:
         with self._registry:
             del self.requests[request.tag]
-            if user := request.user:
-                self._users[user] -= 1
-                if not self._users[user]:
-                    del self._users[user]
+            self.waiting -= request.has_waited
+            if request.user:
+                _take_one(self._waits if request.has_waited else self._users, request.user)
             self._behind.discard(request.tag)
             joiners = request.joiners
         if request.has_waited:
@@ -412,3 +428,10 @@ class Executor(ABC):
                 other.joiners = []
             other.joiners.append(resume)
             return False
+
+
+def _take_one(counts: Counter[int], user: int) -> None:
+    """Count one less of a user's; nothing is kept of who has none."""
+    counts[user] -= 1
+    if not counts[user]:
+        del counts[user]

@@ -13,7 +13,7 @@ from enum import Enum
 from threading import get_ident
 from typing import Any, Protocol
 
-from ninefuse.calls import Acquire, Behind, Body, Call, Ended, Later
+from ninefuse.calls import Acquire, Behind, Body, Call, Ended, Later, Pwrite
 from ninefuse.driving.patience import Ticket
 from ninefuse.errors import error
 
@@ -40,6 +40,24 @@ class Watch(Protocol):
     def made_elsewhere(self, call: Call[Any], begin: int, end: int) -> None: ...
 
 
+class Watched(Watch, Protocol):
+    """A body that is watched: it is run in the place of the one that it watches."""
+
+    def send(self, value: Any) -> Any: ...
+
+    def throw(self, *error: Any) -> Any: ...
+
+
+class Observer(Protocol):
+    """What sees all that a driver does; see watching/tracing.py."""
+
+    def watch(self, tag: int, name: str, body: Body[Any], *, awaited: bool) -> Any: ...
+
+    def watch_call(self, function: Callable[..., Any]) -> Callable[..., Any]: ...
+
+    def answered(self, body: Body[Any]) -> None: ...
+
+
 class Request:
     """One body on its way: what it waits for, what it holds, how it ended.
 
@@ -53,6 +71,10 @@ class Request:
         thread: the name of the worker that has it, if one has.
         is_begun: whether one of its calls was begun, or the first was left out because the
             request was withdrawn. No other call is left out then.
+        plain: a class of calls, or None: where its first call is of this class and goes well, the
+            outcome is its own, and it may be answered before its body goes on.
+        is_answered: whether it was.
+        in_place: whether the thread that started it is to make its call.
         is_withdrawn: whether somebody has withdrawn it (`Executor.withdraw`).
         is_interrupted: whether it is to wait for nothing any more (`Executor.interrupt`).
         ticket: of the last wait that may end because it is withdrawn, or None.
@@ -68,11 +90,14 @@ class Request:
         "error",
         "has_waited",
         "holds",
+        "in_place",
+        "is_answered",
         "is_begun",
         "is_interrupted",
         "is_withdrawn",
         "joiners",
         "name",
+        "plain",
         "since",
         "started",
         "tag",
@@ -103,8 +128,11 @@ class Request:
         self.at = get_ident()  # the thread that it was seen on last
         self.crossings = 0
         self.holds: tuple[Acquire, ...] = ()
-        self.has_waited = False  # a while, to try again
+        self.has_waited = False  # a while, to try again: it is counted as one that waits
         self.is_begun = False
+        self.plain: type[Call[Any]] | None = None
+        self.is_answered = False
+        self.in_place = False
         self.is_withdrawn = False
         self.is_interrupted = False
         self.ticket: Ticket | None = None
@@ -114,6 +142,14 @@ class Request:
         self.joiners: list[Callable[[], None]] | None = None  # who waits for its end
         self.value: Any = None
         self.error: BaseException | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its call is `plain`, and can be made without Python."""
+        call = self.call
+        if type(call) is not self.plain or self.is_begun or self.watch is not None:
+            return False
+        return not isinstance(call, Pwrite) or call.group is None
 
     def result(self) -> Any:
         """What the body returned; raises what it raised. Once."""

@@ -149,6 +149,14 @@ class Uring:
         user.waiting.append(request)
         return True
 
+    def leave(self, request: Request) -> bool:
+        """Take a request out of the queue in which it waits for a place; whether it was there."""
+        user = self._users.get(request.user or 0)
+        if user is None or request not in user.waiting:
+            return False
+        user.waiting.remove(request)
+        return True
+
     def has_waiting(self) -> bool:
         """Whether anything waits, for a place or behind a write: `overdue` is to be asked."""
         return any(user.waiting or user.writes for user in self._users.values())

@@ -61,12 +61,16 @@ class WorkerPool:
     Args:
         threads: how many; 1 or more.
         by_user: whether users are bounded, too.
+
+    Attributes:
+        threads: as given.
     """
 
     def __init__(self, threads: int, *, by_user: bool = False) -> None:
         if threads < 1:
             raise ValueError(f"a pool needs a thread, not {threads}")
         self._mutex = threading.Lock()
+        self.threads = threads
         half = max(1, threads // 2)
         self._most = MOST_TIMES * threads
         if by_user:
@@ -101,6 +105,12 @@ class WorkerPool:
                 self._submitted.append(job)
         if has_entered:
             self._queue.put(True)
+        self._have_watched()
+
+    def queue(self, job: Job) -> None:
+        """Run a job that has its place, as `submit` does. Never blocks."""
+        self._submitted.append(job)
+        self._queue.put(True)
         self._have_watched()
 
     def enter(self, job: Job, on: int | None, user: int | None = None) -> bool:

@@ -62,9 +62,6 @@ cdef extern from "<unistd.h>" nogil:
     ssize_t read(int, void *, size_t)
 
 cdef extern from "<sys/uio.h>" nogil:
-    cdef struct iovec:
-        void *iov_base
-        size_t iov_len
     ssize_t writev(int, const iovec *, int)
 
 cdef extern from "<poll.h>" nogil:
@@ -83,11 +80,6 @@ cdef struct InHeader:
     uint64_t unique, nodeid
     uint32_t uid, gid, pid
     uint16_t total_extlen, padding
-
-cdef struct OutHeader:
-    uint32_t len
-    int32_t error
-    uint64_t unique
 
 cdef struct ForgetOne:
     uint64_t nodeid, nlookup
@@ -392,11 +384,6 @@ cdef class Message:
             make something, and where FUSE_CREATE_SUPP_GROUP was agreed on.
         contexts: likewise the security attributes that it is to have: (name, value) of each.
     """
-
-    cdef readonly uint32_t opcode, uid, gid, pid
-    cdef readonly uint64_t unique, nodeid
-    cdef readonly tuple args, groups, contexts
-    cdef readonly int fault
 
     def __repr__(self):
         return f"<opcode {self.opcode} unique {self.unique} nodeid {self.nodeid} {self.args}>"
@@ -769,11 +756,6 @@ cdef class Device:
         MemoryError: there is no room for a request.
     """
 
-    cdef readonly int fd
-    cdef public bint short_setxattr
-    cdef char *buffer
-    cdef size_t size
-
     def __cinit__(self, int fd, size_t size):
         cdef void *room = NULL
         if posix_memalign(&room, _PAGE, size):
@@ -928,24 +910,25 @@ cdef class Device:
         fill_attr(&out.attr, ino, attributes)
         return self.answer(unique, &out, sizeof(out))
 
-    def opened(self, uint64_t unique, uint64_t handle, uint32_t flags):
-        """Answer with a file handle and FOPEN_* flags."""
+    def opened(self, uint64_t unique, uint64_t handle, uint32_t flags, int32_t backing=0):
+        """Answer with a file handle, FOPEN_* flags, and the backing id that these may ask for."""
         cdef OpenOut out
         out.fh = handle
         out.open_flags = flags
-        out.backing_id = 0
+        out.backing_id = backing
         return self.answer(unique, &out, sizeof(out))
 
     def created(
         self, uint64_t unique, uint64_t nodeid, uint64_t generation, double entry_valid,
-        double attr_valid, uint64_t ino, attributes, uint64_t handle, uint32_t flags
+        double attr_valid, uint64_t ino, attributes, uint64_t handle, uint32_t flags,
+        int32_t backing=0
     ):
         """Answer as `entry` and `opened` do, in one."""
         cdef CreateOut out
         fill_entry(&out.entry, nodeid, generation, entry_valid, attr_valid, ino, attributes)
         out.opened.fh = handle
         out.opened.open_flags = flags
-        out.opened.backing_id = 0
+        out.opened.backing_id = backing
         return self.answer(unique, &out, sizeof(out))
 
     def count(self, uint64_t unique, uint32_t count):

@@ -37,6 +37,7 @@ class Opens:
     def __init__(self, settings: Settings) -> None:
         self._direct_sync = settings.direct_sync
         self._sync = settings.sync
+        self._passes = settings.data == "kernel"
 
     def are_direct(self, flags: int) -> bool:
         """Whether an open goes past the kernel's page cache."""
@@ -53,11 +54,12 @@ class Opens:
 
     def kept(self, flags: int) -> int:
         """The flags for our own descriptor of a file."""
-        if not self.are_direct(flags):
+        if not self.are_direct(flags) and not self._passes:
             # The kernel sends an fsync after each write to a cached synchronous open: a
             # descriptor that syncs as well would do it twice.
             return flags & ~_SYNC
-        # It sends none for a direct one, nor for a mount with -o sync.
+        # It sends none for a direct one, nor for a mount with -o sync; nor where it has the file,
+        # but leaves writes to us (backing.py).
         return flags | os.O_SYNC if self._sync else flags
 
 

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from ninefuse import ops
 from ninefuse.calls import Begin, blocking
 from ninefuse.errors import error
-from ninefuse.fuse import beyond, changes, entries, labels, linking
+from ninefuse.fuse import beyond, changes, entries, forgotten, labels, linking
 from ninefuse.fuse.entries import EntryPlus
 from ninefuse.fuse.handles import (
     Handle,
@@ -51,6 +51,9 @@ _EXECUTES = 0x20
 
 async def lookup(session: Session, parent: int, name: bytes) -> tuple[Fid, Attributes]:
     """walkgetattr of one name to the kernel's fid."""
+    if name in (b".", b"..") and session.fids.devices.inodes is not None:
+        find = forgotten.find if name == b"." else forgotten.find_parent
+        return await find(session, parent)
     return await ops.walkgetattr(session, parent, session.kernel.intern, name)
 
 

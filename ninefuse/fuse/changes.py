@@ -18,7 +18,7 @@ from ninefuse.calls import blocking
 from ninefuse.linux.callers import ENTER, Caller
 from ninefuse.linux.credentials import acting_as
 from ninefuse.linux.syscalls import Attributes, SetTime, may_write, proc_path, stat_descriptor
-from ninefuse.tree.session import Session
+from ninefuse.tree.session import MOST_TRIES, Session
 
 _A_SECOND = 1_000_000_000  # nanoseconds
 _SET_ID = stat.S_ISUID | stat.S_ISGID
@@ -65,14 +65,22 @@ async def change_exactly(
     the kernel asks for that before a write that takes set-id bits away.
     """
     fid = nodeid if handle is None else handle
-    try:
-        await ops.setattr(session, fid, changes, caller)
-    except PermissionError:
-        if caller is None or changes != ops.Changes(ctime=True):
-            raise
-        async with session.using(fid) as use:
-            if not await blocking(use.node.number, _may_lose_bits, use.fd, caller):
+    for tries in range(MOST_TRIES, 0, -1):
+        try:
+            await ops.setattr(session, fid, changes, caller)
+            break
+        except PermissionError:
+            if caller is None or changes != ops.Changes(ctime=True):
                 raise
+            async with session.using(fid) as use:
+                if not await blocking(use.node.number, _has_bits, use.fd):
+                    # Somebody's write took them since, or something else is in the way.
+                    if tries == 1:
+                        raise
+                    continue
+                if not await blocking(use.node.number, _may_write_as, caller, use.fd):
+                    raise
+            break
     return await ops.getattr(session, nodeid)
 
 
@@ -127,9 +135,9 @@ async def _set_for_write(
                 raise
 
 
-def _may_lose_bits(fd: int, caller: Caller) -> bool:
-    """Whether a file has set-id bits that a write by this caller takes away. Blocks."""
-    return bool(stat_descriptor(fd).mode & _SET_ID) and _may_write_as(caller, fd)
+def _has_bits(fd: int) -> bool:
+    """Whether a file has set-id bits, which a write by whoever may write takes away. Blocks."""
+    return bool(stat_descriptor(fd).mode & _SET_ID)
 
 
 def _may_write_as(caller: Caller, fd: int) -> bool:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Awaitable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from ninefuse import ops
+from ninefuse.calls import Body
 from ninefuse.errors import error
 from ninefuse.linux.callers import Caller
 from ninefuse.linux.syscalls import Attributes
@@ -26,7 +27,42 @@ class Handle(NamedTuple):
     """A file that was opened."""
 
     number: int  # of its fid
-    is_live: bool  # to be read and written past all caches; see `OpenFile`
+    is_live: bool  # to be read and written by us, past all caches; see `OpenFile`
+    backing: int = 0  # by which the kernel reads and writes it itself (backing.py); 0: it asks us
+
+
+Made = tuple[Handle, Fid, Attributes]
+
+
+class Files(Protocol):
+    """What opens files, makes and closes them: callbacks.py, or what has more to do with that."""
+
+    def open(
+        self, session: Session, nodeid: int, flags: int, caller: Caller | None = None, /
+    ) -> Body[Handle]: ...
+
+    def create(
+        self,
+        session: Session,
+        parent: int,
+        name: bytes,
+        flags: int,
+        mode: int,
+        caller: Caller | None = None,
+        /,
+    ) -> Body[Made]: ...
+
+    def tmpfile(
+        self,
+        session: Session,
+        parent: int,
+        flags: int,
+        mode: int,
+        caller: Caller | None = None,
+        /,
+    ) -> Body[Made]: ...
+
+    def release(self, session: Session, handle: int, /) -> Body[None]: ...
 
 
 async def clone_of(session: Session, fid: int) -> Fid:
@@ -51,7 +87,7 @@ async def or_clunk(session: Session, fid: Fid, message: Awaitable[T]) -> T:
 
 async def create_in(
     session: Session, clone: Fid, name: bytes, flags: int, mode: int, caller: Caller | None
-) -> tuple[Handle, Fid, Attributes]:
+) -> Made:
     try:
         await ops.lcreate(session, clone.number, name, flags | os.O_EXCL, mode, caller)
     except FileExistsError:
@@ -65,12 +101,12 @@ async def create_in(
 
 async def create_nameless_in(
     session: Session, clone: Fid, flags: int, mode: int, caller: Caller | None
-) -> tuple[Handle, Fid, Attributes]:
+) -> Made:
     await create_nameless(session, clone.number, flags, mode, caller)
     return await _made(session, clone)
 
 
-async def _made(session: Session, clone: Fid) -> tuple[Handle, Fid, Attributes]:
+async def _made(session: Session, clone: Fid) -> Made:
     """The kernel's fid for what a clone has just become."""
     _, fid = await ops.walk(session, clone.number, session.kernel.intern)
     assert fid is not None

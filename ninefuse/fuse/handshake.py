@@ -41,6 +41,7 @@ class Flags(IntFlag):
     ASYNC_READ = 1 << 0
     POSIX_LOCKS = 1 << 1
     ATOMIC_O_TRUNC = 1 << 3
+    EXPORT_SUPPORT = 1 << 4
     BIG_WRITES = 1 << 5
     DONT_MASK = 1 << 6
     FLOCK_LOCKS = 1 << 10
@@ -57,6 +58,7 @@ class Flags(IntFlag):
     INIT_EXT = 1 << 30
     CREATE_SUPP_GROUP = 1 << 34
     DIRECT_IO_ALLOW_MMAP = 1 << 36
+    PASSTHROUGH = 1 << 37
     NO_EXPORT_SUPPORT = 1 << 38
 
 
@@ -79,7 +81,6 @@ _WANTED = (
     | Flags.INIT_EXT
     | Flags.CREATE_SUPP_GROUP
     | Flags.DIRECT_IO_ALLOW_MMAP
-    | Flags.NO_EXPORT_SUPPORT
 )
 
 
@@ -90,20 +91,28 @@ class Agreed(NamedTuple):
     flags: Flags
 
 
-def agree(major: int, minor: int, offered: int, *, acl: bool) -> Agreed:
+def agree(
+    major: int, minor: int, offered: int, *, acl: bool, exports: bool, passes: bool = False
+) -> Agreed:
     """What to agree on.
 
     Args:
         major, minor: the kernel's version of the protocol.
         offered: its flags, 64 bits.
         acl: whether the kernel is to evaluate ACLs.
+        exports: whether files are found that the kernel has forgotten.
+        passes: whether it is to read and write files itself.
 
     Raises:
         OSError: EPROTO, the kernel is too old.
     """
     if major != MAJOR or minor < _OLDEST_MINOR:
         raise error(errno.EPROTO)
-    wanted = _WANTED | (Flags.POSIX_ACL if acl else 0)
+    wanted = _WANTED | (Flags.EXPORT_SUPPORT if exports else Flags.NO_EXPORT_SUPPORT)
+    if acl:
+        wanted |= Flags.POSIX_ACL
+    if passes:
+        wanted |= Flags.PASSTHROUGH
     return Agreed(min(minor, MINOR), Flags(wanted & offered))
 
 
@@ -128,7 +137,9 @@ def reply(agreed: Agreed, readahead: int) -> bytes:
         _MAX_PAGES if has_pages else 0,
         0,  # map alignment
         flags >> 32,
-        0,  # stack depth
+        # Of files that the kernel reads itself: they lie on no other file system, so that an
+        # overlay can lie on the mount. (The kernel bears two that do.)
+        int(Flags.PASSTHROUGH in agreed.flags),  # stack depth
         0,  # request timeout: none
         *[0] * 11,
     )

@@ -22,8 +22,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import logging
 import os
+import select
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -31,10 +33,15 @@ from typing import Any
 
 from ninefuse.driving.driver import Executor
 from ninefuse.driving.request import Request
-from ninefuse.fuse import handshake, mounting, notices
+from ninefuse.executor import LeadingModel
+from ninefuse.exitcodes import ExitCode, Failure
+from ninefuse.fuse import callbacks, handshake, mounting, notices
 from ninefuse.fuse import opcodes as op
 from ninefuse.fuse._wire import Device, Message
 from ninefuse.fuse.answers import NOT_REFUSED, errno_for_kernel, shortened
+from ninefuse.fuse.backing import Backings
+from ninefuse.fuse.handles import Files
+from ninefuse.fuse.leading import Leading
 from ninefuse.fuse.opcodes import Opcode
 from ninefuse.fuse.replies import Replies
 from ninefuse.fuse.rows import Known, NotServed, Row, Rows, lock_rows, table
@@ -47,8 +54,8 @@ from ninefuse.tree.session import Session
 log = logging.getLogger(__name__)
 
 _IN_A_ROW = 16  # requests read before what else the dispatcher has to do is looked at
-# Requests under way at which the device is read no more: well above what the kernel
-# sends when every thread of a busy machine is stuck in one file.
+# Requests under way at which the device is read no more: well above what comes when every thread
+# of a busy machine is stuck in one file. Those that wait for a lock or a lease do not count.
 _MOST_REQUESTS = 20_000
 _A_WHILE = 50  # milliseconds until it is looked at again whether there are fewer
 
@@ -64,6 +71,7 @@ _BY_HANDLE = frozenset(
         Opcode.FSYNCDIR,
     )
 )
+_LOCKS = frozenset((Opcode.SETLK, Opcode.SETLKW))
 # Nobody waits for an answer to these, whatever they say.
 _UNANSWERED = frozenset((Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT, Opcode.NOTIFY_REPLY))
 # The kernel sends these in nobody's name.
@@ -79,9 +87,12 @@ class NativeSession:
         driver: that bodies are run by.
 
     Attributes:
+        ends: whether it is to serve no more.
         errors: how many there were, by callback and errno.
         statistics: what says the value of the attribute that the counters are published in.
     """
+
+    asks_again = True
 
     def __init__(self, settings: Settings, session: Session, driver: Executor) -> None:
         self.errors: Counter[tuple[str, int]] = Counter()
@@ -91,8 +102,11 @@ class NativeSession:
         self._driver = driver
         self._settings = settings
         self._device: Device
-        self._rows = Rows(session, settings)
+        self._backings = Backings(session, settings) if settings.data == "kernel" else None
+        self._files: Files = callbacks if self._backings is None else self._backings
+        self._rows = Rows(session, settings, self._files)
         self._table: dict[int, Row] = {}
+        self._asked: dict[int, Request] = {}  # under way, by what the kernel calls them
         self._lock_rows: tuple[Row, ...] = ()
         self._fd = -1
         # Open from the start: in the end there may be no descriptors left.
@@ -101,9 +115,11 @@ class NativeSession:
         self._agreed: handshake.Agreed | None = None
         self._started: Callable[[], None] = _nothing
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._ends = False
+        self.ends = False
         self._debug = log.isEnabledFor(logging.DEBUG)  # asked once, not for each request
         driver.dispatcher.wake = self._be_woken
+        if isinstance(driver, LeadingModel):
+            self._leading = Leading(driver, self)
 
     # ---- its life -----------------------------------------------------------------------------
 
@@ -138,10 +154,14 @@ class NativeSession:
             OSError: the device cannot be read.
         """
         self._started = started
+        if isinstance(self._driver, LeadingModel):
+            self._leading.run(self._device, self._wake)
+            return
         driver, device = self._driver, self._device
-        while not self._ends:
+        while not self.ends:
+            is_full = self.is_full
             try:
-                taken = self._take_some()
+                taken = 0 if is_full else self._take_some()
             except OSError as e:
                 if e.errno in (errno.ENODEV, errno.ECONNABORTED):
                     return
@@ -149,7 +169,8 @@ class NativeSession:
             idle = taken < _IN_A_ROW
             driver.before_wait(sleeps=idle)
             if idle or driver.fd >= 0:
-                found = device.wait(self._wake, driver.fd, -1 if idle else 0)
+                wait = -1 if idle else 0
+                found = self.pause() if is_full else device.wait(self._wake, driver.fd, wait)
                 if found & 2:
                     with contextlib.suppress(BlockingIOError):
                         os.eventfd_read(self._wake)
@@ -159,7 +180,7 @@ class NativeSession:
 
     def end(self) -> None:
         """Have `run` return, whether there is a mount or not. Any thread; does not wait."""
-        self._ends = True
+        self.ends = True
         self._be_woken()
 
     def leave(self, *, is_mounted: bool) -> None:
@@ -180,6 +201,10 @@ class NativeSession:
                 os.close(fd)
         self._fd = self._wake = self._nowhere = -1
 
+    def passed(self) -> int:
+        """As of a `FuseSession`."""
+        return 0 if self._backings is None else self._backings.passed()
+
     # ---- what the kernel is told ----------------------------------------------------------------
 
     def prune(self, nodeids: Sequence[int]) -> None:
@@ -195,7 +220,7 @@ class NativeSession:
     def _callbacks(self, device: Device) -> dict[int, Row]:
         self._rows.statistics = lambda: self.statistics()
         background = self._driver.in_background
-        replies = Replies(device, self._session, self._settings, background)
+        replies = Replies(device, self._session, self._settings, background, self._files)
         self._lock_rows = lock_rows(self._rows, replies)
         return table(self._rows, replies)
 
@@ -203,57 +228,83 @@ class NativeSession:
         """Start requests, as many as there are and as may be in a row; how many."""
         receive = self._device.receive
         for taken in range(_IN_A_ROW):
-            if len(self._driver.requests) >= _MOST_REQUESTS:
-                self._device.wait(self._wake, -1, _A_WHILE)
-                return _IN_A_ROW
             message = receive()
             if message is None:
                 return taken
-            self._take(message)
+            self.take(message)
         return _IN_A_ROW
 
-    def _take(self, message: Message) -> None:
+    @property
+    def has_begun(self) -> bool:
+        """Whether the kernel was answered for the first time."""
+        return self._agreed is not None
+
+    @property
+    def is_full(self) -> bool:
+        """Whether so much is under way that no request is to be read."""
+        return len(self._driver.requests) - self._driver.waiting >= _MOST_REQUESTS
+
+    def pause(self) -> int:
+        """As `Device.wait`, for a while at most, whether there is something to be read or not."""
+        engine = self._driver.fd
+        poll = select.poll()
+        poll.register(self._fd, 0)  # told is its end alone
+        poll.register(self._wake, select.POLLIN)
+        if engine >= 0:
+            poll.register(engine, select.POLLIN)
+        ready = {fd for fd, _ in poll.poll(_A_WHILE)}
+        if self._fd in ready:
+            self.ends = True
+        return 2 * (self._wake in ready) + 4 * (engine in ready)
+
+    def take(self, message: Message) -> Request | None:
+        """Start a request; it, where it is one of the driver's and may be under way."""
         if self._watcher is not None:
             self._watcher.received()
         if message.fault:
             log.warning("a request that is none: %r", message)
             if message.opcode not in _UNANSWERED:
                 self._device.error(message.unique, message.fault)
-            return
+            return None
         row = self._table.get(message.opcode)
         if row is None or self._agreed is None:
-            self._take_other(message)
-        else:
-            self._start(row, message)
+            return self._take_other(message)
+        return self._start(row, message)
 
-    def _start(self, row: Row, message: Message) -> None:
+    def _start(self, row: Row, message: Message) -> Request | None:
         try:
             body = row.asks(message)
         except NotServed:
             self._refuse(row.name, message, errno.ENOSYS)
-            return
+            return None
         except Exception as e:
             self._fail(row, message, e)
-            return
+            return None
         if isinstance(body, Known):
             self._reply(row, message, body.result)
-            return
+            return None
         user = self._user(message)
-        if user and self._driver.has_too_many(user) and row.name not in NOT_REFUSED:
+        if user and self._driver.has_too_many(user) and (code := _refusal(row, message)):
             body.close()
-            self._refuse(row.name, message, errno.EAGAIN)
-            return
-        self._driver.start(row.name, body, partial(self._answer, row, message), user)
+            self._refuse(row.name, message, code)
+            return None
+        # Where set-id bits may go, a body has more to do than its call.
+        plain = None if self._session.fids.set_id else row.plain
+        done = partial(self._answer, row, message)
+        request = self._driver.admit(row.name, body, done, user, plain)
+        self._asked[message.unique] = request  # before anything is done: it may end elsewhere
+        self._driver.drive(request)
+        return request
 
-    def _take_other(self, message: Message) -> None:
+    def _take_other(self, message: Message) -> Request | None:
         """Requests that are about the connection, and those that are not served."""
         opcode = message.opcode
         if opcode == Opcode.INTERRUPT:
             self._interrupt(message.args[0])
         elif opcode == Opcode.INIT:
             self._agree(message)
-        elif opcode in (Opcode.SETLK, Opcode.SETLKW) and self._agreed is not None:
-            self._start(self._lock_rows[message.args[6] & op.LK_FLOCK], message)
+        elif opcode in _LOCKS and self._agreed is not None:
+            return self._start(self._lock_rows[message.args[6] & op.LK_FLOCK], message)
         elif opcode in _UNANSWERED:
             pass  # nothing was asked for, nor looked up
         elif opcode == Opcode.DESTROY:
@@ -264,6 +315,7 @@ class NativeSession:
             # The kernel has an answer of its own then, and asks no more: access(2) by the mode,
             # poll(2) that a file is always ready.
             self._device.error(message.unique, errno.ENOSYS)
+        return None
 
     def _user(self, message: Message) -> int | None:
         opcode = message.opcode
@@ -277,32 +329,54 @@ class NativeSession:
             return
         major, minor, readahead, offered = message.args
         try:
-            agreed = handshake.agree(major, minor, offered, acl=self._settings.acl)
+            agreed = handshake.agree(
+                major,
+                minor,
+                offered,
+                acl=self._settings.acl,
+                exports=self._session.fids.devices.inodes is not None,
+                passes=self._backings is not None,
+            )
         except OSError as e:
             log.error("the kernel's FUSE protocol is %d.%d, which is too old", major, minor)
             self._device.error(message.unique, e.errno or errno.EPROTO)
             return
         self._rows.knows_groups = handshake.Flags.CREATE_SUPP_GROUP in agreed.flags
         self._device.short_setxattr = handshake.Flags.SETXATTR_EXT not in agreed.flags
-        self._device.data(message.unique, handshake.reply(agreed, readahead))
+        self._answer_init(message, agreed, readahead)
         self._agreed = agreed
         log.debug("FUSE 7.%d: %r", agreed.minor, agreed.flags)
         self._started()
+
+    def _answer_init(self, message: Message, agreed: handshake.Agreed, readahead: int) -> None:
+        backings = self._backings
+        if backings is not None and handshake.Flags.PASSTHROUGH not in agreed.flags:
+            self._device.error(message.unique, errno.EPROTO)
+            text = "-o data=kernel takes Linux 6.9 or newer, with CONFIG_FUSE_PASSTHROUGH"
+            raise Failure(ExitCode.MOUNT_REFUSED, text)
+        self._device.data(message.unique, handshake.reply(agreed, readahead))
+        if backings is not None:
+            backings.begin(self._fd)
 
     # ---- answers ------------------------------------------------------------------------------
 
     def _answer(self, row: Row, message: Message, request: Request) -> None:
         """A request has ended: answer it. On the thread where that was; raises nothing."""
         driver = self._driver
+        self._asked.pop(message.unique, None)
         driver.count(request)
         if driver.observer is not None:
             driver.observer.answered(request.body)
         try:
             result = request.result()
         except Exception as e:
-            self._fail(row, message, e)
+            if request.is_answered:
+                log.exception("%s failed after it was answered", row.name)
+            else:
+                self._fail(row, message, e)
         else:
-            self._reply(row, message, result)
+            if not request.is_answered:
+                self._reply(row, message, result)
         if self._watcher is not None:
             self._watcher.replied()
 
@@ -350,19 +424,26 @@ class NativeSession:
         One that waits for a worker does so only if he is being killed. Who goes on is not to be
         told EINTR by calls that no file system interrupts.
         """
-        # Seldom, so that it is looked for here and not noted for each request.
-        for request in list(self._driver.requests.values()):
-            done = request.done
-            if isinstance(done, partial) and done.args[-1].unique == unique:
-                if is_being_killed(done.args[-1].pid):
-                    self._driver.withdraw(request)
-                else:
-                    self._driver.interrupt(request)
-                return
+        request = self._asked.get(unique)
+        if request is None:  # it is answered
+            return
+        assert isinstance(request.done, partial)
+        if is_being_killed(request.done.args[-1].pid):
+            self._driver.withdraw(request)
+        else:
+            self._driver.interrupt(request)
 
     def _be_woken(self) -> None:
         with contextlib.suppress(OSError):  # it has ended
             os.eventfd_write(self._wake, 1)
+
+
+def _refusal(row: Row, message: Message) -> int:
+    """What is told to who has too many requests under way; 0: nothing, he is served."""
+    if message.opcode in _LOCKS:
+        # Others wait for what is given back. And EAGAIN would say that a lock is in the way.
+        return 0 if message.args[4] == fcntl.F_UNLCK else errno.ENOLCK
+    return 0 if row.name in NOT_REFUSED else errno.EAGAIN
 
 
 def _nothing() -> None:

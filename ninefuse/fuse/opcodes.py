@@ -82,6 +82,7 @@ FATTR_CTIME = 1 << 10
 FOPEN_DIRECT_IO = 1 << 0
 FOPEN_KEEP_CACHE = 1 << 1
 FOPEN_PARALLEL_DIRECT_WRITES = 1 << 6
+FOPEN_PASSTHROUGH = 1 << 7
 
 WRITE_CACHE = 1 << 0  # written back from the page cache
 WRITE_KILL_SUIDGID = 1 << 2  # set-id bits are to go

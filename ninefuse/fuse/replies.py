@@ -19,7 +19,7 @@ from ninefuse.fuse import opcodes as op
 from ninefuse.fuse._wire import Device, Entries, Message
 from ninefuse.fuse.answers import Opens, without_statistics
 from ninefuse.fuse.entries import EntryPlus, fitted
-from ninefuse.fuse.handles import Handle
+from ninefuse.fuse.handles import Files, Handle, Made
 from ninefuse.fuse.shown import Shown
 from ninefuse.linux.records import DirectoryEntry
 from ninefuse.linux.syscalls import Attributes
@@ -32,7 +32,6 @@ from ninefuse.tree.table import Fid
 LAST_BYTE = (1 << 63) - 1  # of a lock to the end of a file, however it grows
 
 Found = tuple[Fid, Attributes]
-Made = tuple[Handle, Fid, Attributes]
 
 
 class Replies:
@@ -43,6 +42,7 @@ class Replies:
         session: the conversation.
         settings: of the mount.
         background: has a body run that nobody waits for (`Executor.in_background`).
+        files: what closes files.
     """
 
     def __init__(
@@ -51,12 +51,14 @@ class Replies:
         session: Session,
         settings: Settings,
         background: Callable[[str, Body[None]], None],
+        files: Files = callbacks,
     ) -> None:
         self.device = device
         self.session = session
         self.shown = Shown(session, settings)
         self.opens = Opens(settings)
         self.background = background
+        self.files = files
         self._keep_cache = op.FOPEN_KEEP_CACHE if settings.keep_cache else 0
 
     def nothing(self, m: Message, result: object) -> bool:
@@ -70,12 +72,12 @@ class Replies:
 
     def attributes(self, m: Message, found: Attributes) -> bool:
         return self.device.attributes(
-            m.unique, self.shown.attr_valid, *self.shown.attributes(m.nodeid, found)
+            m.unique, self.shown.believed(m.nodeid), *self.shown.attributes(m.nodeid, found)
         )
 
     def statx(self, m: Message, found: Attributes) -> bool:
         return self.device.statx(
-            m.unique, self.shown.attr_valid, *self.shown.attributes(m.nodeid, found)
+            m.unique, self.shown.believed(m.nodeid), *self.shown.attributes(m.nodeid, found)
         )
 
     def data(self, m: Message, data: bytes) -> bool:
@@ -153,7 +155,7 @@ class Replies:
         self._forget([found[0]])
 
     def undo_open(self, m: Message, handle: Handle) -> None:
-        self.background("release", callbacks.release(self.session, handle.number))
+        self.background("release", self.files.release(self.session, handle.number))
 
     def undo_opendir(self, m: Message, handle: int) -> None:
         self.background("release", callbacks.releasedir(self.session, handle))
@@ -163,14 +165,16 @@ class Replies:
         self._forget([fid])
         self.undo_open(m, handle)
 
-    def _opened(self, handle: Handle, flags: int) -> tuple[int, int]:
-        """The kernel's number of a handle, and how it is to use it."""
-        number = handle.number - FIRST_HANDLE
-        if self.opens.are_direct(flags):
-            return number, op.FOPEN_DIRECT_IO | op.FOPEN_PARALLEL_DIRECT_WRITES | self._keep_cache
+    def _opened(self, handle: Handle, flags: int) -> tuple[int, int, int]:
+        """The kernel's number of a handle, how it is to use it, and the backing id."""
+        how = self._keep_cache
+        if handle.backing:
+            how = op.FOPEN_PASSTHROUGH  # which is not to be said with the other
+        elif self.opens.are_direct(flags):
+            how |= op.FOPEN_DIRECT_IO | op.FOPEN_PARALLEL_DIRECT_WRITES
         if handle.is_live:
-            return number, op.FOPEN_DIRECT_IO | self._keep_cache
-        return number, self._keep_cache
+            how |= op.FOPEN_DIRECT_IO
+        return handle.number - FIRST_HANDLE, how, handle.backing
 
     def _add(self, reply: Entries, entry: EntryPlus) -> bool:
         if entry.fid is None or entry.attributes is None:  # it is looked up when it is used

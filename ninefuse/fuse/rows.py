@@ -16,16 +16,16 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ninefuse import ops
-from ninefuse.calls import Body
+from ninefuse.calls import Body, Call, Fsync, Pread, Pwrite
 from ninefuse.errors import error
 from ninefuse.fuse import callbacks
 from ninefuse.fuse import opcodes as op
 from ninefuse.fuse._wire import Message
 from ninefuse.fuse.answers import Opens, is_statistics, refuse_statistics
 from ninefuse.fuse.entries import EntryPlus
-from ninefuse.fuse.handles import Handle
+from ninefuse.fuse.handles import Files, Handle, Made
 from ninefuse.fuse.opcodes import Opcode
-from ninefuse.fuse.replies import LAST_BYTE, Found, Made, Replies
+from ninefuse.fuse.replies import LAST_BYTE, Found, Replies
 from ninefuse.linux.callers import Caller
 from ninefuse.linux.records import DirectoryEntry
 from ninefuse.linux.syscalls import Attributes, SetTime
@@ -54,14 +54,16 @@ class Rows:
     Args:
         session: the conversation.
         settings: of the mount.
+        files: what opens files, makes and closes them.
 
     Attributes:
         statistics: what says the value of the attribute `STATISTICS`.
         knows_groups: whether requests that make something say the caller's group that counts.
     """
 
-    def __init__(self, session: Session, settings: Settings) -> None:
+    def __init__(self, session: Session, settings: Settings, files: Files = callbacks) -> None:
         self.session = session
+        self.files = files
         self.opens = Opens(settings)
         self.statistics: Callable[[], bytes] = bytes
         self.knows_groups = False
@@ -130,17 +132,17 @@ class Rows:
     # Files
 
     def open(self, m: Message) -> Body[Handle]:
-        return callbacks.open(self.session, m.nodeid, self.opens.kept(m.args[0]), _caller(m))
+        return self.files.open(self.session, m.nodeid, self.opens.kept(m.args[0]), _caller(m))
 
     def create(self, m: Message) -> Body[Made]:
         name, flags, mode, umask, _ = m.args
         kept = self.opens.kept(flags)
-        return callbacks.create(self.session, m.nodeid, name, kept, mode, self._maker(m, umask))
+        return self.files.create(self.session, m.nodeid, name, kept, mode, self._maker(m, umask))
 
     def tmpfile(self, m: Message) -> Body[Made]:
         _, flags, mode, umask, _ = m.args
         kept = self.opens.kept(flags)
-        return callbacks.tmpfile(self.session, m.nodeid, kept, mode, self._maker(m, umask))
+        return self.files.tmpfile(self.session, m.nodeid, kept, mode, self._maker(m, umask))
 
     def read(self, m: Message) -> Body[bytes]:
         fh, offset, size = m.args[:3]
@@ -161,7 +163,7 @@ class Rows:
         return callbacks.fsync(self.session, FIRST_HANDLE + fh, datasync)
 
     def release(self, m: Message) -> Body[None]:
-        return callbacks.release(self.session, FIRST_HANDLE + m.args[0])
+        return self.files.release(self.session, FIRST_HANDLE + m.args[0])
 
     def getlk(self, m: Message) -> Body[LockRange]:
         fh, owner, start, end, kind, pid, _ = m.args
@@ -285,13 +287,15 @@ class Row(NamedTuple):
     """What is done with requests of one opcode.
 
     name: of the callback. asks: makes its body, or has the result. answers: encodes and sends its
-    result; whether anybody took it. undo: takes back a result that nobody took.
+    result; whether anybody took it. undo: takes back a result that nobody took. plain: as of a
+    `Request`: its result is answered as `Role` does.
     """
 
     name: str
     asks: Callable[[Message], Body[Any] | Known]
     answers: Callable[[Message, Any], bool]
     undo: Callable[[Message, Any], None] | None = None
+    plain: type[Call[Any]] | None = None
 
 
 def table(rows: Rows, replies: Replies) -> dict[int, Row]:
@@ -317,11 +321,11 @@ def table(rows: Rows, replies: Replies) -> dict[int, Row]:
         Opcode.OPEN: Row("open", r.open, a.open, a.undo_open),
         Opcode.CREATE: Row("create", r.create, a.create, a.undo_create),
         Opcode.TMPFILE: Row("tmpfile", r.tmpfile, a.create, a.undo_create),
-        Opcode.READ: Row("read", r.read, a.data),
-        Opcode.WRITE: Row("write", r.write, a.count),
+        Opcode.READ: Row("read", r.read, a.data, plain=Pread),
+        Opcode.WRITE: Row("write", r.write, a.count, plain=Pwrite),
         Opcode.FLUSH: Row("flush", r.flush, nothing),
-        Opcode.FSYNC: Row("fsync", r.fsync, nothing),
-        Opcode.FSYNCDIR: Row("fsyncdir", r.fsyncdir, nothing),
+        Opcode.FSYNC: Row("fsync", r.fsync, nothing, plain=Fsync),
+        Opcode.FSYNCDIR: Row("fsyncdir", r.fsyncdir, nothing, plain=Fsync),
         Opcode.RELEASE: Row("release", r.release, nothing),
         Opcode.RELEASEDIR: Row("releasedir", r.releasedir, nothing),
         Opcode.OPENDIR: Row("opendir", r.opendir, a.opendir, a.undo_opendir),

@@ -38,9 +38,11 @@ class FuseSession(Protocol):
     """The requests of one mount, and their answers.
 
     Attributes:
+        asks_again: whether the kernel may ask for files that it has forgotten (forgotten.py).
         statistics: what says the value of the attribute that the counters are published in.
     """
 
+    asks_again: bool
     statistics: Callable[[], bytes]
 
     @property
@@ -66,6 +68,9 @@ class FuseSession(Protocol):
 
     def end(self) -> None:
         """Have `run` return, whether there is a mount or not. Any thread; does not wait."""
+
+    def passed(self) -> int:
+        """How many files the kernel reads and writes itself (-o data=kernel)."""
 
     def prune(self, nodeids: Sequence[int]) -> None:
         """As `notices.prune`."""
@@ -100,6 +105,17 @@ class Watcher(Protocol):
     def replied(self) -> None: ...
 
 
+def is_native(settings: Settings) -> bool:
+    """Whether `create` makes the native session; where it refuses to, that is said there."""
+    if settings.session == "pyfuse3":
+        return False
+    try:
+        import ninefuse.fuse.native  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
 def create(settings: Settings, session: Session, driver: Executor) -> FuseSession:
     """The FUSE session that the settings ask for.
 
@@ -109,15 +125,16 @@ def create(settings: Settings, session: Session, driver: Executor) -> FuseSessio
         driver: that bodies are run by.
 
     Raises:
-        Failure: the native one was asked for, and was not built.
+        Failure: the native one was asked for, or what it alone can do, and was not built.
     """
     if settings.session != "pyfuse3":
         try:
             from ninefuse.fuse.native import NativeSession
         except ImportError as e:
-            if settings.session == "native":
-                text = "--session native: it was not built, which takes a C compiler and Cython"
-                raise Failure(ExitCode.USAGE, f"{text} ({e})") from None
+            if settings.session == "native" or settings.data == "kernel":
+                what = "-o data=kernel" if settings.data == "kernel" else "--session native"
+                text = f"{what}: it was not built, which takes a C compiler and Cython ({e})"
+                raise Failure(ExitCode.USAGE, text) from None
             log.info("the native session was not built: pyfuse3's serves the mount")
         else:
             return NativeSession(settings, session, driver)

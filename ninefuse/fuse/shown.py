@@ -55,13 +55,18 @@ class Shown:
         # Of the root the kernel knows the nodeid alone.
         return (a.ino if nodeid == ROOT_NODEID else nodeid), a
 
+    def believed(self, nodeid: int) -> float:
+        """Seconds for which a file's attributes may be believed."""
+        return 0.0 if nodeid in self._session.fids.passed else self.attr_valid
+
     def entry(self, fid: Fid, seen: Attributes) -> ShownEntry:
         """What the kernel is told of a file, by its fid."""
         ino, a = self.attributes(fid.number, seen)
         generation = fid.generation
         if a is not seen and a.rdev != seen.rdev:
             # The kernel keeps the number that it was told first, but of another file.
-            generation += _HIDDEN
+            generation ^= _HIDDEN
         if not fid.node.may_be_believed(seen):
             return ShownEntry(fid.number, generation, 0.0, 0.0, ino, a)
-        return ShownEntry(fid.number, generation, self.entry_valid, self.attr_valid, ino, a)
+        attr_valid = self.believed(fid.number)
+        return ShownEntry(fid.number, generation, self.entry_valid, attr_valid, ino, a)

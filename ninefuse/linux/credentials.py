@@ -170,7 +170,7 @@ def spending_as(caller: Caller, group: int | None, function: Callable[..., T], *
             )
         finally:
             if not given_back:
-                _end()
+                end_process()
 
 
 def pwrite_as(caller: Caller, group: int | None, fd: int, data: bytes, offset: int) -> int:
@@ -190,7 +190,7 @@ def pwrite_as(caller: Caller, group: int | None, fd: int, data: bytes, offset: i
         OSError: as `spending_as`.
     """
     if group is None and _write_as is not None:
-        return _write_as(fd, data, offset, caller.uid, caller.gid, _end)
+        return _write_as(fd, data, offset, caller.uid, caller.gid, end_process)
     return spending_as(caller, group, os.pwrite, fd, data, offset)
 
 
@@ -214,7 +214,7 @@ def _spending(caller: Caller, group: int | None) -> _Acting:
     return _Acting(None, caller, groups, get_capabilities(), None)
 
 
-def _end() -> None:
+def end_process() -> None:
     """End the process: what this thread did next would be done with a stranger's rights."""
     log.critical("a thread's own rights cannot be had back: the process ends")
     os._exit(ExitCode.INTERNAL)
@@ -304,7 +304,7 @@ class _Acting:
             given_back = libc.setfsuid(-1) == uid and libc.setfsgid(-1) == gid
         finally:
             if not given_back:
-                _end()
+                end_process()
 
 
 _AS_IT_IS: AbstractContextManager[None] = contextlib.nullcontext()

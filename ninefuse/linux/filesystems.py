@@ -16,12 +16,16 @@ from ninefuse.linux.libc import AT_EMPTY_PATH, function
 # The types of file systems in statfs(2).
 _OVERLAYFS = 0x794C7630
 _EXT4 = 0xEF53  # and ext2, ext3
+_XFS = 0x58465342
+_BTRFS = 0x9123683E
+# Where a file is found again by its inode's number (inodes.py).
+_OPENS_NUMBERS = frozenset((_EXT4, _XFS, _BTRFS))
 # File handles of these have the inode's number and its generation, or a server's own lasting
 # name for the file. (A FUSE server's have a number that is forgotten with the inode.)
 _LASTING_HANDLES = frozenset(
     (
-        0xEF53,  # ext2, ext3, ext4
-        0x58465342,  # xfs
+        _EXT4,
+        _XFS,
         0xF2F52010,  # f2fs
         0x3153464A,  # jfs
         0x6969,  # nfs
@@ -29,9 +33,9 @@ _LASTING_HANDLES = frozenset(
 )
 _LOCAL = frozenset(
     (
-        0xEF53,  # ext2, ext3, ext4
-        0x58465342,  # xfs
-        0x9123683E,  # btrfs
+        _EXT4,
+        _XFS,
+        _BTRFS,
         0xF2F52010,  # f2fs
         0x3434,  # nilfs
         0x2FC12FC1,  # zfs
@@ -97,7 +101,7 @@ _name_to_handle_at = function(
     ctypes.c_int,
 )
 
-_HANDLE = struct.Struct("=Ii")  # handle_bytes, handle_type; the handle follows
+HANDLE_HEADER = struct.Struct("=Ii")  # handle_bytes, handle_type; the handle follows
 _MAX_HANDLE = 128  # bytes
 
 
@@ -121,6 +125,16 @@ class FileSystem(NamedTuple):
     def has_lasting_handles(self) -> bool:
         """Whether a file's handle stays the same for as long as the file exists."""
         return self.kind in _LASTING_HANDLES
+
+    @property
+    def opens_numbers(self) -> bool:
+        """Whether its files can be found by their inodes' numbers (`inodes.Inodes`)."""
+        return self.kind in _OPENS_NUMBERS
+
+    @property
+    def is_xfs(self) -> bool:
+        """Whether it is xfs."""
+        return self.kind == _XFS
 
     @property
     def orders_by_hash(self) -> bool:
@@ -180,13 +194,13 @@ def file_handle(file: int, name: bytes = b"") -> bytes:
         file: a descriptor of the file, O_PATH will do, or of the directory ``name`` is in.
         name: a name in that directory; a symlink is not followed.
     """
-    buffer = ctypes.create_string_buffer(_HANDLE.size + _MAX_HANDLE)
-    _HANDLE.pack_into(buffer, 0, _MAX_HANDLE, 0)
+    buffer = ctypes.create_string_buffer(HANDLE_HEADER.size + _MAX_HANDLE)
+    HANDLE_HEADER.pack_into(buffer, 0, _MAX_HANDLE, 0)
     mount_id = ctypes.c_int()
     flags = 0 if name else AT_EMPTY_PATH
     _name_to_handle_at(file, name, buffer, ctypes.byref(mount_id), flags)
-    size, _ = _HANDLE.unpack_from(buffer)
-    return buffer.raw[: _HANDLE.size + size]
+    size, _ = HANDLE_HEADER.unpack_from(buffer)
+    return buffer.raw[: HANDLE_HEADER.size + size]
 
 
 def is_local(fd: int) -> bool:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 from ninefuse.errors import error
-from ninefuse.linux.syscalls import PollFd, device_behind, is_ready
+from ninefuse.linux.syscalls import PollFd, device_behind, is_ready, stat_descriptor
 
 _MOUNTINFO = "/proc/self/mountinfo"
 
@@ -36,16 +36,17 @@ class MountLine(NamedTuple):
     number: bytes = b""  # the mount's
     root: bytes = b"/"  # what of the file system it shows
     flags: bytes = b""  # options of the mount, separated by commas
+    parent: bytes = b""  # the number of the mount that it is mounted on
 
 
 def lines_of(table: bytes) -> Iterator[MountLine]:
     """The lines of mountinfo; of several on one mount point the last is on top."""
     for line in table.split(b"\n")[:-1]:
         mount, _, file_system = line.partition(b" - ")
-        number, _, device, root, point, flags = (mount.split(b" ", 6) + [b""] * 6)[:6]
+        number, parent, device, root, point, flags = (mount.split(b" ", 6) + [b""] * 6)[:6]
         kind, _, options = (file_system.split(b" ") + [b""] * 3)[:3]
         root, point = map(_unescaped, (root, point))
-        yield MountLine(device, point, kind, options, number, root, flags)
+        yield MountLine(device, point, kind, options, number, root, flags, parent)
 
 
 def lines() -> Iterator[MountLine]:
@@ -90,6 +91,12 @@ def of_file(fd: int) -> MountLine | None:
     with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
         found = re.search(rb"^mnt_id:\t(\d+)$", file.read(), re.M)
     return next((line for line in lines() if found and line.number == found[1]), None)
+
+
+def shows_all(directory: int) -> bool:
+    """Whether an open directory is the root of its mount, and that shows all of a file system."""
+    line = of_file(directory)
+    return line is not None and line.root == b"/" and stat_descriptor(directory).is_mount_root
 
 
 def connection_of(fd: int) -> int | None:

@@ -177,7 +177,8 @@ async def lock_in_time(
         owner: as for `lock`.
 
     Raises:
-        OSError: EINTR, the request was withdrawn, and the lock is not set; as for `lock`.
+        OSError: EINTR, the request was withdrawn, and the lock is not set; ENOLCK, another's is in
+            the way, and as many wait for locks as may; as for `lock`.
 
     Source: fcntl(2), F_SETLKW.
     """
@@ -192,7 +193,8 @@ async def flock_in_time(session: Session, fid: int, operation: int, pid: int = 0
     """Set the lock of a whole file, however long another's is in the way; as `lock_in_time`.
 
     Raises:
-        OSError: EINTR, the request was withdrawn, and no lock is set; as for `flock`.
+        OSError: EINTR, the request was withdrawn, or ENOLCK, as many wait as may, and no lock is
+            set; as for `flock`.
 
     Source: flock(2) without LOCK_NB.
     """
@@ -252,7 +254,10 @@ async def _until_asked(waiter: Waiter, ask: Callable[[], Awaitable[bool]]) -> No
         waiter.tries()
         if await ask():
             return
-        await Later(waiter, tries)
+        try:
+            await Later(waiter, tries)
+        except BlockingIOError:  # as many wait as may
+            raise error(errno.ENOLCK) from None
         tries += 1
 
 

@@ -233,6 +233,7 @@ def _step_now(session: Session, node: Node, name: bytes) -> tuple[Node, Attribut
             return known, attributes
         if not fids.devices.has_births(attributes):
             raise error(errno.EAGAIN)
+        mark = fids.devices.mark(attributes, fd)
     except BaseException:
         if known is not None:
             fids.unpin(known)
@@ -242,7 +243,7 @@ def _step_now(session: Session, node: Node, name: bytes) -> tuple[Node, Attribut
     if known is not None:
         fids.unpin(known)
         fids.drop(known)
-    return _found(session, node, name, fd, attributes, attributes.birth), attributes
+    return found(session, (node, name), fd, attributes, mark), attributes
 
 
 def _step(session: Session, node: Node, name: bytes) -> tuple[Node, Attributes]:
@@ -282,19 +283,29 @@ def _step(session: Session, node: Node, name: bytes) -> tuple[Node, Attributes]:
     except OSError:
         os.close(fd)
         raise
-    return _found(session, node, name, fd, attributes, mark), attributes
+    return found(session, (node, name), fd, attributes, mark), attributes
 
 
-def _found(
-    session: Session, parent: Node, name: bytes, fd: int, attributes: Attributes, mark: Mark
+def found(
+    session: Session,
+    place: tuple[Node, bytes] | None,
+    fd: int,
+    attributes: Attributes,
+    mark: Mark,
 ) -> Node:
-    """A node for what a name leads to, pinned; the descriptor is its own from now on."""
+    """A node for what was found, pinned; the descriptor is its own from now on.
+
+    Args:
+        session: the conversation.
+        place: the parent and name that it was found at; None: it was found by neither.
+        fd, attributes, mark: an O_PATH descriptor, and what is known by that.
+    """
     fids = session.fids
-    below = fids.new_node(attributes, fd, (parent, name), mark)
-    fids.pin(below)
-    fids.drop(below)
+    node = fids.new_node(attributes, fd, place, mark)
+    fids.pin(node)
+    fids.drop(node)
     session.descriptors.note()
-    return below
+    return node
 
 
 def _arrive(session: Session, start: Fid, newfid: int | Numbering, node: Node) -> Fid:

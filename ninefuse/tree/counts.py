@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection
 
 from ninefuse.errors import error
-from ninefuse.tree.identity import Device, Devices
+from ninefuse.tree.identity import Born, Device, Devices
 from ninefuse.tree.nodes import Node
 
 _AT_ONCE = 256  # nodes that are gone through while others wait for the mutex
@@ -248,7 +248,8 @@ class Counts:
 
     def _is_cold(self, node: Node) -> bool:
         """Whether nobody uses a node's descriptor, and it can be opened again."""
-        return not node.pins and node.refs == 1 and node.place is not None and self._is_shared(node)
+        can_be_opened = node.place is not None or type(node.mark) is Born
+        return not node.pins and node.refs == 1 and can_be_opened and self._is_shared(node)
 
     def _is_shared(self, node: Node) -> bool:
         """Whether whoever looks for the node's file finds this node (`FidTable.known`).

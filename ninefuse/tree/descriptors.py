@@ -23,7 +23,7 @@ from ninefuse.calls import Body, blocking
 from ninefuse.errors import error
 from ninefuse.linux import syscalls
 from ninefuse.linux.syscalls import Attributes, stat_descriptor
-from ninefuse.tree.identity import Device
+from ninefuse.tree.identity import Born, Device
 from ninefuse.tree.nodes import Node
 from ninefuse.tree.table import FidTable
 
@@ -115,7 +115,12 @@ class Descriptors:
         """
         try:
             self.make_room(node)
-            fd = self.open_again(node, looking=looking)
+            try:
+                fd = self.open_again(node, looking=looking)
+            except OSError as e:
+                if e.errno != errno.ESTALE:
+                    raise
+                fd = self._open_by_number(node)
         except OSError:
             if node.fd < 0:
                 raise
@@ -292,6 +297,25 @@ class Descriptors:
             self._fids.unpin(top)
         return fd
 
+    def _open_by_number(self, node: Node) -> int:
+        """A new descriptor of a node whose inode can be found by its number. Blocks.
+
+        Raises:
+            OSError: ESTALE, it cannot, or was removed.
+        """
+        if type(node.mark) is not Born:
+            raise error(errno.ESTALE)
+        fd = self._fids.devices.open_number(node.inode, node.mark.generation)
+        try:
+            same = _has_name(fd) and self._is_open_at(node, fd)
+        except BaseException:
+            os.close(fd)
+            raise
+        if not same:
+            os.close(fd)
+            raise error(errno.ESTALE)
+        return fd
+
     def _is_open_at(self, node: Node, fd: int, is_lenient: bool = False) -> bool:
         attributes, devices = stat_descriptor(fd), self._fids.devices
         if attributes.is_mount_root:
@@ -329,9 +353,12 @@ class _Look:
 
     def leads_back(self, node: Node) -> bool:
         """Whether a node's parent and name still lead to it."""
+        if node.place is None:
+            is_found = type(node.mark) is Born and not self._fids.devices.mounts.cover_own()
+            return is_found and _has_name(node.fd)
         file_system = node.device.file_system
         waiting = file_system is None or not file_system.is_local
-        if node.place is None or (waiting and node.device != self._near):
+        if waiting and node.device != self._near:
             return False
         parent, name = node.place
         has_descriptor = self._fids.pin(parent, use=False)
@@ -368,8 +395,12 @@ def _stat_cached(directory: int, name: bytes) -> Attributes:
 
 
 def _has_another_name(node: Node) -> bool:
+    return node.kind != stat.S_IFDIR and _has_name(node.fd)
+
+
+def _has_name(fd: int) -> bool:
     try:
-        return node.kind != stat.S_IFDIR and stat_descriptor(node.fd).nlink > 0
+        return stat_descriptor(fd).nlink > 0
     except OSError:
         return False
 

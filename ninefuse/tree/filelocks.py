@@ -129,19 +129,25 @@ class Holder:
 
 
 class _File:
-    """The locks of one file, of one kind."""
+    """The locks of one file, of one kind.
 
-    __slots__ = ("holders", "waiting")
+    Attributes:
+        is_due: whether any who wait may be due to try. Thousands may wait and try from time to
+            time; only where something was given back are they gone through.
+    """
+
+    __slots__ = ("holders", "is_due", "waiting")
 
     def __init__(self) -> None:
         self.holders: dict[Hashable, Holder] = {}
         self.waiting: dict[Waiter, None] = {}  # in the order of their coming
+        self.is_due = False
 
     def note(self, start: int, end: int) -> None:
         """Something was given back there: who wants any of it is to try."""
         for waiter in self.waiting:
             if waiter.wanted.meets(start, end):
-                waiter.is_due = True
+                waiter.is_due = self.is_due = True
 
     def took(self, holder: Holder, new: Held) -> None:
         """Somebody has got a lock: whose way that is in need not try until it is given back."""
@@ -154,14 +160,22 @@ class _File:
 
         Whoever is in the way of another keeps him waiting only until he has tried.
         """
+        if not self.is_due:
+            return []
+        self.is_due = False
         trying = [waiter for waiter in self.waiting if waiter.is_trying]
         woken = []
         for waiter in self.waiting:
-            if len(trying) >= _MOST:
-                break
-            if not waiter.is_due or waiter.is_trying:
+            if not waiter.is_due:
                 continue
-            if any(waiter.is_kept_out_by(other.owner, other.wanted) for other in trying):
+            if (
+                waiter.is_trying
+                or len(trying) >= _MOST
+                or any(waiter.is_kept_out_by(other.owner, other.wanted) for other in trying)
+            ):
+                self.is_due = True  # later
+                if len(trying) >= _MOST:
+                    break
                 continue
             waiter.is_trying = True
             trying.append(waiter)

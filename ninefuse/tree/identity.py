@@ -19,6 +19,7 @@ Locks touched: that of `Mounts`; the dictionary of devices is added to in one st
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections import deque
@@ -26,8 +27,10 @@ from enum import Enum
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
+from ninefuse.errors import error
 from ninefuse.linux import mountflags
 from ninefuse.linux.filesystems import FileSystem, file_handle, file_system_of, uuid_of_file_system
+from ninefuse.linux.inodes import Inodes
 from ninefuse.linux.mountinfo import place_of
 from ninefuse.linux.syscalls import Attributes, open_step, stat_descriptor
 from ninefuse.tree.places import Mount, Mounts, hashed
@@ -43,8 +46,15 @@ class Rights(NamedTuple):
     mode: int  # with the type
 
 
+class Born(NamedTuple):
+    """When an inode was born, and which of those it is that have had its number."""
+
+    birth: int  # in nanoseconds
+    generation: int
+
+
 # Birth time in nanoseconds; file handle; rights. None: it was not asked for.
-Mark = int | bytes | Rights | None
+Mark = int | Born | bytes | Rights | None
 
 
 class _By(Enum):
@@ -91,10 +101,13 @@ class Devices:
 
     Attributes:
         hides: what is not to be shown where a mount forbids it (`mountflags.HIDEABLE`).
+        inodes: what finds files of the source's device that the client asks for after it has
+            forgotten them; None: it does not ask.
     """
 
     def __init__(self) -> None:
         self.hides = 0
+        self.inodes: Inodes | None = None
         self._source = b"/"
         self._known: WeakValueDictionary[tuple[int, int], Device] = WeakValueDictionary()
         self._own: Device | None = None  # the source's, which is asked for most
@@ -176,7 +189,7 @@ class Devices:
         return self.of(a).by is _By.BIRTH
 
     def mark(self, a: Attributes, file: int, name: bytes = b"") -> Mark:
-        """The mark of a file. Blocks, where marks are file handles.
+        """The mark of a file. Blocks, where marks are file handles, or have to be by a name.
 
         Args:
             a: the file's attributes.
@@ -187,10 +200,29 @@ class Devices:
         if device is None:
             device = self._meet(a, file, name)
         if device.by is _By.BIRTH:
+            if self.inodes is not None and device is self._own:
+                return Born(a.birth, self.inodes.generation(a.ino, file, name))
             return a.birth
         if device.by is _By.HANDLE:
             return file_handle(file, name)
         return self.rights(a)
+
+    def open_number(self, inode: int, generation: int | None = None) -> int:
+        """An O_PATH descriptor of a file of the source's device, by its inode's number. Blocks.
+
+        While a mount covers a part of the source nobody can tell whether that shows the inode: then
+        none is opened.
+
+        Args:
+            inode: its number.
+            generation: that it must have; None: any.
+
+        Raises:
+            OSError: ESTALE, there is none, or it is not looked for; as `Inodes.open`.
+        """
+        if self.inodes is None or self.mounts.cover_own():
+            raise error(errno.ESTALE)
+        return self.inodes.open(inode, generation)
 
     def rights(self, a: Attributes) -> Rights:
         """The rights that attributes tell of."""

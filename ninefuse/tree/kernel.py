@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import errno
 import itertools
+import os
 from collections.abc import Callable, Iterable
 
 from ninefuse.errors import error
 from ninefuse.linux.syscalls import Attributes
-from ninefuse.tree.identity import Rights
+from ninefuse.tree.identity import Born, Rights
 from ninefuse.tree.nodes import Node
 from ninefuse.tree.qids import ROOT_NODEID
 from ninefuse.tree.table import Fid, FidTable
@@ -41,6 +42,7 @@ class KernelTable(FidTable):
     def __init__(self, defer: Callable[..., None]) -> None:
         super().__init__(defer)
         self._handles = itertools.count(FIRST_HANDLE)
+        self._generations = itertools.count(int.from_bytes(os.urandom(4), "big"))
 
     def new_number(self) -> int:
         """A fid number for a file handle: 2**64 and up, never given twice."""
@@ -64,6 +66,7 @@ class KernelTable(FidTable):
             number, fid = self._fid_of(node)
             if fid is None:
                 fid = Fid(number, node)
+                fid.generation = self._generation(node, 0)
                 self._fids[number] = fid
                 with self._counts:
                     node.refs += 1
@@ -72,16 +75,17 @@ class KernelTable(FidTable):
                 # number's lookups together; the new generation tells it that what it
                 # has of the old file is not of this one.
                 self._move(fid, node)
-                fid.generation += 1
+                fid.generation = self._generation(node, fid.generation + 1)
             elif fid.node is not node:
-                if fid.node.place is not None:  # the root, which may be mounted below itself
+                # One found by its number has none, and the root, which may be mounted below itself.
+                if node.place is not None and number != ROOT_NODEID:
                     fid.node.place = node.place
                 # What was seen without a descriptor may be of a file that has gone by now.
                 is_sure = node.fd >= 0 or fid.node.fd < 0
                 if fid.node.mark is None or (type(fid.node.mark) is Rights and is_sure):
                     fid.node.mark = node.mark
                 self._share_descriptor(node, fid.node)
-            if place is not None and fid.node.place is not None:
+            if place is not None and number != ROOT_NODEID:
                 fid.node.place = place
             fid.lookups += 1
             grown = len(self._fids) >= self._told + self.step
@@ -162,10 +166,26 @@ class KernelTable(FidTable):
         """Note where a file that the kernel may know is found from now on."""
         with self.lock.writing:
             fid = self._fids.get(self.number_of(a))
-            if fid is not None and fid.node.shows(a) and fid.node.place is not None:
+            if fid is not None and fid.node.shows(a):
                 fid.node.place = parent, name
 
     # Helpers that expect the locks to be held
+
+    def _generation(self, node: Node, plain: int) -> int:
+        """The generation of a fid that comes to stand on a node's file, 32 bits.
+
+        By nodeid and generation the kernel asks for a file that it has forgotten. A file that is
+        not found again then has another generation each time, so that none passes for it.
+
+        Args:
+            node: it.
+            plain: what it is where the kernel does not ask.
+        """
+        if type(node.mark) is Born:
+            return node.mark.generation
+        if self.devices.inodes is None:
+            return plain
+        return next(self._generations) & 0xFFFFFFFF
 
     def _fid_of(self, node: Node) -> tuple[int, Fid | None]:
         """The number by which the kernel is to know a node's file, and its fid if there is one."""
@@ -191,6 +211,7 @@ class KernelTable(FidTable):
         if fid.number < FIRST_HANDLE and self._paths is not None:
             node = fid.node
             self.set_id.discard(fid.number)
+            self.passed.discard(fid.number)
             self._paths.back(node.device, node.inode, node.aside, fid.number)
 
     def _share_descriptor(self, found: Node, known: Node) -> None:

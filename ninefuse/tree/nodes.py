@@ -16,7 +16,7 @@ from __future__ import annotations
 import stat
 
 from ninefuse.linux.syscalls import Attributes
-from ninefuse.tree.identity import Device, Mark, Rights
+from ninefuse.tree.identity import Born, Device, Mark, Rights
 from ninefuse.tree.places import Mount
 
 
@@ -61,8 +61,8 @@ class Node:
         self.mark = mark  # see identity.py
         self.fd = -1  # O_PATH; -1: it has none now
         self.asked: Mount | None = None  # its own when the kernel was told to look it up again
-        # The (parent, name) it was last seen at, swapped as a whole; None for the root, and for a
-        # file that has had no name yet, whose descriptor is never taken.
+        # The (parent, name) it was last seen at, swapped as a whole; None for the root, for a file
+        # that has had no name yet, and for one that was found by its number (ops/forgotten.py).
         self.place = place
         self.refs = 1  # fids on it, and operations that use it: now its maker
         self.pins = 0  # operations that use its descriptor
@@ -84,11 +84,15 @@ class Node:
             mark: of the same file. It is needed where the node has no descriptor and files
                 are not told apart by their birth.
         """
+        if type(self.mark) is int:
+            mark = a.birth
+        elif type(self.mark) is Born and mark is None:
+            mark = Born(a.birth, self.mark.generation)
         return (
             self.inode == a.ino
             and self.kind == a.kind
             and self.device.number == (a.dev_major, a.dev_minor)
-            and self._has_mark(a.birth if type(self.mark) is int else mark, a.uid)
+            and self._has_mark(mark, a.uid)
         )
 
     def is_file_of(self, other: Node) -> bool:

@@ -69,6 +69,7 @@ class Mounts:
         self._known: dict[int, Mount] = {}
         self._lock = threading.Lock()
         self._table: MountTable | None = None
+        self._is_listed = False  # not so a copy that nobody else can mount anything on
 
     def begin(self, source: bytes, number: int) -> None:
         """The source directory's path is this, and its mount's number."""
@@ -76,6 +77,7 @@ class Mounts:
             self._source, self.own = source, number
             if self._table is None:
                 self._table = MountTable()
+            self._is_listed = number in self._table.lines()
 
     def end(self) -> None:
         """No more is to be learned."""
@@ -95,6 +97,16 @@ class Mounts:
             prefix = self._source.rstrip(b"/") + b"/"
             lines = [table[number] for number in self._known if number in table]
         return [line.point.removeprefix(prefix) for line in lines if line.point.startswith(prefix)]
+
+    def cover_own(self) -> bool:
+        """Whether something may be mounted on a file or directory of the source's own mount."""
+        with self._lock:
+            table = self._table.lines() if self._table is not None else {}
+        own = table.get(self.own)
+        if own is None:
+            return self._is_listed  # it was taken away, with what is mounted on it
+        # What is mounted over the root itself hides nothing from who has that open.
+        return any(line.parent == own.number and line.point != own.point for line in table.values())
 
     def learn(self, number: int, forbids: int) -> None:
         """Note what a mount forbids, and find out what others show as well."""

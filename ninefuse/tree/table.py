@@ -80,6 +80,8 @@ class FidTable(Counts):
         on_change: called, on any thread and with no lock held, each time that the table has
             grown by ``step`` fids, and when it has become far smaller.
         set_id: the numbers of files that the client was told have set-id bits.
+        passed: the numbers of files that the client may change without our hearing of it: it is
+            not to believe their attributes.
 
     Args:
         defer: ``defer(close, fd)`` has a descriptor closed where that may block.
@@ -91,6 +93,7 @@ class FidTable(Counts):
         self.step = _STEP
         self.on_change: Callable[[], None] = _nothing  # each `step` fids more, and far fewer
         self.set_id: set[int] = set()
+        self.passed: set[int] = set()
         self._fids: dict[int, Fid] = {}
         self._opened = 0  # fids that are open files, directories and attributes
         self._files = 0  # files among them
@@ -286,6 +289,7 @@ class FidTable(Counts):
         with self.lock.writing:
             gone, self._fids = self._fids, {}
             self.set_id.clear()
+            self.passed.clear()
             self._opened = self._files = 0
             if self._paths is not None:
                 self._paths.clear()

@@ -84,6 +84,7 @@ class Counters:
             "locks": {lock.name: _lock(lock) for lock in locks},
             "fids": {"known": fids.fids, "open": fids.opened},
             "descriptors": {"open": _descriptors(), "nodes": fids.descriptors},
+            "data": {"by": self._settings.data, "passed": self._front.passed()},
             "memory": {"resident": self._resident()},
         }
 
@@ -101,6 +102,7 @@ class Counters:
         count = sum(one["count"] for one in operations.values())
         crossings = sum(one["crossings"] for one in operations.values())
         requests, fids, descriptors = now["requests"], now["fids"], now["descriptors"]
+        data = now["data"]
         return [
             f"model {now['model']}, {now['threads']} workers, {now['uptime']:.0f} s, "
             f"{now['memory']['resident'] >> 20} MiB",
@@ -110,6 +112,7 @@ class Counters:
             f"{crossings} crossings; {requests['running']} under way, "
             f"{requests['queued']} queued, {requests['held_back']} held back for a share",
             *(_lock_line(name, lock) for name, lock in now["locks"].items()),
+            f"data: by the {data['by']}; {data['passed']} open files passed through",
             f"fids: {fids['known']}, {fids['open']} of them open; "
             f"descriptors: {descriptors['open']}, {descriptors['nodes']} of them for nodes",
         ]

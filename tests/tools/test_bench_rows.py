@@ -27,7 +27,7 @@ def made(site: Site, name: str, *peers: Peer) -> Row | Missing:
 
 def test_the_rows_in_order() -> None:
     assert list(makers([Peer("mine", ("x",))])) == [
-        *("source", "none", "first", "second-off", "second-thr", "second"),
+        *("source", "none", "first", "second-off", "second-thr", "second-req", "second"),
         *("bindfs", "bindfs-mt", "pt_ll", "example", "null", "null-native", "mine"),
     ]
     with pytest.raises(ValueError, match="there is a row null already"):

@@ -101,6 +101,7 @@ NOT_RUN: dict[Key, str] = {
     ("docs/models.md", "dispatcher  ──body──[chmod]"): PICTURE,
     ("docs/models.md", "dispatcher  ──body──┐         ┌"): PICTURE,
     ("docs/models.md", "dispatcher  ──body──┐\n"): PICTURE,
+    ("docs/models.md", "leader-0 "): PICTURE,
     ("docs/mounting.md", 'ln -s "$('): "would stay: test_mount_helper.py makes links of its own",
     ("docs/mounting.md", "mount -t fuse.ninefuse"): "test_mount_helper.py, with such a link",
     (

@@ -1,0 +1,41 @@
+"""What the second model asks of those who take the dispatcher's role in turn.
+
+Locks touched: none.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from ninefuse.driving.request import Request
+
+
+class Crew(Protocol):
+    """Those who lead in turn, and the hands that make plain calls; see fuse/leading.py."""
+
+    def reserve(self, request: Request) -> bool:
+        """Give a plain call a place, for which `free` is called in the end; False if none is left.
+
+        A user and an inode have so many at most.
+        """
+
+    def free(self, user: int | None, inode: int | None) -> None:
+        """Give the place of a call back."""
+
+    def hand(self, request: Request) -> bool:
+        """Have a hand make the plain call of the request that is being started, if it is better."""
+
+    def pass_on(self) -> bool:
+        """Let another thread lead; False if nobody is to be had."""
+
+    def is_one(self) -> bool:
+        """Whether this thread takes part in leading."""
+
+    def came_back(self) -> None:
+        """The calls are over for which this thread has passed the role on, if it has."""
+
+    def take_back(self, request: Request) -> bool:
+        """Take a request's call from the hands; False if one has begun it, or none has it."""
+
+    def join(self) -> None:
+        """Wait for the end of all threads; what hands have not begun is left to the workers."""

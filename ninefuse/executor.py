@@ -382,19 +382,11 @@ class LeadingModel(SecondModel):
                 request.is_answered = is_answered
             request.call = None
             step = self.advance(request)
-        if step is Step.CALL:
-            self.leave_to_workers(request)
-        else:
-            self._hand_over(request, step)
+        self._hand_over(request, step)
 
     def leave_to_workers(self, request: Request) -> None:
         """Have a worker make a request's call. Any thread."""
-        assert request.call is not None
-        job = partial(self._rest, request)
-        if self.pool.enter(job, request.call.on, request.user):
-            self.pool.queue(job)
-        if request.is_withdrawn:
-            self.withdraw(request)
+        self._hand_over(request, Step.CALL)
 
     def close(self) -> None:
         """As of an `Executor`."""

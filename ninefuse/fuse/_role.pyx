@@ -31,7 +31,7 @@ import logging
 import os
 
 from ninefuse.calls import Fsync, Pread, Pwrite
-from ninefuse.fuse._wire cimport Device, Message, OutHeader, decoded, iovec
+from ninefuse.fuse._wire cimport POLLIN, Device, Message, OutHeader, decoded, iovec, poll, pollfd
 from ninefuse.linux._transfer cimport pwrite_as
 
 log = logging.getLogger(__name__)
@@ -57,15 +57,6 @@ cdef extern from "<unistd.h>" nogil:
     ssize_t pwrite(int, const void *, size_t, int64_t)
     int fsync(int)
     int fdatasync(int)
-
-cdef extern from "<poll.h>" nogil:
-    cdef struct pollfd:
-        int fd
-        short events
-        short revents
-    int poll(pollfd *, unsigned long, int)
-    enum:
-        POLLIN
 
 cdef extern from "Python.h":
     int _PyBytes_Resize(PyObject **, Py_ssize_t)

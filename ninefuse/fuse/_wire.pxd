@@ -8,6 +8,15 @@ cdef extern from "<sys/uio.h>" nogil:
         void *iov_base
         size_t iov_len
 
+cdef extern from "<poll.h>" nogil:
+    cdef struct pollfd:
+        int fd
+        short events
+        short revents
+    int poll(pollfd *, unsigned long, int)
+    enum:
+        POLLIN
+
 cdef struct OutHeader:
     uint32_t len
     int32_t error

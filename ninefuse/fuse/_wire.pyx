@@ -64,15 +64,6 @@ cdef extern from "<unistd.h>" nogil:
 cdef extern from "<sys/uio.h>" nogil:
     ssize_t writev(int, const iovec *, int)
 
-cdef extern from "<poll.h>" nogil:
-    cdef struct pollfd:
-        int fd
-        short events
-        short revents
-    int poll(pollfd *, unsigned long, int)
-    enum:
-        POLLIN
-
 # ---- the protocol's structures ----------------------------------------------------------------
 
 cdef struct InHeader:

@@ -81,9 +81,8 @@ class Leading:
         self._are_stuck = False  # the hands, all of them
         self._is_over = threading.Event()
         self._threads: list[threading.Thread] = []
-        self._wanted: SimpleQueue[str | None] = (
-            SimpleQueue()
-        )  # threads to be started; None: no more
+        # Threads to be started; None: no more.
+        self._wanted: SimpleQueue[str | None] = SimpleQueue()
         self._leaders = 0  # that were wanted
         self._leading: set[int] = set()  # threads that take part in leading
         self._failure: BaseException | None = None  # what has ended it, but for the mount's end

@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import pytest
 import stuck
 from conftest import start
+from file_systems import mounted
 from mounting import (
     HASTY_NINEFUSE,
     SOAK,
@@ -695,6 +696,32 @@ def test_who_has_too_many_requests_under_way_is_told_so(
             }
         assert told == {ATTACKER: errno.EAGAIN, VICTIM: 0, ROOT: 0}
         assert Child(_statvfs_as, ATTACKER, mount.path).result() == 0
+    finally:
+        mount.end()
+
+
+def test_who_is_refused_takes_no_mount_away(guard: Watchdog, open_directory: Path) -> None:
+    """A directory that he asks for again is still there for others, and what is mounted below.
+
+    The kernel drops a name whose lookup fails but with ENOMEM or EINTR, and with it all mounts
+    below the name, in every mount namespace.
+    """
+    base = open_directory / "refused"
+    base.mkdir()
+    server = Server(guard, base, ())
+    options = ("-o", "entry_timeout=0")
+    mount = open_mount(guard, server.new_base("mount"), *options, command=FEW_REQUESTS)
+    (mount.source / "shared" / "disk").mkdir()
+    disk = mount.path / "shared" / "disk"
+    try:
+        with (
+            mounted("tmpfs", "tmpfs", disk),
+            attacked(server, mount, [(Attack(stuck.change_each, ("chmod",), 5), ATTACKER)]),
+        ):
+            wait_until(lambda: mount.counters().under_way == 5, "five requests under way")
+            refused = Child(_statvfs_as, ATTACKER, disk).result()
+            assert is_mounted(disk), "somebody's mount is gone"
+        assert refused == errno.ENOMEM
     finally:
         mount.end()
 

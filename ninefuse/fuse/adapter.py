@@ -30,6 +30,7 @@ from ninefuse.fuse.answers import (
     NOT_REFUSED,
     Opens,
     errno_for_kernel,
+    errno_of,
     is_statistics,
     refuse_statistics,
     shortened,
@@ -332,8 +333,7 @@ class Adapter(pyfuse3.Operations):
         """
         if callback not in NOT_REFUSED and self._awaiting.driver.has_too_many(user):
             body.close()
-            self.errors[callback, errno.EAGAIN] += 1
-            raise pyfuse3.FUSEError(errno.EAGAIN)
+            raise self._failed(callback, errno.EAGAIN)
         try:
             result = await self._awaiting.run(callback, body, user)
             if self._debug:
@@ -344,10 +344,15 @@ class Adapter(pyfuse3.Operations):
         except Exception:
             log.exception("%s failed", callback)
             code = errno.EIO
+        raise self._failed(callback, code)
+
+    def _failed(self, callback: str, code: int) -> pyfuse3.FUSEError:
+        """What a callback raises that has failed."""
+        code = errno_of(callback, code)
         self.errors[callback, code] += 1
         if self._debug:
             log.debug("%s: %s", callback, errno.errorcode.get(code, code))
-        raise pyfuse3.FUSEError(code)
+        return pyfuse3.FUSEError(code)
 
     def _caller(self, ctx: pyfuse3.RequestContext) -> Caller:
         return Caller(ctx.uid, ctx.gid, ctx.umask if self.unmasked else None, ctx.pid)

@@ -26,6 +26,9 @@ STATISTICS = os.fsencode(ATTRIBUTE)
 # what is refused; and a close, or a sync, that is refused would say that something was lost.
 NOT_REFUSED = frozenset(("write", "flush", "fsync", "fsyncdir"))
 
+# What is short for one caller, or for a moment, and says nothing of the name that he looked up.
+_SHORTAGES = frozenset((errno.EAGAIN, errno.EMFILE, errno.ENFILE))
+
 
 class Opens:
     """How opens are answered, by their flags (docs/caching.md).
@@ -74,6 +77,15 @@ def errno_for_kernel(failure: OSError) -> int:
         log.error("an error without a usable errno: %r", failure)
         return errno.EIO
     return code
+
+
+def errno_of(callback: str, code: int) -> int:
+    """The errno of a callback's answer, which is no loss to others than the caller.
+
+    A name whose lookup fails is known no more to the kernel, and what is mounted on it or below,
+    in any mount namespace, is taken away: but not where the errno is ENOMEM or EINTR.
+    """
+    return errno.ENOMEM if callback == "lookup" and code in _SHORTAGES else code
 
 
 def is_statistics(nodeid: int, name: bytes) -> bool:

@@ -468,6 +468,25 @@ ATTACKS = {
     "many reads that never end": Attack(
         stuck.read_what_never_comes, (), MANY, spares_own=False, servers=ONE, inside=True
     ),
+    "names beside reads that never end": Attack(
+        stuck.use_shared_while_stuck,
+        ("read",),
+        100,
+        spares_own=False,
+        slack=BUSY,
+        servers=BESIDES,
+        inside=True,
+    ),
+    # Some are refused.
+    "names beside 100 held files": Attack(
+        stuck.use_shared_while_stuck,
+        ("chmod",),
+        100,
+        lasts=False,
+        spares_own=False,
+        slack=BUSY,
+        servers=BESIDES,
+    ),
     "rmdir of a huge directory": Attack(
         stuck.remove_huge_directory,
         (200_000 if SOAK else 10_000,),

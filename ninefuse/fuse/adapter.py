@@ -33,6 +33,7 @@ from ninefuse.fuse.answers import (
     errno_of,
     is_statistics,
     refuse_statistics,
+    share_of,
     shortened,
     without_statistics,
 )
@@ -335,7 +336,7 @@ class Adapter(pyfuse3.Operations):
             body.close()
             raise self._failed(callback, errno.EAGAIN)
         try:
-            result = await self._awaiting.run(callback, body, user)
+            result = await self._awaiting.run(callback, body, share_of(callback, user))
             if self._debug:
                 log.debug("%s: %s", callback, shortened(result))
             return result

@@ -37,7 +37,7 @@ from ninefuse.exitcodes import ExitCode, Failure
 from ninefuse.fuse import callbacks, handshake, mounting, notices
 from ninefuse.fuse import opcodes as op
 from ninefuse.fuse._wire import Device, Message
-from ninefuse.fuse.answers import errno_for_kernel, errno_of, shortened
+from ninefuse.fuse.answers import errno_for_kernel, errno_of, share_of, shortened
 from ninefuse.fuse.backing import Backings
 from ninefuse.fuse.handles import Files
 from ninefuse.fuse.leading import Leading
@@ -289,7 +289,7 @@ class NativeSession:
         # Where set-id bits may go, a body has more to do than its call.
         plain = None if self._session.fids.set_id else row.plain
         done = partial(self._answer, row, message)
-        request = self._driver.admit(row.name, body, done, user, plain)
+        request = self._driver.admit(row.name, body, done, share_of(row.name, user), plain)
         self._asked[message.unique] = request  # before anything is done: it may end elsewhere
         self._driver.drive(request)
         return request

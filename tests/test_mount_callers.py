@@ -79,7 +79,8 @@ ENDED = 20.0  # seconds for all to be over
 DESCRIPTORS, THREADS = 40, 100
 
 SERVERS = {
-    "second-threads": ("--model", "second", "--engine", "threads"),
+    "second-role": ("--model", "second", "-o", "handover=role"),
+    "second-request": ("--model", "second", "--engine", "threads", "-o", "handover=request"),
     "second-uring": ("--model", "second", "--engine", "uring"),
     "first-threads": ("--model", "first", "--engine", "threads"),
 }
@@ -406,10 +407,10 @@ class Attack:
     inside: bool = False
 
 
-ONE = ("second-threads",)  # of what concerns its dispatcher alone
-SECOND = ("second-threads", "second-uring")
-# Second-uring is attacked so by many at once (CROWD), and one by one in a long run.
-BESIDES = ("second-threads", "first-threads")
+ONE = ("second-role",)  # of what concerns its dispatcher alone
+SECOND = ("second-role", "second-uring")
+# The others are attacked so in a long run; second-uring by many at once (CROWD), too.
+BESIDES = ("second-role", "first-threads")
 
 
 def _servers_for(kind: str) -> tuple[str, ...]:
@@ -782,6 +783,16 @@ def test_nobody_else_waits_for_many_attackers(
         attacks.append((attack, 2001 + number % 7))  # not the user who measures
     lines = _patiently(partial(_attacked_and_compared, servers(server), attacks, CROWD_SECONDS), 4)
     print(f"\n{CROWD_SIZE} attackers:", *lines, sep="\n")
+
+
+@pytest.mark.parametrize("kind", ["write to 40 held files", "reads that never end"])
+def test_nobody_else_waits_where_all_hands_are_stuck(
+    guard: Watchdog, servers: Callable[[str], Server], kind: str
+) -> None:
+    """Three users have all of them, and a leader; reads and writes go to the workers."""
+    attacks = [(ATTACKS[kind], uid) for uid in (2001, 2002, 2003)]
+    lines = _patiently(partial(_attacked_and_compared, servers("second-role"), attacks, SECONDS))
+    print(f"\nthree users, {kind}:", *lines, sep="\n")
 
 
 # Ending under attack

@@ -256,6 +256,8 @@ class WorkerPool:
             self._look.clear()
             begun = -1
             while not self._is_closed:
+                # Before anything is let through, which could not have been begun.
+                queued = len(self._submitted) + len(self._resumed)
                 with self._mutex:
                     overdue = self._shares.overdue()
                     hopeless = self._shares.hopeless()
@@ -264,8 +266,7 @@ class WorkerPool:
                 for _ in overdue:
                     self._queue.put(True)
                 self._refuse_all(hopeless)
-                queued = len(self._submitted) + len(self._resumed)
-                if not queued and not waits:
+                if not (queued or overdue or waits):
                     break
                 if queued and begun == self._begun:
                     self._grow(queued)

@@ -21,6 +21,7 @@ import trio
 from ninefuse.calls import Body
 from ninefuse.driving.driver import Executor
 from ninefuse.driving.request import Request
+from ninefuse.driving.shares import Whose
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class Awaiting(trio.abc.Instrument):
         self.driver = driver
         self._has_begun = False
 
-    async def run(self, name: str, body: Body[T], user: int | None = None) -> T:
+    async def run(self, name: str, body: Body[T], user: Whose = None) -> T:
         """Drive a body to its end and return its result. In a task.
 
         Cancellation is refused from the moment the body has started.

@@ -135,7 +135,8 @@ class FirstModel(Pooled):
         step = self.advance(request)
         if step is Step.CALL:
             assert request.call is not None
-            self.pool.submit(partial(self._one_call, request), request.call.on, request.user)
+            job = partial(self._one_call, request)
+            self.pool.submit(job, request.call.on, request.share, goes_on=request.is_begun)
             if request.is_withdrawn:
                 self.withdraw(request)
         elif step is Step.DONE:
@@ -151,10 +152,10 @@ class FirstModel(Pooled):
     def _one_call(self, request: Request) -> None:
         request.thread = threading.current_thread().name
         assert request.call is not None
-        on, user = request.call.on, request.user
+        on, share = request.call.on, request.share
         request.perform()
         self.dispatcher.post(partial(self.drive, request))
-        self.pool.leave(on, user)
+        self.pool.leave(on, share)
 
 
 class SecondModel(Pooled):
@@ -234,7 +235,7 @@ class SecondModel(Pooled):
     def _hand_over(self, request: Request, step: Step) -> None:
         if step is Step.CALL:
             assert request.call is not None
-            self.pool.submit(partial(self._rest, request), request.call.on, request.user)
+            self.pool.submit(partial(self._rest, request), request.call.on, request.share)
             if request.is_withdrawn:
                 self.withdraw(request)
         elif step is Step.DONE:
@@ -341,7 +342,7 @@ class LeadingModel(SecondModel):
             self.crew.free(request.user, call.on)
         request.plain = None  # it has no place as such
         job = partial(self._rest, request)
-        if not self.pool.enter(job, call.on, request.user):
+        if not self.pool.enter(job, call.on, request.share):
             if request.is_withdrawn:
                 self.withdraw(request)
         elif self.crew.pass_on():

@@ -23,6 +23,7 @@ from mounting import PATIENCE as PATIENCE
 
 from ninefuse.awaiting import Awaiting
 from ninefuse.calls import Body
+from ninefuse.driving.shares import Whose
 from ninefuse.driving.uring import Refused, Uring
 from ninefuse.executor import Executor, create
 
@@ -121,7 +122,7 @@ def eager_switches() -> Iterator[None]:
 _awaiting: WeakKeyDictionary[Executor, Awaiting] = WeakKeyDictionary()
 
 
-async def answer(executor: Executor, name: str, body: Body[T], user: int | None = None) -> T:
+async def answer(executor: Executor, name: str, body: Body[T], user: Whose = None) -> T:
     """Drive a body to its end, in a task of the loop that is the executor's dispatcher."""
     awaiting = _awaiting.get(executor)
     if awaiting is None:
@@ -129,12 +130,18 @@ async def answer(executor: Executor, name: str, body: Body[T], user: int | None 
     return await awaiting.run(name, body, user)
 
 
-def drive(model: str, threads: int, scenario: Callable[[Executor], Awaitable[T]]) -> T:
+def drive(
+    model: str,
+    threads: int,
+    scenario: Callable[[Executor], Awaitable[T]],
+    *,
+    by_user: bool = False,
+) -> T:
     """Run a scenario under a threading model, on a thread of its own: the dispatcher.
 
     Afterwards the executor is closed, and no request may be left in it.
     """
-    executor = create(model, threads)
+    executor = create(model, threads, by_user=by_user)
 
     def life() -> T:
         try:

@@ -422,6 +422,44 @@ def _open_and_close(path: Path) -> None:
     os.close(os.open(path, os.O_RDONLY))
 
 
+def use_shared_while_stuck(ground: Ground, kind: str) -> None:
+    """More calls are stuck than one may have workers for; names are made and looked for meanwhile.
+
+    In a directory that all share, whose lock the kernel keeps for each of them.
+    """
+    count = ground.board.count
+    calls: list[Callable[[], object]]
+    if kind == "read":
+        mounted = ground.top_mount / ground.memory.relative_to(ground.top_source)
+        calls = [partial(_read, mounted / f"{number}") for number in range(count)]
+        held = []
+    else:
+        held = [ground.held(f"held{number}") for number in range(count)]
+        calls = [changes(ground.mount / path.name)[kind] for path in held]
+    shared = ground.top_mount / "shared"
+
+    def make(which: int) -> None:
+        for number in itertools.takewhile(lambda _: not ground.board.is_over(), itertools.count()):
+            path = shared / f"{ground.source.name}-{which}-{number}"
+            with contextlib.suppress(OSError):
+                os.mkdir(path)
+                os.rmdir(path)
+            time.sleep(_GENTLY)
+
+    def look(which: int) -> None:
+        for number in itertools.takewhile(lambda _: not ground.board.is_over(), itertools.count()):
+            _without_error(os.stat, shared / f"no-{ground.source.name}-{which}-{number}")
+            time.sleep(_GENTLY)
+
+    ground.board.ready()
+    for which in range(4):
+        _thread(make, which)
+        _thread(look, which)
+    time.sleep(0.3)
+    ground.hold(*held)
+    ground.calls(*calls)
+
+
 def read_what_never_comes(ground: Ground) -> None:
     """Files below the source are read whose data never comes; each is another one."""
     mounted = ground.top_mount / ground.memory.relative_to(ground.top_source)
@@ -575,4 +613,6 @@ def _attack(
 def is_expected(code: int) -> bool:
     """Whether an attacker's call may end with that error, of the file system that is gone."""
     # Or of its mount point, by those that have not come that far before it was taken away.
-    return code in (0, errno.EIO, errno.ENOTCONN, errno.ECONNABORTED, errno.ENOENT)
+    # EAGAIN: too many of his are stuck.
+    gone = (errno.EIO, errno.ENOTCONN, errno.ECONNABORTED, errno.ENOENT)
+    return code in (0, errno.EAGAIN, *gone)

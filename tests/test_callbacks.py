@@ -9,6 +9,7 @@ import random
 import stat
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,24 @@ def test_lookups_that_fail_count_nothing(tree: Client) -> None:
             tree.do(callbacks.lookup, parent, name)
     assert fids(tree) == {ROOT, file.number}
     assert file.lookups == 1
+
+
+def test_of_many_forgets_most_are_left_for_later(
+    tree: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel says tens of thousands at once, when a directory goes; others wait meanwhile."""
+    numbers = []
+    for number in range(10):
+        (tree.source / f"many{number}").touch()
+        numbers.append(tree.do(callbacks.lookup, ROOT, b"many%d" % number)[0].number)
+    left: list[Callable[[], object]] = []
+    monkeypatch.setattr(callbacks, "_AT_ONCE", 4)
+    monkeypatch.setattr(tree.session, "defer", lambda *call: left.append(partial(*call)))
+    assert tree.do(callbacks.forget, [(number, 1) for number in numbers]) == 4
+    assert fids(tree) == {ROOT, *numbers[4:]}
+    for call in left:
+        call()
+    assert fids(tree) == {ROOT}
 
 
 def test_a_forget_is_never_an_error(tree: Client) -> None:

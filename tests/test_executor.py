@@ -33,6 +33,7 @@ from ninefuse.calls import READ, Acquire, Body, Ended, blocking
 from ninefuse.driving import driver as driver_module
 from ninefuse.driving import request as request_module
 from ninefuse.driving import workers
+from ninefuse.driving.shares import Holder
 from ninefuse.executor import Executor, NoThreading, create
 from ninefuse.locks import RenameLock, TableLock
 from ninefuse.settings import MODELS
@@ -1327,6 +1328,40 @@ def test_a_user_may_have_so_many_requests_under_way(
         assert not executor._users
 
     drive(model, 8, scenario)
+
+
+@pooled_models
+def test_who_has_the_kernel_keep_locks_is_refused_where_all_are_stuck(model: str) -> None:
+    """EAGAIN, before anything is done; what has begun goes on, and so do others."""
+    gate = threading.Event()
+    made: list[int | None] = []
+
+    async def body(inode: int) -> None:
+        await blocking(inode, passed, gate)
+        await blocking(inode + 100, made.append, inode)
+
+    async def other() -> None:
+        await blocking(None, made.append, None)
+
+    async def scenario(executor: Executor) -> None:
+        one = Holder(1001)
+        async with trio.open_nursery() as nursery:
+            for inode in range(8):  # as many as there are, where there are two workers
+                nursery.start_soon(answer, executor, "stuck", body(inode), one)
+            await trio.testing.wait_all_tasks_blocked()
+            for _ in range(2):
+                with pytest.raises(OSError, match="unavailable") as refused:
+                    await answer(executor, "refused", other(), one)
+                assert refused.value.errno == errno.EAGAIN
+            assert made == []
+            for user in (1001, 1002, Holder(1002), 0, None):
+                await answer(executor, "other", other(), user)
+            gate.set()
+        await answer(executor, "other", other(), one)
+
+    drive(model, 2, scenario, by_user=True)
+    assert made[:5] + made[-1:] == 6 * [None]
+    assert set(made[5:-1]) == set(range(8))
 
 
 # The end

@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import pytest
 import stuck
 from conftest import start
+from file_systems import mounted
 from mounting import (
     HASTY_NINEFUSE,
     SOAK,
@@ -78,7 +79,8 @@ ENDED = 20.0  # seconds for all to be over
 DESCRIPTORS, THREADS = 40, 100
 
 SERVERS = {
-    "second-threads": ("--model", "second", "--engine", "threads"),
+    "second-role": ("--model", "second", "-o", "handover=role"),
+    "second-request": ("--model", "second", "--engine", "threads", "-o", "handover=request"),
     "second-uring": ("--model", "second", "--engine", "uring"),
     "first-threads": ("--model", "first", "--engine", "threads"),
 }
@@ -405,10 +407,10 @@ class Attack:
     inside: bool = False
 
 
-ONE = ("second-threads",)  # of what concerns its dispatcher alone
-SECOND = ("second-threads", "second-uring")
-# Second-uring is attacked so by many at once (CROWD), and one by one in a long run.
-BESIDES = ("second-threads", "first-threads")
+ONE = ("second-role",)  # of what concerns its dispatcher alone
+SECOND = ("second-role", "second-uring")
+# The others are attacked so in a long run; second-uring by many at once (CROWD), too.
+BESIDES = ("second-role", "first-threads")
 
 
 def _servers_for(kind: str) -> tuple[str, ...]:
@@ -466,6 +468,25 @@ ATTACKS = {
     ),
     "many reads that never end": Attack(
         stuck.read_what_never_comes, (), MANY, spares_own=False, servers=ONE, inside=True
+    ),
+    "names beside reads that never end": Attack(
+        stuck.use_shared_while_stuck,
+        ("read",),
+        100,
+        spares_own=False,
+        slack=BUSY,
+        servers=BESIDES,
+        inside=True,
+    ),
+    # Some are refused.
+    "names beside 100 held files": Attack(
+        stuck.use_shared_while_stuck,
+        ("chmod",),
+        100,
+        lasts=False,
+        spares_own=False,
+        slack=BUSY,
+        servers=BESIDES,
     ),
     "rmdir of a huge directory": Attack(
         stuck.remove_huge_directory,
@@ -699,6 +720,32 @@ def test_who_has_too_many_requests_under_way_is_told_so(
         mount.end()
 
 
+def test_who_is_refused_takes_no_mount_away(guard: Watchdog, open_directory: Path) -> None:
+    """A directory that he asks for again is still there for others, and what is mounted below.
+
+    The kernel drops a name whose lookup fails but with ENOMEM or EINTR, and with it all mounts
+    below the name, in every mount namespace.
+    """
+    base = open_directory / "refused"
+    base.mkdir()
+    server = Server(guard, base, ())
+    options = ("-o", "entry_timeout=0")
+    mount = open_mount(guard, server.new_base("mount"), *options, command=FEW_REQUESTS)
+    (mount.source / "shared" / "disk").mkdir()
+    disk = mount.path / "shared" / "disk"
+    try:
+        with (
+            mounted("tmpfs", "tmpfs", disk),
+            attacked(server, mount, [(Attack(stuck.change_each, ("chmod",), 5), ATTACKER)]),
+        ):
+            wait_until(lambda: mount.counters().under_way == 5, "five requests under way")
+            refused = Child(_statvfs_as, ATTACKER, disk).result()
+            assert is_mounted(disk), "somebody's mount is gone"
+        assert refused == errno.ENOMEM
+    finally:
+        mount.end()
+
+
 # Many attackers at once
 
 CROWD_SECONDS = 60.0 if SOAK else 3.0
@@ -736,6 +783,16 @@ def test_nobody_else_waits_for_many_attackers(
         attacks.append((attack, 2001 + number % 7))  # not the user who measures
     lines = _patiently(partial(_attacked_and_compared, servers(server), attacks, CROWD_SECONDS), 4)
     print(f"\n{CROWD_SIZE} attackers:", *lines, sep="\n")
+
+
+@pytest.mark.parametrize("kind", ["write to 40 held files", "reads that never end"])
+def test_nobody_else_waits_where_all_hands_are_stuck(
+    guard: Watchdog, servers: Callable[[str], Server], kind: str
+) -> None:
+    """Three users have all of them, and a leader; reads and writes go to the workers."""
+    attacks = [(ATTACKS[kind], uid) for uid in (2001, 2002, 2003)]
+    lines = _patiently(partial(_attacked_and_compared, servers("second-role"), attacks, SECONDS))
+    print(f"\nthree users, {kind}:", *lines, sep="\n")
 
 
 # Ending under attack

@@ -27,7 +27,7 @@ OWNER, STRANGER, GROUP = 12345, 12346, 4321
 WAYS = {
     "none": ("--model", "none"),
     "first": ("--model", "first"),
-    "second": ("--model", "second", "--engine", "threads"),
+    "request": ("--engine", "threads", "-o", "handover=request"),
     "default": (),
 }
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from mounting import SOAK, Child, Mount, Watchdog, errno_of, fresh_place
 from rights import ACCESS, DEFAULT, acl, tree
+from servers import options_of
 
 from ninefuse.linux import capabilities
 
@@ -295,16 +296,16 @@ def is_known(identity: str, spot: str) -> bool:
     return call == "write" and bool(mode & 0o6000) and identity in KEEP_BITS and not is_mark
 
 
-CASES = [("second", name) for name in IDENTITIES] + [
-    (model, name) for model in ("none", "first") for name in FEW
+CASES = [("second, role", name) for name in IDENTITIES] + [
+    (server, name) for server in ("none", "first") for name in FEW
 ]
 
 
-@pytest.mark.parametrize(("model", "identity"), CASES)
+@pytest.mark.parametrize(("server", "identity"), CASES)
 def test_rights_are_those_of_the_source(
-    shared_mounts: Callable[..., Mount], guard: Watchdog, model: str, identity: str
+    shared_mounts: Callable[..., Mount], guard: Watchdog, server: str, identity: str
 ) -> None:
-    mount = shared_mounts("-o", "allow_other", "--model", model)
+    mount = shared_mounts("-o", "allow_other", *options_of(server))
     for above in (mount.source, *mount.source.parents):
         os.chmod(above, os.stat(above).st_mode | 0o755)
     with fresh_place(mount) as place:

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from mounting import Child, Mount, become, errno_of
 from rights import ACCESS, DEFAULT, acl_for, tree
+from servers import options_of
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts for others")
 
@@ -278,10 +279,10 @@ def look_around(top: str) -> None:
             os.access(path, os.R_OK | os.W_OK | os.X_OK)
 
 
-@pytest.mark.parametrize("model", ["none", "first", "second"])
-def test_the_source_decides_again(new_mount: Callable[..., Mount], model: str) -> None:
+@pytest.mark.parametrize("server", ["none", "first", "second, role", "second, threads"])
+def test_the_source_decides_again(new_mount: Callable[..., Mount], server: str) -> None:
     """By owner, mode, sticky bit and lists as they are, not as the kernel remembers them."""
-    mount = new_mount("--model", model, "-o", "allow_other,cache=loose")
+    mount = new_mount(*options_of(server), "-o", "allow_other,cache=loose")
     for above in (mount.source, *mount.source.parents):
         os.chmod(above, os.stat(above).st_mode | 0o755)
     places = {}

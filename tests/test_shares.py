@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 
-from ninefuse.driving.shares import Shares
+from ninefuse.driving.shares import Holder, Shares
 
 
 def test_an_inode_has_so_many_places() -> None:
@@ -118,3 +118,77 @@ def test_at_random_no_bound_is_exceeded_and_nothing_is_lost() -> None:
     assert not shares._taken
     assert not shares._waiting
     assert shares._users == 0
+
+
+# Users for whom the kernel keeps a lock
+
+
+def test_a_holder_has_places_of_its_own() -> None:
+    """However many of the user's other places are taken, and of the inode."""
+    shares: Shares[str] = Shares(2, 2, for_holder=3)
+    assert [shares.enter(item, 7, 1001) for item in "abc"] == [True, True, False]
+    assert [shares.enter(item, 7, Holder(1001)) for item in "def"] == [True, True, False]
+    assert [shares.enter(item, 8, Holder(1001)) for item in "gh"] == [True, False]
+    assert shares.enter("i", 7, Holder(1002))
+    assert shares.leave(8, Holder(1001)) == ["h"]
+    assert shares.leave(7, 1001) == ["c"]
+    assert shares.leave(7, Holder(1001)) == ["f"]
+
+
+def test_what_a_holder_cannot_have_is_refused() -> None:
+    """Where none of its places comes back: at once, until one does."""
+    shares: Shares[int] = Shares(9, 9, times=4, for_holder=2)
+    one = Holder(1001)
+    entered = [shares.enter(number, number, one) for number in range(4)]
+    assert entered == [True, True, False, False]
+    for _ in range(2):
+        assert shares.hopeless() == []
+        assert shares.overdue() == []
+    assert shares.hopeless() == [2, 3]
+    assert not shares.enter(4, 4, one)
+    assert shares.hopeless() == [4]
+    assert len(shares) == 0
+    assert shares.leave(0, one) == []
+    assert shares.enter(5, 5, one)
+    assert not shares.enter(6, 6, one)
+    assert shares.hopeless() == [], "one has come back"
+    assert shares.leave(1, one) == [6]
+
+
+def test_a_holder_whose_places_come_back_is_waited_for() -> None:
+    shares: Shares[int] = Shares(9, 9, for_holder=1)
+    one = Holder(1001)
+    assert [shares.enter(number, number, one) for number in range(4)] == [True] + 3 * [False]
+    for number in range(3):
+        assert shares.leave(number, one) == [number + 1]
+        assert shares.overdue() == []
+        assert shares.hopeless() == []
+
+
+def test_a_holder_is_not_stopped_half_way() -> None:
+    """But by the bound of an inode."""
+    shares: Shares[str] = Shares(2, 9, for_holder=1)
+    one = Holder(1001)
+    assert shares.enter("a", 1, one)
+    assert shares.enter("b", 2, one, goes_on=True)
+    assert not shares.enter("c", 3, one)
+    assert shares.enter("d", 2, one, goes_on=True)
+    assert not shares.enter("e", 2, one, goes_on=True)
+    assert shares.leave(2, one) == ["e"]
+    # A user's other places are bounded all the same.
+    plain: Shares[str] = Shares(9, 1)
+    assert plain.enter("a", 1, 1001)
+    assert not plain.enter("b", 2, 1001, goes_on=True)
+
+
+def test_a_holder_is_refused_where_all_users_have_too_many() -> None:
+    """And has places again once there are any."""
+    shares: Shares[str] = Shares(9, 9, for_users=1, for_holder=9)
+    one = Holder(1001)
+    assert shares.enter("a", 1, 1002)
+    assert not shares.enter("b", 2, one)
+    assert (shares.overdue(), shares.overdue(), shares.hopeless()) == ([], [], ["b"])
+    assert shares.leave(1, 1002) == []
+    assert shares.enter("c", 3, one)
+    assert not shares.enter("d", 4, one)
+    assert shares.hopeless() == []

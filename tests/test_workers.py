@@ -621,6 +621,28 @@ def test_where_all_are_stuck_more_are_started_and_end_again(
         passed(late)
 
 
+def test_what_is_let_through_is_begun_by_workers_that_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It has only just come into the queue: nobody is stuck who could have begun it."""
+    over, busy = threading.Event(), threading.Semaphore(0)
+    with pool_of(16, by_user=True) as pool:
+
+        def stuck(inode: int) -> None:
+            busy.release()
+            passed(over)
+            pool.leave(inode, 1001)
+
+        grown: list[int] = []
+        monkeypatch.setattr(pool, "_grow", grown.append)
+        for first in (0, 12):  # his share is eight
+            for inode in range(first, min(first + 12, 16)):
+                pool.submit(partial(stuck, inode), inode, 1001)
+            started(busy, min(12, 16 - first))
+        assert grown == []
+        over.set()
+
+
 @pytest.mark.parametrize("by_user", [False, True])
 def test_a_queue_that_does_not_move_is_let_through(by_user: bool) -> None:
     """Who waits behind his own calls that are stuck may have the kernel's lock of a directory."""

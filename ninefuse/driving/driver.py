@@ -29,6 +29,7 @@ from ninefuse.driving.deferred import Deferred
 from ninefuse.driving.dispatcher import Dispatcher
 from ninefuse.driving.patience import LONGEST, TICK, Patience, Ticket
 from ninefuse.driving.request import Done, Observer, Request, Step
+from ninefuse.driving.shares import Whose
 from ninefuse.driving.workers import PoolStatistics
 from ninefuse.errors import error
 
@@ -80,7 +81,7 @@ class Executor(ABC):
         self._behind: set[int] = set()  # those of the background that have not ended
         self._is_ending = False  # nobody is to wait for a while any more
 
-    def start(self, name: str, body: Body[Any], done: Done, user: int | None = None) -> Request:
+    def start(self, name: str, body: Body[Any], done: Done, user: Whose = None) -> Request:
         """Drive a body to its end. On the dispatcher; raises nothing. Arguments as of `admit`."""
         request = self.admit(name, body, done, user)
         self.drive(request)
@@ -91,7 +92,7 @@ class Executor(ABC):
         name: str,
         body: Body[Any],
         done: Done | None = None,
-        user: int | None = None,
+        user: Whose = None,
         plain: type[Call[Any]] | None = None,
     ) -> Request:
         """A request of a body, to be driven with `drive` at once.
@@ -103,7 +104,8 @@ class Executor(ABC):
                 was, perhaps before `drive` returns. It may not block. ``request.result()`` is
                 then the body's result or error; what is no `Exception` (a worker's SystemExit,
                 say) becomes OSError(EIO). None: nobody waits for it.
-            user: who has his share of the workers, a uid; None and 0: nobody in particular.
+            user: who has his share of the workers, a uid, as a `Holder` where the kernel keeps a
+                lock meanwhile; None and 0: nobody in particular.
             plain: as of a `Request`.
         """
         request = Request(next(self._tags), name, body, user, done)
@@ -113,8 +115,8 @@ class Executor(ABC):
             request.body = request.watch = watched
         with self._registry:
             self.requests[request.tag] = request
-            if user:
-                self._users[user] += 1
+            if request.user:
+                self._users[request.user] += 1
         return request
 
     def in_background(self, name: str, body: Body[None]) -> None:

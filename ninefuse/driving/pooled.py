@@ -5,6 +5,7 @@ Locks touched: whatever bodies ask for, and the pool's mutex.
 
 from __future__ import annotations
 
+import errno
 import threading
 from functools import partial
 
@@ -22,7 +23,7 @@ class Pooled(Executor):
     def __init__(self, threads: int, *, by_user: bool = False) -> None:
         super().__init__(most_cleaners=max(1, threads // 2))
         self.by_user = by_user  # whether each user has a share
-        self.pool = WorkerPool(threads, by_user=by_user)
+        self.pool = WorkerPool(threads, by_user=by_user, refuse=self._refuse)
         self._cleans_later = False
         self._is_closing = False
 
@@ -60,7 +61,7 @@ class Pooled(Executor):
         taken = self.pool.take(partial(_is_waiting, request))
         if taken is Place.GIVEN:
             assert request.call is not None
-            self.pool.leave(request.call.on, request.user)
+            self.pool.leave(request.call.on, request.share)
         return taken is not None
 
     def _rest(self, request: Request) -> None:
@@ -70,7 +71,7 @@ class Pooled(Executor):
         none, the rest waits for one in the inode's queue, and this worker is free.
         """
         request.thread = threading.current_thread().name
-        user = request.user
+        share = request.share
         # Which inode's place it has. Kept here: once parked, the request is no longer ours
         # to look at, and one that comes back from there has none.
         place: int | None = _NO_PLACE
@@ -83,8 +84,8 @@ class Pooled(Executor):
             on = request.call.on
             if place == _NO_PLACE or on not in (None, place):
                 if place != _NO_PLACE:
-                    self.pool.leave(place, user)
-                if not self.pool.enter(partial(self._rest, request), on, user):
+                    self.pool.leave(place, share)
+                if not self.pool.enter(partial(self._rest, request), on, share, goes_on=True):
                     if request.is_withdrawn:
                         self.withdraw(request)
                     return
@@ -92,8 +93,15 @@ class Pooled(Executor):
             request.perform()
             step = self.advance(request)
         if place != _NO_PLACE:
-            self.pool.leave(place, user)
+            self.pool.leave(place, share)
         self._clean_up(request)
+
+    def _refuse(self, job: Job) -> None:
+        """Answer a request whose first call has no place, and is to wait for none. Any thread."""
+        assert isinstance(job, partial)
+        (request,) = job.args
+        request.end_wait(errno.EAGAIN)
+        self.resume(request)
 
     def _clean_up(self, request: Request) -> None:
         """See to what bodies have left to be done, after a request's end on this thread."""

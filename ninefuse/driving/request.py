@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from ninefuse.calls import Acquire, Behind, Body, Call, Ended, Later, Pwrite
 from ninefuse.driving.patience import Ticket
+from ninefuse.driving.shares import Holder, Whose
 from ninefuse.errors import error
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ class Request:
         tag: its number, among those under way.
         name: what reports call it.
         user: whose it is, a uid; None: nobody's in particular.
+        share: for whom its places among the workers are.
         done: called with it at its end, on the thread where that is; None: nobody waits for it.
         call: the call to be made next, or None.
         crossings: how often it has changed threads.
@@ -98,6 +100,7 @@ class Request:
         "joiners",
         "name",
         "plain",
+        "share",
         "since",
         "started",
         "tag",
@@ -114,13 +117,14 @@ class Request:
         tag: int,
         name: str,
         body: Body[Any],
-        user: int | None = None,
+        user: Whose = None,
         done: Done | None = None,
     ) -> None:
         self.tag = tag
         self.name = name
         self.body = body
-        self.user = user
+        self.share = user
+        self.user = user.user if isinstance(user, Holder) else user
         self.done = done
         self.watch: Watch | None = None
         self.started = time.monotonic_ns()
@@ -217,11 +221,11 @@ class Request:
         self.is_begun = True
         return True
 
-    def end_wait(self) -> None:
-        """Have the body find its wait, or its call, ended by EINTR: it was withdrawn."""
+    def end_wait(self, code: int = errno.EINTR) -> None:
+        """Have the body find its wait, or its call, ended by an error: it was withdrawn."""
         self.call = None
         self.is_begun = True
-        self.error = error(errno.EINTR)
+        self.error = error(code)
 
     def describe(self) -> str:
         """One line for reports: age, what it does, holds and waits for."""

@@ -2,9 +2,12 @@
 
 Calls can be stuck for as long as somebody likes. Whoever makes them get stuck is to be out of
 places long before all are taken: what exceeds a bound waits in a queue of that inode or user.
-But whoever waits there keeps others waiting in the kernel, who want the lock of the directory
-or the page that his request is about. So a queue that does not move is let through, up to a
-further bound.
+But whoever waits there keeps others waiting in the kernel, who want the page that his request is
+about. So a queue that does not move is let through, up to a further bound.
+
+For as long as some requests take, the kernel keeps the lock of a directory that all may use. A
+user has places of his own for these (`Holder`), which he has at once. Where they are taken, and
+none comes back, what waits has to be refused (`hopeless`): else all would wait for him.
 
 Locks touched: none; whoever uses a `Shares` guards it.
 """
@@ -13,9 +16,21 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A user, where he has the kernel keep the lock of an inode until he is answered."""
+
+    user: int
+
+
+# For whom a place is: a uid, or a user as a `Holder`; None and 0: for nobody in particular.
+Whose = int | Holder | None
 
 
 class _Waiting(NamedTuple, Generic[T]):
@@ -23,7 +38,8 @@ class _Waiting(NamedTuple, Generic[T]):
 
     item: T
     inode: int | None
-    user: int | None
+    user: Whose
+    goes_on: bool
 
 
 class Shares(Generic[T]):
@@ -34,44 +50,54 @@ class Shares(Generic[T]):
         for_user: how many may be taken for one user; None: there are no bounds for users.
         for_users: how many for all users but root together.
         times: how many times as many may be taken where what waits does not move.
+        for_holder: how many may be taken for one user as a `Holder`.
     """
 
     def __init__(
-        self, for_inode: int, for_user: int | None = None, for_users: int = 1 << 30, times: int = 1
+        self,
+        for_inode: int,
+        for_user: int | None = None,
+        for_users: int = 1 << 30,
+        times: int = 1,
+        for_holder: int = 1 << 30,
     ) -> None:
         self.for_inode = for_inode
         self.for_user = for_user
         self.for_users = for_users
+        self.for_holder = for_holder
         self._times = times
         self._users = 0  # places taken for them
         self._taken: Counter[Hashable] = Counter()
         self._waiting: dict[Hashable, deque[_Waiting[T]]] = {}
         self._moved: set[Hashable] = set()  # queues whose inode or user has given a place back …
         self._looked_at: set[Hashable] = set()  # … since these were looked at
+        self._hopeless: set[Holder] = set()  # whose places do not come back
 
     def __len__(self) -> int:
         """How much waits."""
         return sum(map(len, self._waiting.values()))
 
-    def enter(self, item: T, inode: int | None, user: int | None) -> bool:
+    def enter(self, item: T, inode: int | None, user: Whose, *, goes_on: bool = False) -> bool:
         """Take a place, or have ``item`` wait for one.
 
         Args:
             item: what `leave` is to return when its turn has come.
             inode: for which; None: for none.
-            user: for whom, a uid; None and 0: for nobody in particular.
+            user: for whom.
+            goes_on: whether it has had a place before. A `Holder` is not stopped half way.
 
         Returns:
             Whether it was taken.
         """
         for key in self._keys(inode, user):
-            if self._is_full(key, 1):
-                self._waiting.setdefault(key, deque()).append(_Waiting(item, inode, user))
+            if self._is_full(key, 1) and not (goes_on and isinstance(key, Holder)):
+                waiting = _Waiting(item, inode, user, goes_on)
+                self._waiting.setdefault(key, deque()).append(waiting)
                 return False
         self._take(inode, user)
         return True
 
-    def leave(self, inode: int | None, user: int | None) -> list[T]:
+    def leave(self, inode: int | None, user: Whose) -> list[T]:
         """Give a place back.
 
         Returns:
@@ -86,13 +112,15 @@ class Shares(Generic[T]):
                 del self._taken[key]
         if user and self.for_user is not None:
             self._users -= 1
+        if isinstance(user, Holder):
+            self._hopeless.discard(user)
         for key in keys:
             queue = self._waiting.get(key)
             # What came in by the inode's queue may have taken the user's place as well.
             while queue and not self._is_full(key, 1):
                 waiting = queue.popleft()
                 # Or it waits in its other queue from now on.
-                if self.enter(*waiting):
+                if self.enter(*waiting[:3], goes_on=waiting.goes_on):
                     ready.append(waiting.item)
                     break
             if queue is not None and not queue:
@@ -124,6 +152,8 @@ class Shares(Generic[T]):
                 waiting = queue[0]
                 keys = self._keys(waiting.inode, waiting.user)
                 if any(self._is_full(one, self._times) for one in keys):
+                    if isinstance(key, Holder):
+                        self._hopeless.add(key)
                     break
                 queue.popleft()
                 self._take(waiting.inode, waiting.user)
@@ -134,7 +164,14 @@ class Shares(Generic[T]):
         self._looked_at = set(self._waiting)
         return ready
 
-    def _keys(self, inode: int | None, user: int | None) -> list[Hashable]:
+    def hopeless(self) -> list[T]:
+        """Take out what waits for places of a `Holder` of which none comes back; it has none."""
+        found: list[T] = []
+        for key in self._hopeless:
+            found += [waiting.item for waiting in self._waiting.pop(key, ())]
+        return found
+
+    def _keys(self, inode: int | None, user: Whose) -> list[Hashable]:
         """Under which a place is counted."""
         keys: list[Hashable] = []
         if inode is not None:
@@ -143,14 +180,18 @@ class Shares(Generic[T]):
             keys.append(user)
         return keys
 
-    def _take(self, inode: int | None, user: int | None) -> None:
+    def _take(self, inode: int | None, user: Whose) -> None:
         for key in self._keys(inode, user):
             self._taken[key] += 1
         if user and self.for_user is not None:
             self._users += 1
+        if isinstance(user, Holder):
+            self._hopeless.discard(user)
 
     def _is_full(self, key: Hashable, times: int) -> bool:
         if isinstance(key, tuple):
             return self._taken[key] >= times * self.for_inode
+        if isinstance(key, Holder):
+            return self._taken[key] >= self.for_holder or self._users >= self.for_users
         assert self.for_user is not None
         return self._taken[key] >= times * self.for_user or self._users >= self.for_users

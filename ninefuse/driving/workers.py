@@ -4,8 +4,10 @@ A job is a callable. It is submitted *on* an inode (a qid path, or None) and *fo
 uid, or None). At most half of the workers are given to jobs on one inode, so that a file whose
 calls hang cannot take the pool; where several users are served, at most half are given to one
 of them, and a quarter to one inode for him. The rest waits in the inode's or the user's own
-queue. Jobs that are resumed (their lock was granted, or there is cleaning up to do) are served
-before new ones and never wait in a bounded queue.
+queue. Where the kernel keeps a lock until a job is done, the user has places of their own for
+such, and what can have none is refused (shares.py). Jobs that are resumed (their lock was
+granted, or there is cleaning up to do) are served before new ones and never wait in a bounded
+queue.
 
 What is stuck must keep nobody waiting for longer than a tenth of a second, though: a queue of an
 inode or a user that has not moved for so long is let through, up to `SHARE_TIMES` the share; and
@@ -27,7 +29,7 @@ from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
 from ninefuse.driving.clock import STUCK
-from ninefuse.driving.shares import Shares
+from ninefuse.driving.shares import Shares, Whose
 from ninefuse.process.threads import start_quietly
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,7 @@ Job = Callable[[], None]
 
 MOST_TIMES = 64  # as many workers as asked for, where all are stuck
 SHARE_TIMES = 4  # as many for an inode or a user, where those are stuck
+_HOLDER_TIMES = 8  # as many for a user, of requests for which the kernel keeps a lock
 _RESERVE = 4  # times as many as asked for, that are for root alone
 _SPARE_TIME = 10.0  # seconds that a further worker waits for something to do
 
@@ -61,21 +64,26 @@ class WorkerPool:
     Args:
         threads: how many; 1 or more.
         by_user: whether users are bounded, too.
+        refuse: is given a job that waits for a place which it cannot have, and is not run.
 
     Attributes:
         threads: as given.
     """
 
-    def __init__(self, threads: int, *, by_user: bool = False) -> None:
+    def __init__(
+        self, threads: int, *, by_user: bool = False, refuse: Callable[[Job], None] | None = None
+    ) -> None:
         if threads < 1:
             raise ValueError(f"a pool needs a thread, not {threads}")
         self._mutex = threading.Lock()
+        self._refuse = refuse
         self.threads = threads
         half = max(1, threads // 2)
         self._most = MOST_TIMES * threads
         if by_user:
             quarter, users = max(1, half // 2), self._most - _RESERVE * threads
-            self._shares: Shares[Job] = Shares(quarter, half, users, SHARE_TIMES)
+            holder = _HOLDER_TIMES * half
+            self._shares: Shares[Job] = Shares(quarter, half, users, SHARE_TIMES, holder)
         else:
             self._shares = Shares(half, times=SHARE_TIMES)
         self.limit_per_inode = self._shares.for_inode
@@ -94,18 +102,16 @@ class WorkerPool:
         self._watcher = threading.Thread(target=self._watch, name="pool watcher", daemon=True)
         start_quietly(self._watcher)
 
-    def submit(self, job: Job, on: int | None = None, user: int | None = None) -> None:
+    def submit(
+        self, job: Job, on: int | None = None, user: Whose = None, *, goes_on: bool = False
+    ) -> None:
         """Run ``job`` on a worker, once the inode ``on`` and the user have room. Never blocks.
 
         The job (or what it hands its place to) must call ``leave(on, user)`` at its end.
+        ``goes_on``: whether it has had a place before.
         """
-        with self._mutex:
-            has_entered = self._shares.enter(job, on, user)
-            if has_entered:
-                self._submitted.append(job)
-        if has_entered:
-            self._queue.put(True)
-        self._have_watched()
+        if self.enter(job, on, user, goes_on=goes_on):
+            self.queue(job)
 
     def queue(self, job: Job) -> None:
         """Run a job that has its place, as `submit` does. Never blocks."""
@@ -113,20 +119,22 @@ class WorkerPool:
         self._queue.put(True)
         self._have_watched()
 
-    def enter(self, job: Job, on: int | None, user: int | None = None) -> bool:
+    def enter(self, job: Job, on: int | None, user: Whose = None, *, goes_on: bool = False) -> bool:
         """Ask for one of the places, for a job that is running already.
 
         Returns:
-            True if it was given. False if all are taken: ``job`` then waits in the
-            inode's or the user's queue and will be run later, its place given.
+            True if it was given. False if all are taken: ``job`` then waits in the inode's or
+            the user's queue, and will be run later, its place given; or it is refused.
         """
         with self._mutex:
-            has_entered = self._shares.enter(job, on, user)
+            has_entered = self._shares.enter(job, on, user, goes_on=goes_on)
+            hopeless = [] if has_entered else self._shares.hopeless()
         if not has_entered:
             self._have_watched()
+        self._refuse_all(hopeless)
         return has_entered
 
-    def leave(self, on: int | None, user: int | None = None) -> None:
+    def leave(self, on: int | None, user: Whose = None) -> None:
         """Give back a place; the next that waits for one gets it."""
         with self._mutex:
             ready = self._shares.leave(on, user)
@@ -188,6 +196,11 @@ class WorkerPool:
         queued = len(self._submitted) + len(self._resumed)
         return PoolStatistics(threads, queued, held_back)
 
+    def _refuse_all(self, jobs: list[Job]) -> None:
+        for job in jobs:
+            assert self._refuse is not None
+            self._refuse(job)
+
     def _have_watched(self) -> None:
         if not self._is_watched:
             self._is_watched = True
@@ -243,14 +256,17 @@ class WorkerPool:
             self._look.clear()
             begun = -1
             while not self._is_closed:
+                # Before anything is let through, which could not have been begun.
+                queued = len(self._submitted) + len(self._resumed)
                 with self._mutex:
                     overdue = self._shares.overdue()
+                    hopeless = self._shares.hopeless()
                     self._submitted.extend(overdue)
                     waits = bool(len(self._shares))
                 for _ in overdue:
                     self._queue.put(True)
-                queued = len(self._submitted) + len(self._resumed)
-                if not queued and not waits:
+                self._refuse_all(hopeless)
+                if not (queued or overdue or waits):
                     break
                 if queued and begun == self._begun:
                     self._grow(queued)

@@ -30,8 +30,10 @@ from ninefuse.fuse.answers import (
     NOT_REFUSED,
     Opens,
     errno_for_kernel,
+    errno_of,
     is_statistics,
     refuse_statistics,
+    share_of,
     shortened,
     without_statistics,
 )
@@ -332,10 +334,9 @@ class Adapter(pyfuse3.Operations):
         """
         if callback not in NOT_REFUSED and self._awaiting.driver.has_too_many(user):
             body.close()
-            self.errors[callback, errno.EAGAIN] += 1
-            raise pyfuse3.FUSEError(errno.EAGAIN)
+            raise self._failed(callback, errno.EAGAIN)
         try:
-            result = await self._awaiting.run(callback, body, user)
+            result = await self._awaiting.run(callback, body, share_of(callback, user))
             if self._debug:
                 log.debug("%s: %s", callback, shortened(result))
             return result
@@ -344,10 +345,15 @@ class Adapter(pyfuse3.Operations):
         except Exception:
             log.exception("%s failed", callback)
             code = errno.EIO
+        raise self._failed(callback, code)
+
+    def _failed(self, callback: str, code: int) -> pyfuse3.FUSEError:
+        """What a callback raises that has failed."""
+        code = errno_of(callback, code)
         self.errors[callback, code] += 1
         if self._debug:
             log.debug("%s: %s", callback, errno.errorcode.get(code, code))
-        raise pyfuse3.FUSEError(code)
+        return pyfuse3.FUSEError(code)
 
     def _caller(self, ctx: pyfuse3.RequestContext) -> Caller:
         return Caller(ctx.uid, ctx.gid, ctx.umask if self.unmasked else None, ctx.pid)

@@ -10,6 +10,7 @@ import logging
 import os
 
 from ninefuse.driving.counters import ATTRIBUTE
+from ninefuse.driving.shares import Holder, Whose
 from ninefuse.errors import error
 from ninefuse.settings import Settings
 from ninefuse.tree.qids import ROOT_NODEID
@@ -25,6 +26,32 @@ STATISTICS = os.fsencode(ATTRIBUTE)
 # The kernel writes back what one user has changed by a handle that another has opened, and drops
 # what is refused; and a close, or a sync, that is refused would say that something was lost.
 NOT_REFUSED = frozenset(("write", "flush", "fsync", "fsyncdir"))
+
+# For as long as these take, the kernel keeps the lock of an inode: of the directory, or of the file
+# that is changed. (It asks for attributes when it looks who may do something in a directory.)
+HOLD_LOCKS = frozenset(
+    (
+        "create",
+        "getattr",
+        "getxattr",
+        "link",
+        "lookup",
+        "mkdir",
+        "mknod",
+        "readdir",
+        "readdirplus",
+        "removexattr",
+        "rename",
+        "rmdir",
+        "setattr",
+        "setxattr",
+        "symlink",
+        "unlink",
+    )
+)
+
+# What is short for one caller, or for a moment, and says nothing of the name that he looked up.
+_SHORTAGES = frozenset((errno.EAGAIN, errno.EMFILE, errno.ENFILE))
 
 
 class Opens:
@@ -74,6 +101,20 @@ def errno_for_kernel(failure: OSError) -> int:
         log.error("an error without a usable errno: %r", failure)
         return errno.EIO
     return code
+
+
+def errno_of(callback: str, code: int) -> int:
+    """The errno of a callback's answer, which is no loss to others than the caller.
+
+    A name whose lookup fails is known no more to the kernel, and what is mounted on it or below,
+    in any mount namespace, is taken away: but not where the errno is ENOMEM or EINTR.
+    """
+    return errno.ENOMEM if callback == "lookup" and code in _SHORTAGES else code
+
+
+def share_of(callback: str, user: int | None) -> Whose:
+    """For whom the places are that a callback of a user's takes."""
+    return Holder(user) if user and callback in HOLD_LOCKS else user
 
 
 def is_statistics(nodeid: int, name: bytes) -> bool:

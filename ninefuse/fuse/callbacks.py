@@ -19,6 +19,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import time
 from collections.abc import Sequence
 
 from ninefuse import ops
@@ -48,6 +49,9 @@ from ninefuse.tree.table import Fid, open_file_of
 # No program can ask for it.
 _EXECUTES = 0x20
 
+_AT_ONCE = 200  # nodeids to be forgotten, which takes a millisecond, …
+_PAUSE = 0.0005  # … and seconds until the next ones are
+
 
 async def lookup(session: Session, parent: int, name: bytes) -> tuple[Fid, Attributes]:
     """walkgetattr of one name to the kernel's fid."""
@@ -58,12 +62,24 @@ async def lookup(session: Session, parent: int, name: bytes) -> tuple[Fid, Attri
 
 
 async def forget(session: Session, forgets: Sequence[tuple[int, int]]) -> int:
-    """clunk each fid whose lookups have all been taken back; how many these were."""
-    gone = session.kernel.forget(forgets)
+    """clunk each fid whose lookups have all been taken back; how many these were.
+
+    Of many, most are left to be done later: whoever runs this has others wait.
+    """
+    if len(forgets) > _AT_ONCE:
+        session.defer(_forget_gently, session, forgets[_AT_ONCE:])
+    gone = session.kernel.forget(forgets[:_AT_ONCE])
     if session.announces:
         for _ in range(gone):
             await Begin("clunk")
     return gone
+
+
+def _forget_gently(session: Session, forgets: Sequence[tuple[int, int]]) -> None:
+    """Forget many, and let others have the interpreter's lock in between."""
+    for at in range(0, len(forgets), _AT_ONCE):
+        session.kernel.forget(forgets[at : at + _AT_ONCE])
+        time.sleep(_PAUSE)
 
 
 async def getattr(session: Session, nodeid: int) -> Attributes:

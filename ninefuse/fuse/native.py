@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import logging
 import os
 import select
@@ -38,13 +37,13 @@ from ninefuse.exitcodes import ExitCode, Failure
 from ninefuse.fuse import callbacks, handshake, mounting, notices
 from ninefuse.fuse import opcodes as op
 from ninefuse.fuse._wire import Device, Message
-from ninefuse.fuse.answers import NOT_REFUSED, errno_for_kernel, shortened
+from ninefuse.fuse.answers import errno_for_kernel, errno_of, share_of, shortened
 from ninefuse.fuse.backing import Backings
 from ninefuse.fuse.handles import Files
 from ninefuse.fuse.leading import Leading
 from ninefuse.fuse.opcodes import Opcode
 from ninefuse.fuse.replies import Replies
-from ninefuse.fuse.rows import Known, NotServed, Row, Rows, lock_rows, table
+from ninefuse.fuse.rows import LOCKS, Known, NotServed, Row, Rows, lock_rows, refusal, table
 from ninefuse.fuse.sessions import Place, Watcher
 from ninefuse.linux.callers import is_being_killed
 from ninefuse.settings import Settings
@@ -71,7 +70,6 @@ _BY_HANDLE = frozenset(
         Opcode.FSYNCDIR,
     )
 )
-_LOCKS = frozenset((Opcode.SETLK, Opcode.SETLKW))
 # Nobody waits for an answer to these, whatever they say.
 _UNANSWERED = frozenset((Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT, Opcode.NOTIFY_REPLY))
 # The kernel sends these in nobody's name.
@@ -284,14 +282,14 @@ class NativeSession:
             self._reply(row, message, body.result)
             return None
         user = self._user(message)
-        if user and self._driver.has_too_many(user) and (code := _refusal(row, message)):
+        if user and self._driver.has_too_many(user) and (code := refusal(row, message)):
             body.close()
             self._refuse(row.name, message, code)
             return None
         # Where set-id bits may go, a body has more to do than its call.
         plain = None if self._session.fids.set_id else row.plain
         done = partial(self._answer, row, message)
-        request = self._driver.admit(row.name, body, done, user, plain)
+        request = self._driver.admit(row.name, body, done, share_of(row.name, user), plain)
         self._asked[message.unique] = request  # before anything is done: it may end elsewhere
         self._driver.drive(request)
         return request
@@ -303,7 +301,7 @@ class NativeSession:
             self._interrupt(message.args[0])
         elif opcode == Opcode.INIT:
             self._agree(message)
-        elif opcode in _LOCKS and self._agreed is not None:
+        elif opcode in LOCKS and self._agreed is not None:
             return self._start(self._lock_rows[message.args[6] & op.LK_FLOCK], message)
         elif opcode in _UNANSWERED:
             pass  # nothing was asked for, nor looked up
@@ -412,6 +410,7 @@ class NativeSession:
         self._refuse(row.name, message, code)
 
     def _refuse(self, name: str, message: Message, code: int) -> None:
+        code = errno_of(name, code)
         self.errors[name, code] += 1
         if self._debug:
             log.debug("%s: %s", name, errno.errorcode.get(code, code))
@@ -436,14 +435,6 @@ class NativeSession:
     def _be_woken(self) -> None:
         with contextlib.suppress(OSError):  # it has ended
             os.eventfd_write(self._wake, 1)
-
-
-def _refusal(row: Row, message: Message) -> int:
-    """What is told to who has too many requests under way; 0: nothing, he is served."""
-    if message.opcode in _LOCKS:
-        # Others wait for what is given back. And EAGAIN would say that a lock is in the way.
-        return 0 if message.args[4] == fcntl.F_UNLCK else errno.ENOLCK
-    return 0 if row.name in NOT_REFUSED else errno.EAGAIN
 
 
 def _nothing() -> None:

@@ -10,6 +10,7 @@ Locks touched: none.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from ninefuse.errors import error
 from ninefuse.fuse import callbacks
 from ninefuse.fuse import opcodes as op
 from ninefuse.fuse._wire import Message
-from ninefuse.fuse.answers import Opens, is_statistics, refuse_statistics
+from ninefuse.fuse.answers import NOT_REFUSED, Opens, is_statistics, refuse_statistics
 from ninefuse.fuse.entries import EntryPlus
 from ninefuse.fuse.handles import Files, Handle, Made
 from ninefuse.fuse.opcodes import Opcode
@@ -46,6 +47,8 @@ _WRITING = {
     op.WRITE_CACHE: ops.Writing(is_writeback=True),
     op.WRITE_CACHE | op.WRITE_KILL_SUIDGID: ops.Writing(is_writeback=True),
 }
+
+LOCKS = frozenset((Opcode.SETLK, Opcode.SETLKW))
 
 
 class Rows:
@@ -350,6 +353,14 @@ def lock_rows(rows: Rows, replies: Replies) -> tuple[Row, Row]:
     """The rows of SETLK and SETLKW, by whether flock(2) was called (LK_FLOCK)."""
     setlk = Row("setlk", rows.setlk, replies.nothing)
     return setlk, Row("flock", rows.flock, replies.nothing)
+
+
+def refusal(row: Row, message: Message) -> int:
+    """What is told to who has too many requests under way; 0: nothing, he is served."""
+    if message.opcode in LOCKS:
+        # Others wait for what is given back. And EAGAIN would say that a lock is in the way.
+        return 0 if message.args[4] == fcntl.F_UNLCK else errno.ENOLCK
+    return 0 if row.name in NOT_REFUSED else errno.EAGAIN
 
 
 def _caller(m: Message) -> Caller:

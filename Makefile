@@ -13,6 +13,9 @@ PRODUCT = $(PYTEST) --ignore=tests/tools
 PYFUSE3 = $(addprefix tests/test_mount_,names.py files.py attributes.py fallbacks.py likeness.py \
   command.py)
 
+# What is compiled is kept (make clean removes it): a thousand daemons and each process of the tests
+# would compile it again, which is half of their work.
+unexport PYTHONDONTWRITEBYTECODE
 # By way of the environment: the directories' names reach the program whatever is in it.
 export SRC OUT PJDFSTEST
 

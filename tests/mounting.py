@@ -439,8 +439,7 @@ class Mount:
             self.process.wait(PATIENCE)
             self._watchdog.forget(self.path)
         wait_until(
-            lambda: not processes_naming(self.path),
-            f"the end of all processes of {self.path}: {processes_naming(self.path)}",
+            lambda: not processes_naming(self.path), f"the end of all processes of {self.path}"
         )
 
     def counters(self) -> Counters:

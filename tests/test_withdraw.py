@@ -509,7 +509,7 @@ def test_a_first_call_is_made_or_left_out(model: str, waits: str) -> None:
             run.threads(idle.work, withdraw)
         outcomes.add(idle.check(request))
 
-    ways = explore(MODULES, scenario, 2, one_in=1 if SOAK else 15)
+    ways = explore(MODULES, scenario, 2, one_in=1 if SOAK else 30)
     print(f"{model}, {waits}: {ways} ways")
     assert outcomes == {"made", "EINTR"}
 

@@ -35,7 +35,7 @@ help:
 	@echo 'make test-tools'
 	@echo '             the tests of bench, demo, packaging, tools/setup, the pages and their examples'
 	@echo 'make soak    the tests of long runs: a million files, power failures, kills, faults, random'
-	@echo '             calls, locks; no io_uring; installing with every Python'
+	@echo '             calls, locks, sanitizers; no io_uring; installing with every Python'
 	@echo 'make conformance PJDFSTEST=/some/dir'
 	@echo '             pjdfstest, built there, on mounts of each model and engine; as root'
 	@echo '             ARGS="--rows second --only chmod/*.t": further arguments'

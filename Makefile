@@ -13,6 +13,9 @@ PRODUCT = $(PYTEST) --ignore=tests/tools
 PYFUSE3 = $(addprefix tests/test_mount_,names.py files.py attributes.py fallbacks.py likeness.py \
   command.py)
 
+# What is compiled is kept (make clean removes it): a thousand daemons and each process of the tests
+# would compile it again, which is half of their work.
+unexport PYTHONDONTWRITEBYTECODE
 # By way of the environment: the directories' names reach the program whatever is in it.
 export SRC OUT PJDFSTEST
 
@@ -32,7 +35,7 @@ help:
 	@echo 'make test-tools'
 	@echo '             the tests of bench, demo, packaging, tools/setup, the pages and their examples'
 	@echo 'make soak    the tests of long runs: a million files, power failures, kills, faults, random'
-	@echo '             calls, locks; no io_uring; installing with every Python'
+	@echo '             calls, locks, sanitizers; no io_uring; installing with every Python'
 	@echo 'make conformance PJDFSTEST=/some/dir'
 	@echo '             pjdfstest, built there, on mounts of each model and engine; as root'
 	@echo '             ARGS="--rows second --only chmod/*.t": further arguments'

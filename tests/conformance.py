@@ -32,6 +32,7 @@ ROWS: Mapping[str, tuple[str, ...] | None] = {
     "second": ("--model", "second"),
     "second-threads": ("--engine", "threads", "-o", "handover=request"),
     "second-uring": ("--model", "second", "--engine", "uring"),
+    "pyfuse3": ("--session", "pyfuse3"),
 }
 
 # A line of prove's summary; details of what failed follow it.

@@ -34,7 +34,7 @@ REPO = Path(__file__).resolve().parent.parent
 PATIENCE = 20.0  # seconds; only a test that fails waits so long
 SOAK = os.environ.get("NINEFUSE_SOAK") == "1"  # make soak: what takes longer
 SESSION = os.environ.get("NINEFUSE_SESSION") or "native"  # who speaks with the kernel
-TEST_LIMIT = 60.0  # seconds of one test, after which the watchdog ends its mounts
+TEST_LIMIT = 300.0 if SOAK else 60.0  # seconds until the watchdog ends a test's mounts
 
 NINEFUSE = (sys.executable, "-m", "ninefuse")
 # The command, with less patience when it ends: what it does then is the same.
@@ -439,8 +439,7 @@ class Mount:
             self.process.wait(PATIENCE)
             self._watchdog.forget(self.path)
         wait_until(
-            lambda: not processes_naming(self.path),
-            f"the end of all processes of {self.path}: {processes_naming(self.path)}",
+            lambda: not processes_naming(self.path), f"the end of all processes of {self.path}"
         )
 
     def counters(self) -> Counters:

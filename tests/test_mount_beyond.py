@@ -267,6 +267,52 @@ def test_room_is_made_for_who_may_write(both: tuple[Path, Place]) -> None:
     assert {None, "EBADF", "ESPIPE"} <= set(compare(both, scenario))
 
 
+# fcntl(2)
+
+
+@native
+@pytest.mark.parametrize("how", [0, os.O_DSYNC], ids=["plain", "durable"])
+@pytest.mark.parametrize("access", [os.O_WRONLY, os.O_RDWR], ids=["writing", "both"])
+def test_a_descriptor_appends_as_long_as_it_is_told_to(
+    both: tuple[Path, Place], access: int, how: int
+) -> None:
+    """Whether it was opened so or not; and the source may have grown meanwhile."""
+
+    def scenario(top: Path) -> Any:
+        path = top / "file"
+        path.write_bytes(b"0123456789")
+        answers: list[object] = []
+        for flags in (os.O_APPEND, 0):
+            with opened(path, access | how | flags) as fd:
+                for added in (0, os.O_APPEND, 0):
+                    fcntl.fcntl(fd, fcntl.F_SETFL, added)
+                    answers += [os.pwrite(fd, b"ab", 3), os.write(fd, b"c")]
+                    answers += [os.lseek(fd, 0, os.SEEK_CUR), path.read_bytes()]
+        return answers
+
+    answers = compare(both, scenario)
+    assert answers[3] == b"c12ab56789"
+
+
+@native
+@needs_root
+def test_set_id_bits_stay_for_root_who_writes_elsewhere_than_it_was_opened_for(
+    both: tuple[Path, Place],
+) -> None:
+    def scenario(top: Path) -> Any:
+        path = top / "file"
+        path.write_bytes(b"0123456789")
+        path.chmod(0o6755)
+        answers: list[object] = []
+        for flags, later in ((os.O_APPEND, 0), (0, os.O_APPEND)):
+            with opened(path, os.O_WRONLY | flags) as fd:
+                fcntl.fcntl(fd, fcntl.F_SETFL, later)
+                answers += [os.pwrite(fd, b"ab", 3), os.stat(path).st_mode, path.read_bytes()]
+        return answers
+
+    assert stat.S_IFREG | 0o6755 in compare(both, scenario)
+
+
 # lseek(2)
 
 

@@ -709,6 +709,8 @@ FEW = (
     "-c",
     "import sys; from ninefuse.command import cli; from ninefuse.driving import driver;"
     " from ninefuse.fuse import native; driver.MOST_WAITS = 11; native._MOST_REQUESTS = 5;"
+    # Who waits is woken, and does not try besides: who does may come before his turn.
+    " driver.TICK = driver.LONGEST = 1000.0;"
     " sys.exit(cli.main())",
 )
 

@@ -39,7 +39,7 @@ pytestmark = pytest.mark.soak
 
 # What a failure tells, to have it again.
 SEED = int(os.environ.get("NINEFUSE_SEED", random.SystemRandom().getrandbits(32) if SOAK else 0))
-COUNT = int(os.environ.get("NINEFUSE_SEQUENCES", 2000 if SOAK else 60))
+COUNT = int(os.environ.get("NINEFUSE_SEQUENCES", 2000 if SOAK else 30))
 # Of more at a time hypothesis would make most by copying parts of one to another place.
 ROUND = 10
 AS_ROOT = os.geteuid() == 0
@@ -683,7 +683,7 @@ def difference(one: dict[bytes, Any], other: dict[bytes, Any]) -> str:
 def test_any_calls_do_what_they_do_on_a_plain_directory(
     new_mount: Callable[..., Mount], tmp_path: Path, server: str, who: str
 ) -> None:
-    """Sixty sequences of each, fewer of another user; `make soak`, two thousand of each."""
+    """Thirty sequences of each, fewer of another user; `make soak`, two thousand of each."""
     need_engine(server)
     if who == "another" and not AS_ROOT:
         pytest.skip("needs root: acts as another user")

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from mounting import Child, Mount, become, in_child
+from mounting import SOAK, Child, Mount, become, in_child
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root makes all of these files")
 
@@ -229,7 +229,12 @@ def differences(mount: Mount, deed: Deed, gone: bool) -> list[str]:
 _numbers = itertools.count()
 
 
-@pytest.mark.parametrize("options", ["cache=loose", "cache=loose,allow_other", "cache=loose,acl"])
+# To the kernel `acl` is what allow_other brings with it.
+OPTIONS = ("cache=loose", "cache=loose,allow_other", "cache=loose,acl")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("options", OPTIONS if SOAK else OPTIONS[:2])
 def test_what_calls_change_besides_is_seen_at_once(
     new_mount: Callable[..., Mount], options: str
 ) -> None:

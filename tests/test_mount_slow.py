@@ -228,6 +228,31 @@ def test_other_files_do_not_go_on_without_threads(
     assert all(reader.result() for reader in readers)
 
 
+@pytest.mark.skipif(SESSION == "pyfuse3", reason="its kernel is told to look up one at a time")
+@pytest.mark.parametrize("model", ["first", "second"])
+def test_lookups_in_one_directory_go_on_side_by_side(
+    model: str, slow: SlowSource, new_mount: Callable[..., Mount]
+) -> None:
+    """And what is known in it is used meanwhile. The source looks up one name at a time."""
+    (slow.path / "other").write_bytes(b"other")
+    options = ("--model", model, "--threads", str(THREADS))
+    mount = new_mount(*options, source=slow.path, command=STEADY_NINEFUSE)
+    (mount.path / "other").stat()
+    with ExitStack() as stack:
+        lookers = [
+            stack.enter_context(Child(os.path.exists, mount.path / f"stuck{number}"))
+            for number in range(2)
+        ]
+        stack.callback(slow.release)
+        wait_until(slow.withheld, "a lookup at the slow source")
+        wait_until(lambda: mount.counters().under_way == 2, "two lookups under way")
+        with Child(_read, mount.path) as child:
+            assert child.result() == b"other"
+        assert not any(looker.done() for looker in lookers)
+        slow.release()
+        assert not any(looker.result() for looker in lookers)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root: who alone may raise max_background")
 def test_more_stuck_readers_than_the_kernel_s_default_limit(
     slow: SlowSource,
@@ -277,7 +302,7 @@ def test_sigusr2_tells_stacks_and_slow_requests(
     slow: SlowSource, new_mount: Callable[..., Mount]
 ) -> None:
     """A rename goes on beside a lookup that is stuck in another directory."""
-    # Whose name is known: the kernel itself asks one directory for one name at a time.
+    # Whose name is known: under pyfuse3 the kernel asks one directory for one name at a time.
     (slow.path / "below").mkdir()
     (slow.path / "below/old").write_bytes(b"x")
     options = ("--threads", str(THREADS), "-o", "entry_timeout=100")

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.soak
 
 ME = Caller(os.geteuid(), os.getegid())
 
-TIMES = 10 if SOAK else 1  # as many sequences
+TIMES = 16 if SOAK else 1  # as many sequences
 
 # Few, so that they meet; ones that are no names, seldom.
 GOOD_NAMES = [b"a", b"b", b"c", b"\xff"]
@@ -258,7 +258,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, **options: Any) -> Iterator[Ru
         source.chmod(0o700)
 
 
-@settings(max_examples=400 * TIMES, derandomize=True, database=None, deadline=None)
+@settings(max_examples=250 * TIMES, derandomize=True, database=None, deadline=None)
 @given(steps=st.lists(any_of(MESSAGES), min_size=5, max_size=40))
 def test_any_messages(tmp_path_factory: pytest.TempPathFactory, steps: list[Step]) -> None:
     """9P messages, in any order, also ones that no client would send."""
@@ -267,7 +267,7 @@ def test_any_messages(tmp_path_factory: pytest.TempPathFactory, steps: list[Step
             it.make(operation, arguments)
 
 
-@settings(max_examples=300 * TIMES, derandomize=True, database=None, deadline=None)
+@settings(max_examples=200 * TIMES, derandomize=True, database=None, deadline=None)
 @given(steps=st.lists(any_of(MESSAGES + CALLBACKS), min_size=5, max_size=40))
 def test_any_messages_and_callbacks_with_few_descriptors(
     tmp_path_factory: pytest.TempPathFactory, steps: list[Step]
@@ -278,7 +278,7 @@ def test_any_messages_and_callbacks_with_few_descriptors(
             it.make(operation, arguments)
 
 
-@settings(max_examples=100 * TIMES, derandomize=True, database=None, deadline=None)
+@settings(max_examples=60 * TIMES, derandomize=True, database=None, deadline=None)
 @given(steps=st.lists(any_of(MESSAGES + CALLBACKS), min_size=5, max_size=40))
 def test_any_messages_on_a_read_only_session(
     tmp_path_factory: pytest.TempPathFactory, steps: list[Step]

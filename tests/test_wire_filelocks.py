@@ -112,10 +112,21 @@ def flags(request: pytest.FixtureRequest) -> int:
     return flags
 
 
+@pytest.fixture
+def woken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits is woken, and does not try besides: who does may come before his turn."""
+    monkeypatch.setattr(driver_module, "TICK", 1000.0)
+    monkeypatch.setattr(driver_module, "LONGEST", 1000.0)
+
+
+in_turn = pytest.mark.usefixtures("woken")
+
+
 # The device is read on
 
 
 @models
+@in_turn
 def test_what_is_given_back_is_read_however_many_wait(
     source: Path, monkeypatch: pytest.MonkeyPatch, model: str, flags: int
 ) -> None:
@@ -161,6 +172,7 @@ def test_who_waits_for_a_lease_keeps_nobody_from_being_heard(
 
 
 @models
+@in_turn
 def test_a_signal_ends_a_wait_among_many(source: Path, model: str) -> None:
     """EINTR for the one that is meant; what is answered already is not looked for."""
     with serving(source, model) as kernel:
@@ -184,6 +196,7 @@ def test_a_signal_ends_a_wait_among_many(source: Path, model: str) -> None:
 
 
 @models
+@in_turn
 def test_beyond_a_number_nobody_more_waits(
     source: Path, monkeypatch: pytest.MonkeyPatch, model: str, flags: int
 ) -> None:
@@ -210,6 +223,7 @@ def test_beyond_a_number_nobody_more_waits(
 
 
 @models
+@in_turn
 def test_a_users_waits_are_counted_apart(
     source: Path, monkeypatch: pytest.MonkeyPatch, model: str, flags: int
 ) -> None:
@@ -236,6 +250,7 @@ def test_a_users_waits_are_counted_apart(
 
 
 @models
+@in_turn
 def test_what_gives_back_is_never_refused(
     source: Path, monkeypatch: pytest.MonkeyPatch, model: str, flags: int
 ) -> None:

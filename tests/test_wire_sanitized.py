@@ -1,14 +1,12 @@
 """A million bad requests to a decoder that is built to notice the least slip of memory.
 
-AddressSanitizer and UndefinedBehaviorSanitizer, of gcc or clang, end a process that touches what is
-not its own. The build lies in a directory of its own; ninefuse's is not touched.
+AddressSanitizer and UndefinedBehaviorSanitizer end a process that touches what is not its own.
+(What of it is beside threads is in test_role_sanitized.py.)
 """
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -17,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from mounting import REPO, SOAK
+from sanitized import COMPILER, LIMIT, MEMORY, environment, library
 
 pytestmark = [
     pytest.mark.soak,
@@ -26,39 +25,18 @@ pytestmark = [
 SOURCE = REPO / "ninefuse" / "fuse" / "_wire.pyx"
 FUZZ = REPO / "tests" / "wire_fuzz.py"
 INPUTS = 1_000_000
-COMPILER = shlex.split(os.environ.get("CC", "gcc"))
-SANITIZERS = (
-    "-fsanitize=address,undefined",
-    "-fno-sanitize-recover=all",
-    "-fno-omit-frame-pointer",
-    "-DCYTHON_USE_FREELISTS=0",  # what is freed is freed, and not kept for the next one
-)
-LIMIT = 900.0  # seconds
-
-
-def libasan() -> str:
-    """The library that has to be there before all others."""
-    try:
-        found = subprocess.run(
-            [*COMPILER, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError) as failure:
-        pytest.skip(f"no compiler that has sanitizers: {failure}")
-    if not os.path.isabs(found):
-        pytest.skip("no AddressSanitizer here")
-    return os.path.realpath(found)
 
 
 def build(directory: Path, source: str) -> Path:
     """The extension of that source, with the sanitizers in it."""
-    if importlib.util.find_spec("Cython") is None:
-        pytest.skip("no Cython here")
+    library(MEMORY)  # or skip
     pyx, c, built = (directory / f"_wire.{suffix}" for suffix in ("pyx", "c", "so"))
     pyx.write_text(source)
+    shutil.copy(SOURCE.with_suffix(".pxd"), directory)
     subprocess.run([sys.executable, "-m", "cython", "-3", str(pyx), "-o", str(c)], check=True)
     include = sysconfig.get_path("platinclude")
     subprocess.run(
-        [*COMPILER, "-shared", "-fPIC", "-O1", "-g", "-w", *SANITIZERS, f"-I{include}", str(c)]
+        [*COMPILER, "-shared", "-fPIC", "-O1", "-g", "-w", *MEMORY, f"-I{include}", str(c)]
         + ["-o", str(built)],
         check=True,
     )
@@ -67,18 +45,9 @@ def build(directory: Path, source: str) -> Path:
 
 def fuzz(built: Path, seed: int, inputs: int) -> subprocess.CompletedProcess[str]:
     """Feed inputs to a build, in a process of its own."""
-    environment = {
-        **os.environ,
-        "LD_PRELOAD": libasan(),
-        # Each object of Python's has memory of its own then, with guards around it.
-        "PYTHONMALLOC": "malloc",
-        # The interpreter keeps much until its end.
-        "ASAN_OPTIONS": "detect_leaks=0",
-        "UBSAN_OPTIONS": "print_stacktrace=1",
-    }
     return subprocess.run(
         [sys.executable, str(FUZZ), str(built), str(seed), str(inputs)],
-        env=environment,
+        env=environment(MEMORY),
         capture_output=True,
         text=True,
         timeout=LIMIT,

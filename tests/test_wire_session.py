@@ -307,7 +307,7 @@ def test_bad_requests_are_answered_and_the_session_goes_on(tree: Path, model: st
 
         # Not made smaller where it fails: what the session is like by then is of all before.
         @settings(
-            max_examples=2000 if SOAK else 80,
+            max_examples=2000 if SOAK else 50,
             deadline=None,
             phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),

@@ -431,7 +431,7 @@ def test_a_wait_ends_once_whoever_ends_it(others: str) -> None:
         assert len(tries) == (outcome == "goes on")
         assert len(executor._patience) == 0
 
-    ways = explore([driver, patience], scenario, 2, one_in=1 if SOAK else 7)
+    ways = explore([driver, patience], scenario, 2, one_in=1 if SOAK else 15)
     print(f"{others}: {ways} ways")
     assert ways > 20
 
@@ -509,7 +509,7 @@ def test_a_first_call_is_made_or_left_out(model: str, waits: str) -> None:
             run.threads(idle.work, withdraw)
         outcomes.add(idle.check(request))
 
-    ways = explore(MODULES, scenario, 2, one_in=1 if SOAK else 15)
+    ways = explore(MODULES, scenario, 2, one_in=1 if SOAK else 30)
     print(f"{model}, {waits}: {ways} ways")
     assert outcomes == {"made", "EINTR"}
 
@@ -540,4 +540,4 @@ def test_without_a_worker_it_is_left_out_at_once(model: str, waits: str) -> None
         assert request in idle.ended.requests
         assert idle.check(request) == "EINTR"
 
-    assert explore(MODULES, scenario, 2, one_in=1 if SOAK else 5) > 20
+    assert explore(MODULES, scenario, 2, one_in=1 if SOAK else 15) > 20

@@ -6,7 +6,6 @@ Locks touched: none.
 import argparse
 import ctypes
 import functools
-import importlib.metadata
 import logging
 import os
 import platform
@@ -204,6 +203,8 @@ def versions() -> str:
 
 
 def _module_version(name: str) -> str:
+    import importlib.metadata  # a third of the time that all imports here take
+
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

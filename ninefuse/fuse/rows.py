@@ -39,13 +39,14 @@ _BILLION = 1_000_000_000
 _LAYOUT_IS_ANOTHER = op.IOCTL_COMPAT | op.IOCTL_UNRESTRICTED | op.IOCTL_32BIT | op.IOCTL_COMPAT_X32
 
 _SAYS_HOW = op.WRITE_CACHE | op.WRITE_KILL_SUIDGID
-# By these two flags. Written back it is in nobody's name, and says nothing of
-# set-id bits.
+# By these two flags, and whether the caller's descriptor appends, as fcntl(2) may have changed it.
+# Written back it is in nobody's name, and says nothing of set-id bits.
 _WRITING = {
-    0: ops.Writing(keeps_bits=True),
-    op.WRITE_KILL_SUIDGID: ops.Writing(),
-    op.WRITE_CACHE: ops.Writing(is_writeback=True),
-    op.WRITE_CACHE | op.WRITE_KILL_SUIDGID: ops.Writing(is_writeback=True),
+    flags | appends: ops.Writing(
+        is_writeback=bool(flags & op.WRITE_CACHE), keeps_bits=not flags, appends=bool(appends)
+    )
+    for flags in (0, op.WRITE_KILL_SUIDGID, op.WRITE_CACHE, _SAYS_HOW)
+    for appends in (0, os.O_APPEND)
 }
 
 LOCKS = frozenset((Opcode.SETLK, Opcode.SETLKW))
@@ -152,8 +153,8 @@ class Rows:
         return callbacks.read(self.session, FIRST_HANDLE + fh, offset, size)
 
     def write(self, m: Message) -> Body[int]:
-        fh, offset, data, flags = m.args[:4]
-        how = _WRITING[flags & _SAYS_HOW]
+        fh, offset, data, flags, _, opened = m.args
+        how = _WRITING[flags & _SAYS_HOW | opened & os.O_APPEND]
         return callbacks.write(self.session, FIRST_HANDLE + fh, offset, data, how)
 
     def flush(self, m: Message) -> Body[None]:

@@ -72,10 +72,12 @@ class Writing(NamedTuple):
         is_writeback: whether it is of pages that were changed in mapped memory; None: it may be.
         keeps_bits: whether set-user-id and set-group-id bits are to stay, where nobody but root
             has the file open.
+        appends: whether the writer's descriptor appends by now; None: as it was opened.
     """
 
     is_writeback: bool | None = False
     keeps_bits: bool = False
+    appends: bool | None = None
 
 
 UNKNOWN_WRITE = Writing(is_writeback=None)
@@ -90,7 +92,7 @@ async def write(
         session: the conversation.
         fid: open for writing.
         offset: where, in bytes; ignored if the file was opened with O_APPEND, but of pages that
-            were changed in mapped memory.
+            were changed in mapped memory, and if the client says otherwise.
         data: what.
         how: what else the client says.
 
@@ -117,7 +119,7 @@ async def write(
         check_offset(offset)
         on = use.node.number
         # What is appended begins where the file ends: nobody but the source knows where that is.
-        appends = file.flags & os.O_APPEND and not how.is_writeback
+        appends = _appends(file, how)
         end = END if appends else offset + len(data)
         async with session.ranges.changing(on, offset, end):
             had_bits = session.fids.set_id and await mark_again(session, on, file)
@@ -186,12 +188,20 @@ def _writing(
     """The call that writes."""
     if file.live:
         return blocking(on, _write_live, file, data, offset)
-    if how.is_writeback and file.flags & os.O_APPEND:
-        return blocking(on, _write_in_place, file, data, offset)
+    appends = _appends(file, how)
+    if appends != bool(file.flags & os.O_APPEND):
+        return blocking(on, _write_otherwise, file, data, offset, appends, keeps_bits)
     if keeps_bits:
         return blocking(on, _write_keeping_bits, file.fd, data, offset)
     durable = bool(file.flags & os.O_DSYNC)
     return Pwrite(on, file.fd, data, offset, durable, file.writer, file.group)
+
+
+def _appends(file: OpenFile, how: Writing) -> bool:
+    """Whether a write goes to the file's end: pages go back by any handle there is."""
+    if how.is_writeback:
+        return False
+    return bool(file.flags & os.O_APPEND) if how.appends is None else how.appends
 
 
 def _is_writeback(file: OpenFile, offset: int, how: Writing) -> bool:
@@ -209,18 +219,25 @@ def _write_live(file: OpenFile, data: bytes, offset: int) -> int:
     return file.spend(_write_once, file.fd, data, offset)
 
 
-def _write_in_place(file: OpenFile, data: bytes, offset: int) -> int:
-    """Write where it says by a descriptor that appends: pages go back by any handle there is."""
-    return file.spend(_write_there, file.fd, data, offset)
+def _write_otherwise(
+    file: OpenFile, data: bytes, offset: int, appends: bool, keeps_bits: bool
+) -> int:
+    """Append, or write where it says, by a descriptor that would do the other."""
+    if keeps_bits:
+        with acting_as(None, bits=True):
+            return _write_flagged(file, data, offset, appends)
+    return file.spend(_write_flagged, file, data, offset, appends)
 
 
-def _write_there(fd: int, data: bytes, offset: int) -> int:
+def _write_flagged(file: OpenFile, data: bytes, offset: int, appends: bool) -> int:
+    flag = os.RWF_APPEND if appends else _RWF_NOAPPEND
     try:
-        return os.pwritev(fd, [data], offset, _RWF_NOAPPEND)
+        return os.pwritev(file.fd, [data], offset, flag)
     except OSError as e:
-        if e.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # before Linux 6.9
+        if appends or e.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # before Linux 6.9
             raise
-    in_place = os.open(proc_path(fd), os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    how = os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC | file.flags & os.O_SYNC
+    in_place = os.open(proc_path(file.fd), how)
     try:
         return os.pwrite(in_place, data, offset)
     finally:

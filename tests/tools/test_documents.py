@@ -91,7 +91,7 @@ TABLE = "a table of results"
 NOT_RUN: dict[Key, str] = {
     ("README.md", "make demo "): "takes a minute: test_demo.py; and make test is running this",
     ("README.md", "dd if=/dev/zero of=/tmp/mnt/file     "): PICTURE,
-    ("README.md", "source            none"): TABLE,
+    ("README.md", "source         none"): TABLE,
     ("README.md", "ninefuse [options] SRC MNT"): "how the command is written",
     ("docs/options.md", "ninefuse [options] SRC MNT"): "how the command is written",
     ("docs/architecture.md", "dd if=/dev/zero of=/mnt/file     "): PICTURE,

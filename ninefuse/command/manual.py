@@ -9,6 +9,7 @@ Locks touched: none.
 
 import re
 import textwrap
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from ninefuse.command.options import IGNORED, MAX_THREADS
@@ -163,12 +164,12 @@ ACCEPTED = (
 )
 
 
-def brief(words: str) -> str:
+def brief(words: str, command_line: Iterable[Text] = COMMAND_LINE) -> str:
     """Return the first part of what an option of the command line says, in plain text.
 
-    Argument: words, as they begin in COMMAND_LINE; only one may begin so.
+    Arguments: words, as they begin there; only one may begin so; command_line: all options.
     """
-    (option,) = (one for one in COMMAND_LINE if one.words.split(" ")[0].rstrip(",") == words)
+    (option,) = (one for one in command_line if one.words.split(" ")[0].rstrip(",") == words)
     return plain(option.brief)
 
 
@@ -177,10 +178,10 @@ def plain(text: str) -> str:
     return re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text).replace("`", "")
 
 
-def explanation() -> str:
-    """Return what --help-options prints."""
+def explanation(command_line: Iterable[Text] = COMMAND_LINE, mount: Iterable[Text] = MOUNT) -> str:
+    """Return what --help-options prints, of options of the command line and those after -o."""
     lines = []
-    for prefix, options in (("", COMMAND_LINE), ("-o ", MOUNT)):
+    for prefix, options in (("", command_line), ("-o ", mount)):
         for option in options:
             lines += textwrap.wrap(prefix + option.words, 78, subsequent_indent="   ")
             lines += _indented(plain(option.text()))

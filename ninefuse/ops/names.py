@@ -146,7 +146,9 @@ async def link(
         await session.settle(directory.node)
 
 
-async def rename(session: Session, fid: int, dirfid: int, name: bytes) -> None:
+async def rename(
+    session: Session, fid: int, dirfid: int, name: bytes, caller: Caller | None = None
+) -> None:
     """Move a fid's file to another place; the fid goes on naming the file.
 
     Args:
@@ -154,6 +156,7 @@ async def rename(session: Session, fid: int, dirfid: int, name: bytes) -> None:
         fid: the file.
         dirfid: where it goes.
         name: its new name; a file that has it is replaced.
+        caller: who asks; None: the daemon.
 
     Raises:
         OSError: EINVAL, a name that is none; EBUSY, the root; ESTALE, the file is not
@@ -168,7 +171,7 @@ async def rename(session: Session, fid: int, dirfid: int, name: bytes) -> None:
     _check_moved_name(name)
     session.writable()
     async with session.using(fid) as file, session.using(dirfid) as directory:
-        await _move_node(session, file.node, directory.node, name)
+        await _move_node(session, file.node, directory.node, name, caller)
 
 
 async def renameat(
@@ -269,13 +272,15 @@ async def _make(
     return session.fids.qid_of(attributes)
 
 
-async def _move_node(session: Session, node: Node, directory: Node, name: bytes) -> None:
+async def _move_node(
+    session: Session, node: Node, directory: Node, name: bytes, caller: Caller | None
+) -> None:
     async def move() -> None:
         if node.place is None:
             raise error(errno.EBUSY)
         above, oldname = node.place
         async with session.using_node(above) as parent:
-            await _move_name(session, parent, oldname, directory, name, 0, node=node)
+            await _move_name(session, parent, oldname, directory, name, 0, caller, node)
 
     await session.unless_moved(move)
 

@@ -20,6 +20,7 @@ from ninefuse.errors import error
 from ninefuse.linux.mountinfo import OwnMount
 from ninefuse.linux.syscalls import Attributes, open_step, stat_name
 from ninefuse.locks import RenameLock
+from ninefuse.tree.clients import ClientsTable
 from ninefuse.tree.descriptors import MOST, Descriptors
 from ninefuse.tree.filelocks import FileLocks
 from ninefuse.tree.kernel import KernelTable
@@ -51,8 +52,8 @@ class Session:
 
     Args:
         driver: makes deferred calls and runs bodies nobody waits for (an Executor).
-        kernel: whether the client is a kernel, which looks files up and forgets them; else it
-            gives each fid its number itself, as 9P has it.
+        kernel: whether the client is a kernel, which looks files up and forgets them; else there
+            may be many, which give each fid its number themselves, as 9P has it.
         read_only: refuse what would change the source, with EROFS.
         sync_directories: make changes of a directory durable before they are
             acknowledged (mount(8)'s sync and dirsync).
@@ -86,7 +87,7 @@ class Session:
         if kernel:
             self.fids = self.kernel = KernelTable(driver.defer)
         else:
-            self.fids = FidTable(driver.defer)
+            self.fids = ClientsTable(driver.defer)
         self.rename_lock = RenameLock()
         self.ranges = Ranges()
         self.names = Names()

@@ -5,7 +5,7 @@ or an open file or directory (lopen, lcreate), or an extended attribute (xattrwa
 xattrcreate). A fid is counted: the table has one reference, each operation that uses it
 another. Clunk takes it out of the table at once; whoever drops the last reference ends it.
 
-kernel.py has the table of a client that is a kernel, and numbers files itself.
+clients.py has the table of clients that number their fids themselves, kernel.py that of a kernel.
 
 Locks touched: the table's read-write lock guards the dictionary and what fids stand on and
 have open; the mutex ``counts`` (counts.py), inside it, guards references.
@@ -240,13 +240,10 @@ class FidTable(Counts):
         Raises:
             OSError: EINVAL, the number is taken.
         """
-        fid = Fid(number, node, opened)
         with self.lock.writing:
             if number in self._fids:
                 raise error(errno.EINVAL)
-            with self._counts:
-                node.refs += 1
-            self._fids[number] = fid
+            fid = self._fids[number] = Fid(number, self._referenced(node), opened)
             self._count(opened, 1)
         return fid
 
@@ -306,8 +303,6 @@ class FidTable(Counts):
     def known(self, a: Attributes, *, allowing: bool = False) -> Node | None:
         """The node that all who look a file up share, referenced (`drop` it), or None.
 
-        9P's fids share none: each walk makes a node of its own, which keeps its descriptor.
-
         Args:
             a: the file's attributes.
             allowing: only if it is as open to others as it was seen last (`Node.allows`).
@@ -323,6 +318,24 @@ class FidTable(Counts):
             node.mark = self.devices.rights(a)
 
     # Helpers that expect the lock to be held
+
+    def _share_descriptor(self, found: Node, known: Node) -> None:
+        """A node gets the descriptor of a newly found twin, if it has none, or of another mount.
+
+        A descriptor keeps its mount busy, and what is done by it is done at that place.
+        """
+        old = -1
+        with self._counts:
+            if known.fd < 0:
+                known.mount = found.mount
+            elif found.fd < 0 or found.mount is known.mount or known.pins:
+                return
+            if found.fd >= 0 and known.refs and found.refs == 1:
+                old = self._take(known)
+                known.mount = found.mount
+                self._give(known, self._take(found))
+        if old >= 0:
+            self._defer(self.close_node, old)
 
     def _count(self, opened: Opened | None, change: int) -> None:
         if opened is not None:
@@ -346,7 +359,11 @@ class FidTable(Counts):
         return True
 
     def _move(self, fid: Fid, node: Node) -> None:
+        old, fid.node = fid.node, self._referenced(node)
+        self.drop(old)
+
+    def _referenced(self, node: Node) -> Node:
+        """The node for a fid to stand on, referenced: this one, or a twin that is known already."""
         with self._counts:
             node.refs += 1
-        old, fid.node = fid.node, node
-        self.drop(old)
+        return node

@@ -1,0 +1,81 @@
+"""The fids of clients that give them their numbers themselves, as 9P has it.
+
+All clients of a session share the nodes: there is one for each file, whoever has walked to it. So
+a rename tells all fids of the file where it is now, and a node can lose its descriptor while fids
+stand on it (counts.py). The fids are apart: each conversation numbers its own (`number_in`).
+
+Locks touched: the table's lock and the mutex ``counts``, as in table.py. The mutex guards the
+dictionary of nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from weakref import WeakValueDictionary
+
+from ninefuse.linux.syscalls import Attributes
+from ninefuse.tree.nodes import Node
+from ninefuse.tree.table import FidTable
+
+_FID_BITS = 32  # 9P's
+# Conversations are numbered from here, so that their fids are above all numbers of a kernel's.
+FIRST_CONVERSATION = 1 << 33
+
+
+def number_in(conversation: int, fid: int) -> int:
+    """The number in the table of a fid that a conversation knows by a number of its own.
+
+    Args:
+        conversation: its number, `FIRST_CONVERSATION` or above, which no other has or had.
+        fid: of 32 bits.
+    """
+    return conversation << _FID_BITS | fid
+
+
+class ClientsTable(FidTable):
+    """The fids of a session whose clients number them.
+
+    Args:
+        defer: as for `FidTable`.
+    """
+
+    def __init__(self, defer: Callable[..., None]) -> None:
+        super().__init__(defer)
+        # By their numbers, those that a fid stands on; and directories in which one does, which a
+        # rename has to tell where they are, though no fid may stand on them any more.
+        self._nodes: WeakValueDictionary[int, Node] = WeakValueDictionary()
+
+    def known(self, a: Attributes, *, allowing: bool = False) -> Node | None:
+        """As of a `FidTable`."""
+        number = self.number_of(a)
+        with self._counts:
+            node = self._nodes.get(number)
+            if node is None or not node.shows(a) or (allowing and not node.allows(a)):
+                return None
+            node.refs += 1
+            return node
+
+    def seen(self, a: Attributes, parent: Node, name: bytes) -> None:
+        """As of a `FidTable`."""
+        number = self.number_of(a)
+        with self._counts:
+            node = self._nodes.get(number)
+            # The root has no name, wherever it may be mounted once more.
+            if node is not None and node.place is not None and node.shows(a):
+                node.place = parent, name
+
+    def _referenced(self, node: Node) -> Node:
+        with self._counts:
+            known = self._nodes.setdefault(node.number, node)
+            if known is not node and not known.is_file_of(node):
+                # That one's file has gone. Its fids keep it, and what it has open.
+                known = self._nodes[node.number] = node
+            known.refs += 1
+        if known is not node:
+            if node.place is not None and known.place is not None:
+                known.place = node.place
+            self._share_descriptor(node, known)
+        return known
+
+    def _is_shared(self, node: Node) -> bool:
+        return self._nodes.get(node.number) is node

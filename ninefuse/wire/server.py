@@ -1,0 +1,231 @@
+"""The server: one export, some sockets to listen at, a task for each connection.
+
+Everything of it runs on one thread, by trio, but for what the driver makes elsewhere.
+
+Locks touched: none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import logging
+import socket
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import trio
+
+from ninefuse.awaiting import Awaiting
+from ninefuse.driving.driver import Executor
+from ninefuse.driving.request import Request
+from ninefuse.settings import Settings
+from ninefuse.tree.clients import FIRST_CONVERSATION
+from ninefuse.tree.session import Session
+from ninefuse.wire.codec import HEADER, encode
+from ninefuse.wire.connection import Connection
+from ninefuse.wire.listening import Listener
+from ninefuse.wire.messages import NUMBER_OF
+from ninefuse.wire.users import Users, peer_of
+
+log = logging.getLogger(__name__)
+
+_REFUSING = 5.0  # seconds that one is waited for who is to be told that there are too many
+_MOST_REFUSED = 64  # that are told so at a time; others see the connection closed
+_SHORT_OF_FILES = 0.2  # seconds until it is tried again to take a connection
+_KEPT_ALIVE = (
+    (socket.SO_KEEPALIVE, socket.SOL_SOCKET, 1),
+    # A client that is gone is noticed within two minutes.
+    (socket.TCP_KEEPIDLE, socket.IPPROTO_TCP, 60),
+    (socket.TCP_KEEPINTVL, socket.IPPROTO_TCP, 15),
+    (socket.TCP_KEEPCNT, socket.IPPROTO_TCP, 4),
+    (socket.TCP_NODELAY, socket.IPPROTO_TCP, 1),
+)
+
+
+class Watcher(Protocol):
+    """What sees requests come and answers go (watching/tracing.py)."""
+
+    def replied(self) -> None: ...
+
+
+class Server:
+    """Serves an export.
+
+    Args:
+        driver: that bodies are run by.
+        session: of which all connections' fids are.
+        source: an O_PATH descriptor of the exported directory, which stays the caller's.
+        exports: the names that a client may give for it.
+        users: who may connect, and as whom.
+        settings: what clients may have.
+
+    Attributes:
+        errors: how many answers were errors, by message and errno.
+    """
+
+    def __init__(
+        self,
+        driver: Executor,
+        session: Session,
+        source: int,
+        exports: tuple[bytes, ...],
+        users: Users,
+        settings: Settings,
+    ) -> None:
+        self.driver = driver
+        self.session = session
+        self.source = source
+        self.exports = exports
+        self.users = users
+        self.settings = settings
+        self.errors: Counter[tuple[str, int]] = Counter()
+        self.awaiting = Awaiting(driver)
+        self.connections = 0
+        self._refusing = 0  # clients that are being told why they are not served
+        self._numbers = itertools.count(FIRST_CONVERSATION)
+        self._tracer: Watcher | None = None
+        self._token: trio.lowlevel.TrioToken | None = None
+        self._scope = trio.CancelScope()
+
+    def passed(self) -> int:
+        """How many files clients read and write by themselves: none."""
+        return 0
+
+    def watch(self, tracer: Watcher) -> None:
+        """Have the way of requests watched."""
+        self._tracer = tracer
+
+    def run(self, listeners: Iterable[Listener], started: Callable[[], None]) -> None:
+        """Serve until `end`. Blocks.
+
+        Args:
+            listeners: where clients come; they stay the caller's.
+            started: called once they are served.
+        """
+        trio.run(self._serve, list(listeners), started)
+
+    def end(self) -> None:
+        """End it. Any thread."""
+        if self._token is None:
+            self._scope.cancel()
+            return
+        with contextlib.suppress(trio.RunFinishedError):
+            self._token.run_sync_soon(self._scope.cancel)
+
+    # What connections ask for
+
+    def new_number(self) -> int:
+        """A number for a conversation."""
+        return next(self._numbers)
+
+    def answered(self, name: str, request: Request, code: int) -> None:
+        """A request has ended, with an errno or 0."""
+        self.driver.count(request)
+        if code:
+            self.errors[name, code] += 1
+        if self.driver.observer is not None:
+            self.driver.observer.answered(request.body)
+            if self._tracer is not None:
+                self._tracer.replied()
+
+    async def _serve(self, listeners: list[Listener], started: Callable[[], None]) -> None:
+        self._token = trio.lowlevel.current_trio_token()
+        self.awaiting.begin()
+        with self._scope:
+            async with trio.open_nursery() as clients, trio.open_nursery() as doors:
+                for listener in listeners:
+                    doors.start_soon(self._listen, listener, clients)
+                started()
+
+    async def _listen(self, listener: Listener, clients: trio.Nursery) -> None:
+        """Take connections, or serve the one that was handed over."""
+        if not listener.accepts:
+            self._welcome(listener.socket.dup(), listener.name, clients)
+            return
+        while True:
+            await trio.lowlevel.wait_readable(listener.socket)
+            try:
+                connected, _ = listener.socket.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                continue
+            except OSError as e:
+                # Most likely no descriptor is left. Whoever waits does so in the kernel.
+                log.error("%s: cannot take a connection: %s", listener.name, e.strerror)
+                await trio.sleep(_SHORT_OF_FILES)
+                continue
+            self._welcome(connected, listener.name, clients)
+
+    def _welcome(self, connected: socket.socket, where: str, clients: trio.Nursery) -> None:
+        connected.setblocking(False)
+        try:
+            peer = peer_of(connected)
+            if connected.family in (socket.AF_INET, socket.AF_INET6):
+                for option, level, value in _KEPT_ALIVE:
+                    connected.setsockopt(level, option, value)
+        except OSError as e:  # it has gone already
+            log.info("%s: connection lost: %s", where, e.strerror)
+            connected.close()
+            return
+        number = next(self._numbers)
+        name = f"{where} client {number - FIRST_CONVERSATION}"
+        if not self.users.may_connect(peer):
+            log.warning("%s: refused: it is user %s's", name, peer.uid)
+            self._refuse(connected, errno.EPERM, clients)
+        elif self.connections >= self.settings.max_connections:
+            log.warning("%s: refused: there are %d clients", name, self.connections)
+            self._refuse(connected, errno.EUSERS, clients)
+        else:
+            clients.start_soon(self._serve_one, connected, Connection(self, connected, peer, name))
+
+    async def _serve_one(self, connected: socket.socket, connection: Connection) -> None:
+        self.connections += 1
+        log.info("%s: connected", connection.name)
+        try:
+            await connection.run()
+        except Exception:
+            log.exception("%s: connection closed", connection.name)
+        finally:
+            self.connections -= 1
+            connected.close()
+        log.info("%s: disconnected", connection.name)
+
+    def _refuse(self, connected: socket.socket, code: int, clients: trio.Nursery) -> None:
+        """Have somebody told why, unless there are many who are."""
+        if self._refusing < _MOST_REFUSED:
+            clients.start_soon(self._tell, connected, code)
+        else:
+            connected.close()
+
+    async def _tell(self, connected: socket.socket, code: int) -> None:
+        """Answer a client's first message with an error, if it comes soon, and hang up."""
+        self._refusing += 1
+        try:
+            await self._tell_in_time(connected, code)
+        finally:
+            self._refusing -= 1
+
+    async def _tell_in_time(self, connected: socket.socket, code: int) -> None:
+        with connected, contextlib.suppress(OSError), trio.move_on_after(_REFUSING):
+            message = b""
+            while len(message) < HEADER.size:
+                more = await _next_piece(connected)
+                if not more:
+                    return
+                message += more
+            _, _, tag = HEADER.unpack_from(message)
+            connected.send(encode(NUMBER_OF["Rlerror"], tag, code))
+            # What is closed with something unread loses what was sent, too.
+            connected.shutdown(socket.SHUT_WR)
+            while await _next_piece(connected):
+                pass
+
+
+async def _next_piece(connected: socket.socket) -> bytes:
+    await trio.lowlevel.wait_readable(connected)
+    try:
+        return connected.recv(4096)
+    except BlockingIOError:
+        return b""

@@ -13,7 +13,14 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from ninefuse.command.options import IGNORED, MAX_THREADS
-from ninefuse.settings import DEFAULT_MAX_INODES, DEFAULT_THREADS
+from ninefuse.settings import (
+    DEFAULT_BYTES,
+    DEFAULT_CONNECTIONS,
+    DEFAULT_FIDS,
+    DEFAULT_MAX_INODES,
+    DEFAULT_REQUESTS,
+    DEFAULT_THREADS,
+)
 
 
 class Text(NamedTuple):
@@ -72,6 +79,31 @@ COMMAND_LINE = (
     ),
     Text("--help-options", "explain all options, those of -o too"),
     Text("-V, --version", "print versions"),
+)
+
+# Of clients at sockets.
+CLIENTS = (
+    Text(
+        "root_squash, no_root_squash",
+        "whether root of a client at a socket acts as nobody (default) or as root",
+        ", where ninefuse is root's",
+    ),
+    Text(
+        "max_connections=",
+        f"clients at sockets at a time ({DEFAULT_CONNECTIONS})",
+        "; others are told EUSERS. 0, here and below: no limit",
+    ),
+    Text("max_fids=", f"fids of such a client ({DEFAULT_FIDS:,})", "; more are refused (EMFILE)"),
+    Text(
+        "max_requests=",
+        f"requests of such a client under way ({DEFAULT_REQUESTS:,})",
+        "; at that it is read from no further until one has ended",
+    ),
+    Text(
+        "max_bytes=",
+        f"bytes of its requests and answers ({DEFAULT_BYTES >> 20} MiB)",
+        "; at that, likewise",
+    ),
 )
 
 MOUNT = (
@@ -148,6 +180,7 @@ MOUNT = (
         f"({DEFAULT_MAX_INODES:,}; each takes some 500 bytes in the daemon, and more in the "
         "kernel); 0: no limit",
     ),
+    *CLIENTS,
     Text("fsname=, subtype=, auto_unmount", "as in mount.fuse3(8)"),
     Text("debug, default_permissions", "the first as `-d`; the second is on anyway"),
     Text(

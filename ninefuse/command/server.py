@@ -102,6 +102,12 @@ def serve(settings: Settings) -> int:
     return daemon.run_detached(serve_detached, _PROGRAM)
 
 
+def known_words() -> list[str]:
+    """Return what may stand after -o, one `name`, `name=` or `name=value` each."""
+    known = (*_SHARED, *_OWN)
+    return [word for option in options.OPTIONS if option.name in known for word in option.words()]
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = cli.Parser(

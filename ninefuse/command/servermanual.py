@@ -7,12 +7,6 @@ Locks touched: none.
 
 from ninefuse.command import manual
 from ninefuse.command.manual import Text
-from ninefuse.settings import (
-    DEFAULT_BYTES,
-    DEFAULT_CONNECTIONS,
-    DEFAULT_FIDS,
-    DEFAULT_REQUESTS,
-)
 
 _LISTEN = Text(
     "--listen ADDRESS",
@@ -34,31 +28,11 @@ COMMAND_LINE = (
 SERVER = (
     Text("ro, rw, sync, async, dirsync, atime, noatime, diratime, nodiratime", "as in mount(8)"),
     Text(
-        "root_squash, no_root_squash",
-        "whether a client's root acts as nobody (default) or as root",
-        ", where the server is root's",
-    ),
-    Text(
         "xdev",
         "hide what is mounted in the source, and show what it covers",
         "; as root. By default file systems in the source are part of the export",
     ),
-    Text(
-        "max_connections=",
-        f"clients at a time ({DEFAULT_CONNECTIONS})",
-        "; others are told EUSERS. 0, here and below: no limit",
-    ),
-    Text("max_fids=", f"fids of one client ({DEFAULT_FIDS:,})", "; more are refused with EMFILE"),
-    Text(
-        "max_requests=",
-        f"requests of one client under way ({DEFAULT_REQUESTS:,})",
-        "; at that it is read from no further until one has ended",
-    ),
-    Text(
-        "max_bytes=",
-        f"bytes of one client's requests and answers ({DEFAULT_BYTES >> 20} MiB)",
-        "; at that, likewise",
-    ),
+    *manual.CLIENTS,
     *(one for one in manual.MOUNT if one.words.split("=")[0] in ("inline", "cpus")),
     Text("debug, model=, threads=, engine=", "as above"),
 )

@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 _MAX_ERRNO = 4095  # above, Linux's client takes nothing for an error
 _FID_MASK = 0xFFFFFFFF
 
+_AUTH = NUMBER_OF["Tauth"]
 _FLUSH = NUMBER_OF["Tflush"]
 _ERROR = NUMBER_OF["Rlerror"]
 _ATTACH = NUMBER_OF["Tattach"]
@@ -169,7 +170,9 @@ class Conversation:
             self._refuse(tag, errno.EINVAL)
             return
         if number not in ROWS and number != _FLUSH:
-            self._refuse(tag, errno.EOPNOTSUPP)
+            # ENOENT: to authenticate oneself is not needed (auth(5) has no number for that; it is
+            # what diod's clients take for it).
+            self._refuse(tag, errno.ENOENT if number == _AUTH else errno.EOPNOTSUPP)
             return
         try:
             values = decode(frame).values

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from weakref import WeakValueDictionary
 
 from ninefuse.linux.syscalls import Attributes
+from ninefuse.tree.identity import Mark
 from ninefuse.tree.nodes import Node
 from ninefuse.tree.table import FidTable
 
@@ -41,9 +42,30 @@ class ClientsTable(FidTable):
 
     def __init__(self, defer: Callable[..., None]) -> None:
         super().__init__(defer)
-        # By their numbers, those that a fid stands on; and directories in which one does, which a
-        # rename has to tell where they are, though no fid may stand on them any more.
+        # By their numbers, those that a fid stands on; and the directories above, which a rename
+        # has to tell where they are, though no fid may stand on them.
         self._nodes: WeakValueDictionary[int, Node] = WeakValueDictionary()
+
+    def new_node(
+        self, a: Attributes, fd: int, place: tuple[Node, bytes] | None, mark: Mark = None
+    ) -> Node:
+        """As of a `FidTable`; the node that is known of the file already, if one is.
+
+        Where that one is found now, `seen` is told, by whoever knows that nothing was renamed.
+        """
+        node = super().new_node(a, -1, place, mark)
+        with self._counts:
+            known = self._nodes.setdefault(node.number, node)
+            if known is not node and known.is_file_of(node):
+                known.refs += 1
+                if known.fd < 0:
+                    known.mount = node.mount
+            elif known is not node:
+                # That one's file has gone. Its fids keep it, and what it has open.
+                known = self._nodes[node.number] = node
+        if fd >= 0:
+            self.give_descriptor(known, fd)
+        return known
 
     def known(self, a: Attributes, *, allowing: bool = False) -> Node | None:
         """As of a `FidTable`."""
@@ -63,19 +85,6 @@ class ClientsTable(FidTable):
             # The root has no name, wherever it may be mounted once more.
             if node is not None and node.place is not None and node.shows(a):
                 node.place = parent, name
-
-    def _referenced(self, node: Node) -> Node:
-        with self._counts:
-            known = self._nodes.setdefault(node.number, node)
-            if known is not node and not known.is_file_of(node):
-                # That one's file has gone. Its fids keep it, and what it has open.
-                known = self._nodes[node.number] = node
-            known.refs += 1
-        if known is not node:
-            if node.place is not None and known.place is not None:
-                known.place = node.place
-            self._share_descriptor(node, known)
-        return known
 
     def _is_shared(self, node: Node) -> bool:
         return self._nodes.get(node.number) is node

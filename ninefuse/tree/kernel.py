@@ -213,3 +213,21 @@ class KernelTable(FidTable):
             self.set_id.discard(fid.number)
             self.passed.discard(fid.number)
             self._paths.back(node.device, node.inode, node.aside, fid.number)
+
+    def _share_descriptor(self, found: Node, known: Node) -> None:
+        """A node gets the descriptor of a newly found twin, if it has none, or of another mount.
+
+        A descriptor keeps its mount busy, and what is done by it is done at that place.
+        """
+        old = -1
+        with self._counts:
+            if known.fd < 0:
+                known.mount = found.mount
+            elif found.fd < 0 or found.mount is known.mount or known.pins:
+                return
+            if found.fd >= 0 and known.refs and found.refs == 1:
+                old = self._take(known)
+                known.mount = found.mount
+                self._give(known, self._take(found))
+        if old >= 0:
+            self._defer(self.close_node, old)

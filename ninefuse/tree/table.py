@@ -240,10 +240,13 @@ class FidTable(Counts):
         Raises:
             OSError: EINVAL, the number is taken.
         """
+        fid = Fid(number, node, opened)
         with self.lock.writing:
             if number in self._fids:
                 raise error(errno.EINVAL)
-            fid = self._fids[number] = Fid(number, self._referenced(node), opened)
+            with self._counts:
+                node.refs += 1
+            self._fids[number] = fid
             self._count(opened, 1)
         return fid
 
@@ -319,24 +322,6 @@ class FidTable(Counts):
 
     # Helpers that expect the lock to be held
 
-    def _share_descriptor(self, found: Node, known: Node) -> None:
-        """A node gets the descriptor of a newly found twin, if it has none, or of another mount.
-
-        A descriptor keeps its mount busy, and what is done by it is done at that place.
-        """
-        old = -1
-        with self._counts:
-            if known.fd < 0:
-                known.mount = found.mount
-            elif found.fd < 0 or found.mount is known.mount or known.pins:
-                return
-            if found.fd >= 0 and known.refs and found.refs == 1:
-                old = self._take(known)
-                known.mount = found.mount
-                self._give(known, self._take(found))
-        if old >= 0:
-            self._defer(self.close_node, old)
-
     def _count(self, opened: Opened | None, change: int) -> None:
         if opened is not None:
             self._opened += change
@@ -359,11 +344,7 @@ class FidTable(Counts):
         return True
 
     def _move(self, fid: Fid, node: Node) -> None:
-        old, fid.node = fid.node, self._referenced(node)
-        self.drop(old)
-
-    def _referenced(self, node: Node) -> Node:
-        """The node for a fid to stand on, referenced: this one, or a twin that is known already."""
         with self._counts:
             node.refs += 1
-        return node
+        old, fid.node = fid.node, node
+        self.drop(old)

@@ -31,7 +31,7 @@ from ninefuse.settings import Settings
 from ninefuse.tree.clients import number_in
 from ninefuse.tree.session import Session
 from ninefuse.wire.codec import HEADER, Malformed, Values, decode, encode
-from ninefuse.wire.messages import BY_NUMBER, NOTAG, NUMBER_OF
+from ninefuse.wire.messages import BY_NUMBER, NOFID, NOTAG, NUMBER_OF
 from ninefuse.wire.requests import ROWS
 from ninefuse.wire.users import Peer, Users
 
@@ -44,6 +44,7 @@ _AUTH = NUMBER_OF["Tauth"]
 _FLUSH = NUMBER_OF["Tflush"]
 _ERROR = NUMBER_OF["Rlerror"]
 _ATTACH = NUMBER_OF["Tattach"]
+_RENAME = NUMBER_OF["Trename"]  # whose second fid may be none: the file's own directory
 _WALK = NUMBER_OF["Twalk"]
 # They end their fid, whatever becomes of them: so they are not withdrawn.
 _ENDS_FID = (NUMBER_OF["Tclunk"], NUMBER_OF["Tremove"])
@@ -210,7 +211,10 @@ class Conversation:
         """
         fids = _FIDS[number]
         caller: Any = None
-        for at in reversed(fids.known):
+        known = fids.known
+        if number == _RENAME and values[1] == NOFID:
+            known = known[:1]
+        for at in reversed(known):
             caller = self._fids.get(values[at], _COMING)
             if caller is _COMING:
                 raise error(errno.EBADF)
@@ -230,8 +234,10 @@ class Conversation:
         if number in _ENDS_FID:
             del self._fids[values[0]]
         arguments = list(values)
-        for at in (*fids.known, *(() if fids.new is None else (fids.new,))):
-            arguments[at] = number_in(self.number, arguments[at])
+        for at in fids.known:
+            arguments[at] = number_in(self.number, values[at]) if at in known else None
+        if fids.new is not None:
+            arguments[fids.new] = number_in(self.number, values[fids.new])
         body = ROWS[number](self, caller, *arguments)
         self._pending[tag] = pending
         self._wire.begins(pending.cost)

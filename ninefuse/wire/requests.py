@@ -172,9 +172,9 @@ async def mkdir(
 
 
 async def rename(
-    c: Conversation, caller: Caller | None, fid: int, dirfid: int, name: bytes
+    c: Conversation, caller: Caller | None, fid: int, dirfid: int | None, name: bytes
 ) -> Values:
-    """rename."""
+    """rename; None: in its directory."""
     await ops.rename(c.session, fid, dirfid, name, caller)
     return ()
 

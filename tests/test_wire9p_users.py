@@ -206,9 +206,9 @@ def test_attributes_are_changed_as_the_user(one: Client, source: Path) -> None:
 
 def test_extended_attributes_are_used_as_the_user(one: Client, source: Path) -> None:
     need_attributes(source)
-    for name in ("roots", "others", "ones"):
-        os.setxattr(source / name, "user.a", b"1")
-        os.setxattr(source / name, "trusted.a", b"1")
+    for path in (source / "roots", source / "others", source / "ones"):
+        os.setxattr(path, "user.a", b"1")
+        os.setxattr(path, "trusted.a", b"1")
     for fid, name in ((1, b"ones"), (2, b"others"), (3, b"roots")):
         one.walk(fid, name)
     assert one.call("Txattrwalk", 1, 9, b"user.a") == (1,)

@@ -55,7 +55,7 @@ def errno_name(function: Callable[[], Any]) -> Any:
     try:
         return function()
     except OSError as e:
-        return errno.errorcode[e.errno]
+        return errno.errorcode[e.errno or 0]
 
 
 class Model:
@@ -103,7 +103,8 @@ class Model:
             raise error(errno.ENOTDIR)
         if newfid == fid and start.access >= 0:
             raise error(errno.EINVAL)
-        node, kinds = start.node, []
+        node = start.node
+        kinds: list[int] = []
         for name in names:
             try:
                 node = self._step(node, name)

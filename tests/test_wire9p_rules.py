@@ -733,6 +733,20 @@ def test_fids_follow_what_others_rename(server: Served, c: Client, source: Path)
         assert (source / "a").exists()
 
 
+def test_fids_follow_what_is_found_at_another_place(
+    server: Served, c: Client, source: Path
+) -> None:
+    """Moved in the source, by nobody's message; and found there by another client."""
+    c.walk(5, b"f")
+    (source / "f").rename(source / "a" / "moved")
+    with fails(errno.ENOENT):
+        c.call("Trename", 5, ROOT, b"x")
+    with server.client() as other:
+        other.walk(5, b"a", b"moved")
+    c.call("Trename", 5, NOFID, b"again")
+    assert (source / "a" / "again").read_bytes() == b"hello"
+
+
 def test_remove_takes_no_other_file_of_that_name(c: Client, source: Path) -> None:
     """Nor does rename: what was made in between is somebody else's."""
     for message, *values in (("Tremove", 5), ("Trename", 5, ROOT, b"x")):

@@ -352,6 +352,14 @@ def test_who_is_known_can_be_nobody_else(peer: None, server: Served, source: Pat
             for gid in (0, 32):
                 with fails(errno.EPERM):
                     c.call("Tmkdir", 1, b"y", 0o700, gid)
+            # But where the directory hands its own on: Linux's client names that one.
+            (source / "sticky").chmod(0o3777)
+            os.chown(source / "sticky", 0, 32)
+            c.call("Tmkdir", 1, b"z", 0o700, 32)
+            assert owner(source / "sticky" / "z") == (ONE, 32)
+            c.call("Tunlinkat", 1, b"z", 0x200)
+            os.chown(source / "sticky", 0, 0)
+            (source / "sticky").chmod(0o1777)
 
 
 def attaches(path: str) -> list[int]:

@@ -200,6 +200,53 @@ def test_a_walk_that_ends_after_its_connection(
     wait_until(server.is_idle, "nothing is left", LIMIT)
 
 
+# Waiting for locks
+
+
+def test_who_waits_for_a_lock_is_answered_once_he_has_it(server: Served, c: Client) -> None:
+    with server.client() as other:
+        c.open(5, b"f", flags=2)
+        other.open(5, b"f", flags=2)
+        assert c.call("Tlock", 5, 1, 0, 0, 0, 1, b"c") == (0,)
+        assert other.call("Tlock", 5, 1, 0, 0, 0, 1, b"c") == (1,)
+        other.send("Tlock", 5, 1, 1, 0, 0, 1, b"c", tag=7)
+        other.call("Tgetattr", ROOT, BASIC)
+        c.call("Tlock", 5, 2, 0, 0, 0, 1, b"c")
+        assert (other.receive().values, c.call("Tlock", 5, 1, 0, 0, 0, 1, b"c")) == ((0,), (1,))
+
+
+def test_a_wait_for_a_lock_is_called_off(server: Served, c: Client) -> None:
+    """By a flush, and by the end of the connection."""
+    with server.client() as holder, server.client() as other:
+        holder.open(5, b"f", flags=2)
+        holder.call("Tlock", 5, 1, 0, 0, 0, 1, b"c")
+        for client in (c, other):
+            client.open(5, b"f", flags=2)
+            client.send("Tlock", 5, 1, 1, 0, 0, 1, b"c", tag=7)
+        c.send("Tflush", 7, tag=8)
+        frame = c.receive()
+        assert (frame.number, frame.tag) == (NUMBER_OF["Rflush"], 8)
+        other.socket.close()
+        wait_until(lambda: server.server.connections == 2, "one has gone", LIMIT)
+        holder.clunk(5)
+        assert c.call("Tlock", 5, 1, 0, 0, 0, 1, b"c") == (0,)
+
+
+def test_not_all_requests_wait_for_locks(source: Path) -> None:
+    """The others are told that it is taken, so that somebody can give it back."""
+    with served(source, max_requests=10) as server, server.client() as holder:
+        holder.open(5, b"f", flags=2)
+        holder.call("Tlock", 5, 1, 0, 0, 0, 1, b"c")
+        with server.client() as c:
+            c.open(5, b"f", flags=2)
+            for tag in range(9):
+                c.send("Tlock", 5, 1, 1, tag, 1, tag, b"c", tag=tag)
+            found = [c.receive() for _ in range(4)]
+            assert {frame.values for frame in found} == {(1,)}
+            holder.clunk(5)
+            assert {c.receive().values for _ in range(5)} == {(0,)}
+
+
 # What is no message
 
 

@@ -32,7 +32,7 @@ from ninefuse.tree.clients import number_in
 from ninefuse.tree.session import Session
 from ninefuse.wire.codec import HEADER, Malformed, Values, decode, encode
 from ninefuse.wire.messages import BY_NUMBER, NOFID, NOTAG, NUMBER_OF
-from ninefuse.wire.requests import ROWS
+from ninefuse.wire.requests import LOCK_BLOCK, ROWS
 from ninefuse.wire.users import Peer, Users
 
 log = logging.getLogger(__name__)
@@ -44,6 +44,8 @@ _AUTH = NUMBER_OF["Tauth"]
 _FLUSH = NUMBER_OF["Tflush"]
 _ERROR = NUMBER_OF["Rlerror"]
 _ATTACH = NUMBER_OF["Tattach"]
+_LOCK = NUMBER_OF["Tlock"]
+_LOCK_FLAGS = 2  # where its flags are among its fields
 _RENAME = NUMBER_OF["Trename"]  # whose second fid may be none: the file's own directory
 _WALK = NUMBER_OF["Twalk"]
 # They end their fid, whatever becomes of them: so they are not withdrawn.
@@ -144,16 +146,12 @@ class Conversation:
         self._fids: dict[int, Caller | _Coming | None] = {}  # and as whom each acts
         self._attaching: dict[int, Caller | None] = {}
         self._pending: dict[int, _Pending] = {}  # by tag
+        self._locking = 0  # Tlock among these
         self._is_over = False
 
     def attached(self, fid: int, caller: Caller | None) -> None:
         """As of requests.Conversation."""
         self._attaching[fid & _FID_MASK] = caller
-
-    @property
-    def counts(self) -> tuple[int, int]:
-        """How many fids and requests there are."""
-        return len(self._fids), len(self._pending)
 
     def take(self, frame: bytes) -> None:
         """Begin what a message asks for, or answer that it cannot be.
@@ -238,8 +236,12 @@ class Conversation:
             arguments[at] = number_in(self.number, values[at]) if at in known else None
         if fids.new is not None:
             arguments[fids.new] = number_in(self.number, values[fids.new])
+        if number == _LOCK and self._locking >= self._door.settings.max_requests // 2:
+            # If all waited for locks nobody could give one back.
+            arguments[_LOCK_FLAGS] &= ~LOCK_BLOCK
         body = ROWS[number](self, caller, *arguments)
         self._pending[tag] = pending
+        self._locking += number == _LOCK
         self._wire.begins(pending.cost)
         done = partial(self._done, pending)
         name = BY_NUMBER[number].name[1:]
@@ -280,6 +282,7 @@ class Conversation:
             except Exception:
                 log.exception("%s: %s has no answer: %r", self._wire.name, request.name, values)
                 code = errno.EIO
+        self._locking -= number == _LOCK
         self._note_fid(pending, code, values)
         is_dropped = self._is_over or (
             code == errno.EINTR and request.is_withdrawn and bool(pending.flushes)

@@ -26,6 +26,7 @@ from ninefuse.linux.callers import Caller
 from ninefuse.linux.records import DirectoryEntry
 from ninefuse.linux.syscalls import Attributes, SetTime
 from ninefuse.ops.directory import readdir_numbered
+from ninefuse.ops.locking import lock_in_time
 from ninefuse.tree.qids import QTDIR, QTFILE, QTSYMLINK, Qid
 from ninefuse.tree.session import Session
 from ninefuse.wire.codec import Values
@@ -53,6 +54,7 @@ _STATS_BASIC, _STATS_BTIME = 0x7FF, 0x800  # P9_STATS_*
 # P9_ATTR_*: what a setattr is to set
 _MODE, _UID, _GID, _SIZE, _ATIME, _MTIME, _CTIME = 1, 2, 4, 8, 0x10, 0x20, 0x40
 _ATIME_SET, _MTIME_SET = 0x80, 0x100
+LOCK_BLOCK = 1  # P9_LOCK_FLAGS_BLOCK
 _LOCK_TYPES = {0: fcntl.F_RDLCK, 1: fcntl.F_WRLCK, 2: fcntl.F_UNLCK}
 _LOCK_NUMBERS = {kind: number for number, kind in _LOCK_TYPES.items()}
 _ENTRY = struct.Struct("<BIQQBH")  # qid[13] offset[8] type[1] and the name's length
@@ -307,10 +309,17 @@ async def lock(
     proc_id: int,
     client_id: bytes,
 ) -> Values:
-    """lock, for a process of the client's."""
+    """lock, for a process of the client's; again, while another is in the way, if it would wait.
+
+    The protocol has the client ask again, which Linux does twice a minute.
+    """
     wanted = ops.LockRange(_lock_type(kind), start, length, proc_id)
     owner = c.number, client_id, proc_id
-    return (int(await ops.lock(c.session, fid, flags, wanted, owner)),)
+    status = await ops.lock(c.session, fid, flags, wanted, owner)
+    if status is ops.LockStatus.BLOCKED and flags & LOCK_BLOCK:
+        await lock_in_time(c.session, fid, wanted, owner)
+        status = ops.LockStatus.SUCCESS
+    return (int(status),)
 
 
 async def getlock(

@@ -13,9 +13,9 @@ import os
 import threading
 from collections.abc import Callable
 
-from ninefuse import executor, groundwork, ops
+from ninefuse import executor, groundwork, ops, sockets
 from ninefuse.exitcodes import ExitCode
-from ninefuse.linux import filesystems, mountflags
+from ninefuse.linux import filesystems
 from ninefuse.process import logs, memory, signals
 from ninefuse.process.notify import notify
 from ninefuse.settings import Settings
@@ -24,7 +24,7 @@ from ninefuse.tree.qids import is_on_own_device
 from ninefuse.tree.session import Session
 from ninefuse.watching import report
 from ninefuse.wire import listening
-from ninefuse.wire.listening import Address, Listener
+from ninefuse.wire.listening import Listener
 from ninefuse.wire.server import Server
 from ninefuse.wire.users import Users
 
@@ -47,8 +47,8 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
     Raises:
         Failure: an address cannot be listened at.
     """
-    addresses = addresses_of(settings)
-    listeners = listening.open_all(addresses)  # while the umask is what it was
+    # While the umask is what it was.
+    listeners = listening.open_all(sockets.addresses_of(settings))
     try:
         return _serve(settings, listeners, ready)
     finally:
@@ -56,23 +56,10 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
             listener.close()
 
 
-def addresses_of(settings: Settings) -> list[Address]:
-    """Where to listen: as was said, or where the service manager does, or where users have it.
-
-    Raises:
-        Failure: USAGE.
-    """
-    if settings.listen:
-        return [listening.parse(text) for text in settings.listen]
-    if listening.handed_over():
-        return [Address("systemd")]
-    return [listening.default_address(settings.source)]
-
-
 def _serve(settings: Settings, listeners: list[Listener], ready: Callable[[], None]) -> int:
     groundwork.settle_process()
     users = Users(squashes=settings.squashes)
-    _say_who_may_come(users, listeners)
+    sockets.say_who_may_come(users, listeners)
     source, _ = groundwork.open_source(settings)
     os.chdir("/")  # so as not to keep another file system busy
     inline = settings.inline and settings.model == "second"
@@ -92,15 +79,14 @@ def _serve(settings: Settings, listeners: list[Listener], ready: Callable[[], No
         threads=1 + (0 if settings.model == "none" else settings.threads),
     )
     session.noatime, session.nodiratime = settings.noatime, settings.nodiratime
-    session.fids.devices.hides = mountflags.HIDEABLE
-    exports = (b"", b"/", os.fsencode(settings.source))
-    server = Server(driver, session, source, exports, users, settings)
+    server = sockets.create_server(settings, driver, session, _OWN_FID, users)
     with contextlib.ExitStack() as trace:
         if settings.trace_file is not None:
             title = f"ninefuse-serve {report.printable(settings.source)}, model {settings.model}"
             path = settings.trace_file
             server.watch(trace.enter_context(groundwork.traced(path, title, driver, session)))
         try:
+            executor.NoThreading().run_here(ops.attach(session, _OWN_FID, source))
             _run(settings, driver, session, server, listeners, ready)
         finally:
             driver.end_waits()
@@ -120,16 +106,14 @@ def _run(
     listeners: list[Listener],
     ready: Callable[[], None],
 ) -> None:
-    executor.NoThreading().run_here(ops.attach(session, _OWN_FID, server.source))
     counters = report.Counters(settings, server, driver, session)
     leaver = Leaver(session.fids, forget=lambda nodes: None)
     ended = threading.Event()
 
     def started() -> None:
         memory.settle()
-        for listener in listeners:
-            log.info("%s: listening at %s, model %s", settings.source, listener.name, driver.model)
-            print(": ".join(filter(None, (listener.name, listener.mount_line))), flush=True)
+        log.info("%s: served, model %s", settings.source, driver.model)
+        sockets.say_where(settings, listeners)
         ready()
 
     def stop() -> None:
@@ -158,13 +142,3 @@ def _run(
         ended.set()
         leaver.end()
         notify("STOPPING=1")
-
-
-def _say_who_may_come(users: Users, listeners: list[Listener]) -> None:
-    """Log aloud where others than the server's own user may come in."""
-    for listener in listeners:
-        if listener.address.kind == "tcp" and not listener.address.is_local:
-            log.warning("%s: open to every machine that can reach it", listener.name)
-        if listener.address.kind in ("tcp", "vsock"):
-            whom = "any user but root" if users.act else "this server's user"
-            log.warning("%s: whoever connects may act as %s", listener.name, whom)

@@ -26,6 +26,7 @@ from ninefuse.linux.mountinfo import MountsBelow, OwnMount
 from ninefuse.process import logs, memory, signals
 from ninefuse.process.stopper import Stopper
 from ninefuse.settings import LEADERS, Settings
+from ninefuse.sockets import Beside
 from ninefuse.tree.leaving import Leaver
 from ninefuse.tree.qids import ROOT_NODEID, is_on_own_device
 from ninefuse.tree.session import Session
@@ -49,6 +50,16 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
     Raises:
         Failure: the mount was refused.
     """
+    if not settings.listen:
+        return _prepare(settings, ready, None)
+    beside = Beside(settings)  # while the umask is what it was
+    try:
+        return _prepare(settings, ready, beside)
+    finally:
+        beside.close()
+
+
+def _prepare(settings: Settings, ready: Callable[[], None], beside: Beside | None) -> int:
     groundwork.settle_process()
     callers.look_apart()
     source, is_whole = groundwork.open_source(settings)
@@ -61,7 +72,7 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
 
     inline = settings.inline and settings.model == "second"
     leads = _leads(settings)
-    by_user = _serves_several(settings)
+    by_user = _serves_several(settings) or beside is not None
     uring = groundwork.engine(settings, by_user=by_user) if inline and not leads else None
     # The kernel's threads for io_uring stay where this one is, and are better elsewhere.
     one_cpu = settings.one_cpu
@@ -76,6 +87,7 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
         driver.uring = uring
     session = Session(
         driver,
+        clients=beside is not None,
         read_only=settings.read_only,
         sync_directories=settings.sync or settings.dirsync,
         threads=LEADERS + (0 if settings.model == "none" else settings.threads),
@@ -97,7 +109,7 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
             tracer = trace.enter_context(groundwork.traced(path, title, driver, session))
             front.watch(tracer)
         try:
-            _serve(settings, driver, session, front, source, mounts, ready)
+            _serve(settings, driver, session, front, source, mounts, ready, beside)
         finally:
             driver.end_waits()
             session.fids.clear()
@@ -158,6 +170,7 @@ def _serve(
     source: int,
     mounts: MountsBelow,
     ready: Callable[[], None],
+    beside: Beside | None,
 ) -> None:
     begin = executor.NoThreading()  # what is counted are callbacks
     begin.run_here(ops.version(session, ops.MAX_MSIZE, ops.VERSION))
@@ -176,23 +189,34 @@ def _serve(
     leaver = Leaver(session.fids, forgetter.ask_for)
 
     def stop() -> None:
+        if beside is not None:
+            beside.hang_up()
         forgetter.end()  # while what it asks is still answered
         stopper.stop()
+
+    def end_now() -> None:
+        if beside is not None:
+            beside.close()
+        stopper.abandon()
 
     def started() -> None:
         memory.settle()
         log.info("%s: mounted on %s, model %s", settings.source, settings.mountpoint, driver.model)
+        if beside is not None:
+            beside.start(driver, session, ROOT_NODEID)
         ready()
 
     try:
         signals.start(
             stop=stop,
-            end_now=stopper.abandon,
+            end_now=end_now,
             counters=lambda: groundwork.log_lines(counters.lines()),
             stacks=lambda: groundwork.log_lines(report.stacks(driver)),
         )
         front.run(started)
     finally:
+        if beside is not None:
+            beside.end(driver)
         leaver.end()
         stopper.announce()
         stopper.ended.set()

@@ -104,6 +104,7 @@ class Settings:
             self.model == "second"
             and self.inline
             and self.handover != "request"
+            and not self.listen  # clients at sockets give their requests to one dispatcher
             and self.engine != "uring"
             and self.session != "pyfuse3"
         )

@@ -199,7 +199,7 @@ def served(
         executor.NoThreading().run_here(ops.attach(session, 0, directory))
         exports = (b"", b"/", os.fsencode(source))
         users = Users(squashes=False) if users is None else users
-        server = Server(driver, session, directory, exports, users, settings)
+        server = Server(driver, session, 0, exports, users, settings)
         started = threading.Event()
         thread = threading.Thread(target=server.run, args=([listener], started.set), daemon=True)
         thread.start()

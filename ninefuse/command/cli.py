@@ -85,6 +85,7 @@ def parse(argv: Sequence[str]) -> Settings:
         log_file=given.log,
         log_level=given.log_level,
         trace_file=given.trace,
+        listen=given.listen,
     )
 
 
@@ -178,6 +179,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--engine", choices=ENGINES, metavar="|".join(ENGINES))
     add("--session", choices=SESSIONS, metavar="|".join(SESSIONS))
     add("--threads", type=threads, metavar="N")
+    # Not in the list, which has to fit a screen: --help-options has it.
+    parser.add_argument(
+        "--listen", metavar="ADDRESS", action="append", default=[], help=argparse.SUPPRESS
+    )
     add("--log", metavar="FILE")
     add(
         "--log-level",

@@ -67,6 +67,11 @@ COMMAND_LINE = (
         f", to begin with: more are started where all are stuck; from 1 to {MAX_THREADS}",
     ),
     Text(
+        "--listen ADDRESS",
+        "serve sockets, too: unix:PATH, tcp:[HOST:]PORT",
+        ", vsock:PORT or fd:N, by [9P2000.L](serve.md#beside-a-mount); as often as you like",
+    ),
+    Text(
         "--log FILE",
         "log to FILE; a daemon otherwise logs to syslog",
         ", if there is one, and `-f` to stderr",

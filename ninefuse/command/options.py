@@ -372,6 +372,7 @@ def make_settings(
     log_file: str | None = None,
     log_level: str = DEFAULT_LOG_LEVEL,
     trace_file: str | None = None,
+    listen: Iterable[str] = (),
 ) -> Settings:
     """Put the command line and the -o options together.
 
@@ -408,6 +409,7 @@ def make_settings(
         log_file=None if log_file is None else os.path.abspath(log_file),
         log_level=log_level,
         trace_file=None if trace_file is None else os.path.abspath(trace_file),
+        listen=tuple(listen),
         mount_options=_words_for_libfuse(source, options),
         remount=_words_to_change(options) if options.remount else None,
         **fields,

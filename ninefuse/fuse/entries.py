@@ -147,7 +147,7 @@ def _entry_plus(session: Session, use: Fid, look: Look) -> EntryPlus:
         return EntryPlus(name, offset, session.fids.number_apart(device, ino), kind, None, None)
     node = session.fids.new_node(attributes, -1, (use.node, name), mark)
     try:
-        found = session.kernel.intern(node)
+        found = session.kernel.intern(node, (use.node, name))
     finally:
         session.fids.drop(node)
     return EntryPlus(name, offset, ino, stat.S_IFMT(attributes.mode) >> 12, attributes, found)

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from weakref import WeakValueDictionary
 
 from ninefuse.linux.syscalls import Attributes
-from ninefuse.tree.identity import Mark
+from ninefuse.tree.identity import Mark, Rights
+from ninefuse.tree.kernel import KernelTable
 from ninefuse.tree.nodes import Node
 from ninefuse.tree.table import FidTable
 
@@ -58,6 +59,8 @@ class ClientsTable(FidTable):
             known = self._nodes.setdefault(node.number, node)
             if known is not node and known.is_file_of(node):
                 known.refs += 1
+                if known.mark is None or (type(known.mark) is Rights and (fd >= 0 or known.fd < 0)):
+                    known.mark = mark
                 if known.fd < 0:
                     known.mount = node.mount
             elif known is not node:
@@ -88,3 +91,13 @@ class ClientsTable(FidTable):
 
     def _is_shared(self, node: Node) -> bool:
         return self._nodes.get(node.number) is node
+
+
+class BothTable(ClientsTable, KernelTable):
+    """The fids of a session that has clients of both kinds: a kernel, and others.
+
+    The kernel's nodeids stand on the nodes that the others' fids stand on.
+
+    Args:
+        defer: as for `FidTable`.
+    """

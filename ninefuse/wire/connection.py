@@ -19,7 +19,7 @@ from typing import Protocol
 
 import trio
 
-from ninefuse.awaiting import Awaiting
+from ninefuse.calls import Body
 from ninefuse.ops import MAX_MSIZE, VERSION
 from ninefuse.ops.attach import MIN_MSIZE
 from ninefuse.settings import Settings
@@ -43,8 +43,10 @@ _ERROR = NUMBER_OF["Rlerror"]
 class Host(Door, Protocol):
     """What a connection needs of the server that it is with."""
 
-    awaiting: Awaiting
     settings: Settings
+
+    async def run_to_end(self, name: str, body: Body[None]) -> None:
+        """Have a body run, and wait for its end, which no cancellation keeps from that."""
 
     def new_number(self) -> int:
         """A number for a conversation."""
@@ -206,7 +208,7 @@ class Connection:
         with trio.CancelScope(shield=True):
             while some := list(itertools.islice(fids, _AT_ONCE)):
                 body = given_back(self._host.session, some)
-                await self._host.awaiting.run("disconnect", body)
+                await self._host.run_to_end("disconnect", body)
                 await trio.lowlevel.checkpoint()
 
     # Room

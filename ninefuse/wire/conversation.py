@@ -18,11 +18,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+from collections.abc import Callable
 from functools import partial
 from threading import get_ident
 from typing import Any, NamedTuple, Protocol
 
 from ninefuse import ops
+from ninefuse.calls import Body
 from ninefuse.driving.driver import Executor
 from ninefuse.driving.request import Request
 from ninefuse.errors import error
@@ -62,12 +64,20 @@ class Door(Protocol):
 
     driver: Executor
     session: Session
-    source: int
+    root: int
     exports: tuple[bytes, ...]
     users: Users
     settings: Settings
 
-    def answered(self, name: str, request: Request, code: int) -> None:
+    def start(
+        self, name: str, body: Body[Any], done: Callable[[Request], None], user: int | None
+    ) -> Request:
+        """Have a body run, as of `Executor.start`."""
+
+    def post(self, function: Callable[[], None]) -> None:
+        """Have a function called on the server's thread, soon. Any thread."""
+
+    def answered(self, request: Request, code: int) -> None:
         """A request has ended, with an errno or 0."""
 
 
@@ -134,7 +144,7 @@ class Conversation:
 
     def __init__(self, door: Door, wire: Wire, number: int, msize: int, peer: Peer) -> None:
         self.session = door.session
-        self.source = door.source
+        self.root = door.root
         self.exports = door.exports
         self.users = door.users
         self.peer = peer
@@ -246,8 +256,7 @@ class Conversation:
         done = partial(self._done, pending)
         name = BY_NUMBER[number].name[1:]
         user = None if caller is None else caller.uid
-        pending.request = self._door.driver.admit(name, body, done, user)
-        self._door.driver.drive(pending.request)
+        pending.request = self._door.start(name, body, done, user)
 
     def _flush(self, tag: int, oldtag: int) -> None:
         old = self._pending.get(oldtag)
@@ -268,7 +277,7 @@ class Conversation:
         if get_ident() == self._thread:
             self._finish(pending, request)
         else:
-            self._door.driver.dispatcher.post(partial(self._finish, pending, request))
+            self._door.post(partial(self._finish, pending, request))
 
     def _finish(self, pending: _Pending, request: Request) -> None:
         """Answer a request whose body has ended."""
@@ -289,7 +298,7 @@ class Conversation:
         )
         if not self._is_over:
             del self._pending[tag]
-        self._door.answered(request.name, request, code)
+        self._door.answered(request, code)
         if not is_dropped:
             self._wire.send(encode(_ERROR, tag, code) if code else answer)
         self._ended(pending)
@@ -304,7 +313,7 @@ class Conversation:
         if self._is_over:
             if is_made:
                 body = given_back(self.session, [number_in(self.number, newfid)])
-                self._door.driver.start("disconnect", body, self._door.driver.count)
+                self._door.start("disconnect", body, self._door.driver.count, None)
         elif not is_made:
             del self._fids[newfid]
         else:

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 from ninefuse import ops
 from ninefuse.calls import blocking
 from ninefuse.errors import error
+from ninefuse.linux import mountflags
 from ninefuse.linux.callers import Caller
 from ninefuse.linux.records import DirectoryEntry
 from ninefuse.linux.syscalls import Attributes, SetTime
@@ -77,7 +78,7 @@ class Conversation(Protocol):
     session: Session
     number: int
     msize: int  # bytes
-    source: int  # an O_PATH descriptor of the exported directory
+    root: int  # the fid of the exported directory, which is no client's
     exports: tuple[bytes, ...]  # by which names that is known
     users: Users
     peer: Any
@@ -89,15 +90,18 @@ class Conversation(Protocol):
 async def attach(
     c: Conversation, _: Caller | None, fid: int, afid: int, uname: bytes, aname: bytes, n_uname: int
 ) -> Values:
-    """attach, as who the client says that he is, if that may be."""
+    """walk from the server's own fid, as who the client says that he is, if that may be; getattr.
+
+    attach is for the server: it begins a session.
+    """
     if afid != NOFID:
         raise error(errno.EPERM)  # nobody has authenticated himself by that
     if aname not in c.exports:
         raise error(errno.ENOENT)
     caller = await blocking(None, c.users.caller, c.peer, uname, n_uname)
-    qid = await ops.attach(c.session, fid, c.source)
+    await ops.walk(c.session, c.root, fid)
     c.attached(fid, caller)
-    return (qid,)
+    return (c.session.fids.qid_of(await ops.getattr(c.session, fid)),)
 
 
 async def walk(
@@ -213,7 +217,9 @@ async def readlink(c: Conversation, _: Caller | None, fid: int) -> Values:
 async def getattr(c: Conversation, _: Caller | None, fid: int, mask: int) -> Values:
     """getattr."""
     found = await ops.getattr(c.session, fid)
-    a = c.session.fids.devices.shown(found)
+    # What is not to be honoured in the source is not to be honoured by whoever mounts this.
+    hidden = mountflags.HIDEABLE & c.session.fids.devices.mount_of(found).forbids
+    a = mountflags.shown(found, hidden) if hidden else found
     valid = mask & (_STATS_BASIC | (_STATS_BTIME if a.has_birth else 0))
     owner = a.mode, a.uid, a.gid, a.nlink, a.rdev
     times = (

@@ -1,6 +1,7 @@
 """The server: one export, some sockets to listen at, a task for each connection.
 
-Everything of it runs on one thread, by trio, but for what the driver makes elsewhere.
+Everything of it runs on one thread, by trio, but for what the driver makes elsewhere. That thread
+is the driver's dispatcher, unless somebody else is, who serves a mount.
 
 Locks touched: none.
 """
@@ -14,11 +15,13 @@ import logging
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import trio
 
 from ninefuse.awaiting import Awaiting
+from ninefuse.calls import Body
 from ninefuse.driving.driver import Executor
 from ninefuse.driving.request import Request
 from ninefuse.settings import Settings
@@ -57,10 +60,11 @@ class Server:
     Args:
         driver: that bodies are run by.
         session: of which all connections' fids are.
-        source: an O_PATH descriptor of the exported directory, which stays the caller's.
+        root: a fid of the exported directory, which no client has.
         exports: the names that a client may give for it.
         users: who may connect, and as whom.
         settings: what clients may have.
+        apart: whether the driver's dispatcher is another thread than that of `run`.
 
     Attributes:
         errors: how many answers were errors, by message and errno.
@@ -70,19 +74,21 @@ class Server:
         self,
         driver: Executor,
         session: Session,
-        source: int,
+        root: int,
         exports: tuple[bytes, ...],
         users: Users,
         settings: Settings,
+        *,
+        apart: bool = False,
     ) -> None:
         self.driver = driver
         self.session = session
-        self.source = source
+        self.root = root
         self.exports = exports
         self.users = users
         self.settings = settings
         self.errors: Counter[tuple[str, int]] = Counter()
-        self.awaiting = Awaiting(driver)
+        self._apart = apart
         self.connections = 0
         self._refusing = 0  # clients that are being told why they are not served
         self._numbers = itertools.count(FIRST_CONVERSATION)
@@ -121,11 +127,42 @@ class Server:
         """A number for a conversation."""
         return next(self._numbers)
 
-    def answered(self, name: str, request: Request, code: int) -> None:
+    def start(
+        self, name: str, body: Body[Any], done: Callable[[Request], None], user: int | None
+    ) -> Request:
+        """Have a body run, as of `Executor.start`."""
+        if not self._apart:
+            return self.driver.start(name, body, done, user)
+        request = self.driver.admit(f"9p {name}", body, done, user)
+        self.driver.dispatcher.post(partial(self.driver.drive, request))
+        return request
+
+    def post(self, function: Callable[[], None]) -> None:
+        """Have a function called on the thread of `run`, soon. Any thread."""
+        if not self._apart:
+            self.driver.dispatcher.post(function)
+        elif self._token is not None:
+            with contextlib.suppress(trio.RunFinishedError):
+                self._token.run_sync_soon(function)
+
+    async def run_to_end(self, name: str, body: Body[None]) -> None:
+        """Have a body run, and wait for its end, which no cancellation keeps from that."""
+        ended = trio.Event()
+
+        def done(request: Request) -> None:
+            self.driver.count(request)
+            request.log_failure()
+            self.post(ended.set)
+
+        self.start(name, body, done, None)
+        with trio.CancelScope(shield=True):
+            await ended.wait()
+
+    def answered(self, request: Request, code: int) -> None:
         """A request has ended, with an errno or 0."""
         self.driver.count(request)
         if code:
-            self.errors[name, code] += 1
+            self.errors[request.name, code] += 1
         if self.driver.observer is not None:
             self.driver.observer.answered(request.body)
             if self._tracer is not None:
@@ -133,7 +170,8 @@ class Server:
 
     async def _serve(self, listeners: list[Listener], started: Callable[[], None]) -> None:
         self._token = trio.lowlevel.current_trio_token()
-        self.awaiting.begin()
+        if not self._apart:
+            Awaiting(self.driver).begin()
         with self._scope:
             async with trio.open_nursery() as clients, trio.open_nursery() as doors:
                 for listener in listeners:

@@ -112,6 +112,7 @@ NOT_RUN: dict[Key, str] = {
     ("docs/mounting.md", "mount -t fuse3"): "test_mount_helper.py, with its own paths",
     ("docs/mounting.md", "ninefuse -o allow_other,dev,suid"): "needs podman",
     ("docs/mounting.md", "/var/log/ninefuse.log {"): "for logrotate; test_mount_logs.py rotates",
+    ("docs/serve.md", "ninefuse --listen"): "test_mount_sockets.py",
     ("docs/serve.md", "ninefuse-serve /data"): "test_serve_command.py; v9fs is not everywhere",
     MODEL: "test_new_model.py runs it",
     (

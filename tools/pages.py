@@ -159,11 +159,8 @@ def completion(name: str, shell: str) -> str:
         }
         after_o = dict.fromkeys(("bash", "zsh"), fill("_@NAME@_mount_options"))
         kind |= {"FILE": shtab.FILE, "OPT,...": after_o}
-        # What help does not show is not completed either.
         if not action.option_strings:
-            action.help = str(action.metavar)
-        elif action.dest == "listen":
-            action.help = manual.brief("--listen")
+            action.help = str(action.metavar)  # what help does not show is not completed either
         if action.metavar in kind:
             action.complete = kind[action.metavar]  # type: ignore[attr-defined]
         elif "--model" in action.option_strings:

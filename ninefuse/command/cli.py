@@ -156,8 +156,8 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = Parser(
         prog="ninefuse",
-        usage="ninefuse [options] SRC MNT",
-        description="Mount the directory SRC on the directory MNT.",
+        # What it does, on the same line: all is to fit a screen.
+        usage="ninefuse [options] SRC MNT  (mounts directory SRC on directory MNT)",
         epilog=_EXAMPLES,
         formatter_class=Formatter,
         allow_abbrev=False,
@@ -179,10 +179,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--engine", choices=ENGINES, metavar="|".join(ENGINES))
     add("--session", choices=SESSIONS, metavar="|".join(SESSIONS))
     add("--threads", type=threads, metavar="N")
-    # Not in the list, which has to fit a screen: --help-options has it.
-    parser.add_argument(
-        "--listen", metavar="ADDRESS", action="append", default=[], help=argparse.SUPPRESS
-    )
+    add("--listen", metavar="ADDRESS", action="append", default=[])
     add("--log", metavar="FILE")
     add(
         "--log-level",

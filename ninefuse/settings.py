@@ -24,7 +24,7 @@ DEFAULT_MAX_INODES = 1_000_000
 DEFAULT_CONNECTIONS = 256
 DEFAULT_FIDS = 100_000  # of one connection, as are those that follow
 DEFAULT_REQUESTS = 1024
-DEFAULT_BYTES = 32 << 20
+DEFAULT_BYTES = 8 << 20
 LOG_LEVELS = ("error", "warning", "info", "debug")
 DEFAULT_LOG_LEVEL = "info"
 

@@ -386,6 +386,21 @@ def test_what_is_not_replaced(tmp_path: Path, source: Path) -> None:
     assert path.read_bytes() == b"mine"
 
 
+def test_vsock(source: Path) -> None:
+    """It can be listened at. (That a guest comes by it takes a guest.)"""
+    with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind((socket.VMADDR_CID_ANY, socket.VMADDR_PORT_ANY))
+        except OSError:
+            pytest.skip("this kernel has no vsock")
+        port = probe.getsockname()[1]
+    with running("--listen", f"vsock:{port}", source) as process:
+        assert process.address() == Address("vsock", "", port)
+        code, log = process.end()
+    assert code == 0
+    assert "whoever connects may act as" in log
+
+
 # What a service manager hands over
 
 

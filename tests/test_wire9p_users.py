@@ -16,8 +16,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from client9p import ROOT, Client, Served, served
-from mounting import Child, errno_of
+from client9p import LIMIT, ROOT, Client, Served, served
+from mounting import Child, errno_of, wait_until
 from ops_helpers import fails, need_attributes, needs_root
 
 from ninefuse.linux.callers import Caller, Rights, rights_of
@@ -407,6 +407,19 @@ def test_who_may_not_connect(
             c.call("Tversion", 8192, b"9P2000.L", tag=NOTAG)
         assert c.is_hung_up()
     assert "refused: it is user 0's" in caplog.text
+
+
+def test_a_user_has_half_of_the_connections(source: Path, peer: None) -> None:
+    with served(source, users=Users(), max_connections=4) as server:
+        first = [attached(server, ONE) for _ in range(2)]
+        for _ in range(2):
+            with server.client(starts=False) as c, fails(errno.EUSERS):
+                c.call("Tversion", 8192, b"9P2000.L", tag=NOTAG)
+        first[0].socket.close()
+        wait_until(lambda: server.server.connections == 1, "one has gone", LIMIT)
+        with attached(server, ONE):
+            pass
+        first[1].socket.close()
 
 
 def test_peers() -> None:

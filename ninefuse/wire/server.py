@@ -12,6 +12,7 @@ import contextlib
 import errno
 import itertools
 import logging
+import os
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -31,7 +32,7 @@ from ninefuse.wire.codec import HEADER, encode
 from ninefuse.wire.connection import Connection
 from ninefuse.wire.listening import Listener
 from ninefuse.wire.messages import NUMBER_OF
-from ninefuse.wire.users import Users, peer_of
+from ninefuse.wire.users import Peer, Users, peer_of
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +91,7 @@ class Server:
         self.errors: Counter[tuple[str, int]] = Counter()
         self._apart = apart
         self.connections = 0
+        self._of_users: Counter[int] = Counter()  # connections at Unix sockets
         self._refusing = 0  # clients that are being told why they are not served
         self._numbers = itertools.count(FIRST_CONVERSATION)
         self._tracer: Watcher | None = None
@@ -212,14 +214,27 @@ class Server:
         if not self.users.may_connect(peer):
             log.warning("%s: refused: it is user %s's", name, peer.uid)
             self._refuse(connected, errno.EPERM, clients)
-        elif self.connections >= self.settings.max_connections:
+        elif self._has_too_many(peer):
             log.warning("%s: refused: there are %d clients", name, self.connections)
             self._refuse(connected, errno.EUSERS, clients)
         else:
-            clients.start_soon(self._serve_one, connected, Connection(self, connected, peer, name))
+            connection = Connection(self, connected, peer, name)
+            self.connections += 1
+            if peer.uid is not None:
+                self._of_users[peer.uid] += 1
+            clients.start_soon(self._serve_one, connected, connection, peer)
 
-    async def _serve_one(self, connected: socket.socket, connection: Connection) -> None:
-        self.connections += 1
+    def _has_too_many(self, peer: Peer) -> bool:
+        """Whether nobody, or not this one, may have another connection."""
+        most = self.settings.max_connections
+        if self.connections >= most:
+            return True
+        is_bounded = peer.uid not in (None, 0, os.geteuid())
+        return is_bounded and self._of_users[peer.uid or 0] >= max(1, most // 2)
+
+    async def _serve_one(
+        self, connected: socket.socket, connection: Connection, peer: Peer
+    ) -> None:
         log.info("%s: connected", connection.name)
         try:
             await connection.run()
@@ -227,6 +242,8 @@ class Server:
             log.exception("%s: connection closed", connection.name)
         finally:
             self.connections -= 1
+            if peer.uid is not None:
+                self._of_users -= Counter((peer.uid,))  # which keeps none of nothing
             connected.close()
         log.info("%s: disconnected", connection.name)
 

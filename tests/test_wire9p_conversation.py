@@ -283,6 +283,15 @@ def test_a_message_of_no_possible_size_ends_the_connection(
     assert f"a message of {size} bytes" in caplog.text
 
 
+@pytest.mark.parametrize("size", [6, 8193, 0xFFFFFFFF])
+def test_such_a_size_in_pieces(c: Client, size: int) -> None:
+    for byte in HEADER.pack(size, NUMBER_OF["Tclunk"], 1):
+        with contextlib.suppress(ConnectionError):
+            c.socket.send(bytes((byte,)))
+        time.sleep(0.01)  # so that they come one by one; no proof hangs on it
+    assert c.is_hung_up()
+
+
 def test_before_a_version_messages_are_small(server: Served) -> None:
     with server.client(starts=False) as c:
         c.socket.sendall(struct.pack("<IBH", 4097, NUMBER_OF["Tversion"], NOTAG))

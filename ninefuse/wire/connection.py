@@ -98,18 +98,18 @@ class Connection:
 
     def send(self, message: bytes) -> None:
         """Send an answer, or leave it to the task that writes."""
-        rest = memoryview(message)
+        sent = 0
         if not self._out:
             try:
-                sent = self._socket.send(rest)
+                sent = self._socket.send(message)
             except BlockingIOError:
-                sent = 0
+                pass
             except OSError as e:
                 self._lost(e)
                 return
-            if sent == len(rest):
+            if sent == len(message):
                 return
-            rest = rest[sent:]
+        rest = memoryview(message)[sent:]
         self._out.append(rest)
         self._unsent += len(rest)
         self._has_out.set()
@@ -128,7 +128,8 @@ class Connection:
     # Reading
 
     async def _read(self) -> None:
-        buffer = bytearray()
+        begun = bytearray()  # a message that has not come as a whole, or a part of its size
+        has_agreed = False
         with trio.move_on_after(_GREETING) as greeting:
             while True:
                 await trio.lowlevel.wait_readable(self._socket)
@@ -141,43 +142,50 @@ class Connection:
                     return
                 if not piece:
                     return
-                buffer += piece
-                await self._take_all(buffer)
-                if self._conversation is not None:
+                if begun:
+                    begun += piece
+                    if len(begun) < _length_of(begun) <= self._longest:
+                        continue
+                    piece = bytes(begun)
+                begun = bytearray(await self._take_all(piece))
+                if not has_agreed and self._conversation is not None:
+                    has_agreed = True
                     greeting.deadline = float("inf")
         if greeting.cancelled_caught:
             log.warning(
                 "%s: connection closed: it has not said which protocol it speaks", self.name
             )
 
-    async def _take_all(self, buffer: bytearray) -> None:
-        """Take the messages that are complete out of what was read."""
+    async def _take_all(self, buffer: bytes) -> bytes:
+        """Take the messages that are complete; what is left of what was read."""
         at = taken = 0
         while len(buffer) - at >= SIZE.size:
             (size,) = SIZE.unpack_from(buffer, at)
-            most = MIN_MSIZE if self._conversation is None else self._conversation.msize
+            most = self._longest
             if not HEADER_SIZE <= size <= most:
                 raise Broken(f"a message of {size} bytes, where {HEADER_SIZE} to {most} may be")
             if len(buffer) - at < size:
                 break
-            with memoryview(buffer) as view:
-                frame = bytes(view[at : at + size])
+            frame = buffer[at : at + size]
             at += size
-            await self._take(frame)
-            await self._be_eased()
+            _, number, tag = HEADER.unpack_from(frame)
+            if number == _VERSION:
+                await self._agree(frame, tag)
+            elif self._conversation is None:
+                self.send(encode(_ERROR, tag, errno.EPROTO))
+            else:
+                self._conversation.take(frame)
+            if self._has_too_much():
+                await self._be_eased()
             taken += 1
             if taken % _IN_A_ROW == 0:
                 await trio.lowlevel.checkpoint()
-        del buffer[:at]
+        return buffer[at:]
 
-    async def _take(self, frame: bytes) -> None:
-        _, number, tag = HEADER.unpack_from(frame)
-        if number == _VERSION:
-            await self._agree(frame, tag)
-        elif self._conversation is None:
-            self.send(encode(_ERROR, tag, errno.EPROTO))
-        else:
-            self._conversation.take(frame)
+    @property
+    def _longest(self) -> int:
+        """Bytes of the longest message that may come now."""
+        return MIN_MSIZE if self._conversation is None else self._conversation.msize
 
     async def _agree(self, frame: bytes, tag: int) -> None:
         """Answer a Tversion: everything that was before is over."""
@@ -213,10 +221,16 @@ class Connection:
 
     # Room
 
+    def _has_too_much(self) -> bool:
+        """Whether the client has as much here as it may."""
+        settings = self._host.settings
+        return (
+            self._requests >= settings.max_requests
+            or self._cost + self._unsent > settings.max_bytes
+        )
+
     async def _be_eased(self) -> None:
-        """Wait while the client has as much here as it may."""
-        most, most_bytes = self._host.settings.max_requests, self._host.settings.max_bytes
-        while self._requests >= most or self._cost + self._unsent > most_bytes:
+        while self._has_too_much():
             await self._wait_for_ease()
 
     async def _wait_for_ease(self) -> None:
@@ -257,3 +271,8 @@ class Connection:
     def _lost(self, e: OSError) -> None:
         log.info("%s: connection lost: %s", self.name, e.strerror)
         self._scope.cancel()
+
+
+def _length_of(begun: bytearray) -> int:
+    """How many bytes a message has that begins so; of its size alone, if that is not known."""
+    return int(SIZE.unpack_from(begun)[0]) if len(begun) >= SIZE.size else SIZE.size

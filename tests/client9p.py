@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import trio
 from mounting import wait_until
 from ops_helpers import daemon_umask
 
@@ -159,15 +160,25 @@ class Served:
         self.server = server
         self.session = server.session
         self.driver = server.driver
+        self.tasks_alone = self.tasks()
 
     def client(self, *, starts: bool = True, msize: int = 8192) -> Client:
         """A new connection."""
         return Client.to(self.address, starts=starts, msize=msize)
 
+    def tasks(self) -> int:
+        """How many tasks the server has."""
+        ask = trio.lowlevel.current_statistics
+        try:
+            return trio.from_thread.run_sync(ask, trio_token=self.server.token).tasks_living
+        except trio.RunFinishedError:  # it was told to end
+            return self.tasks_alone
+
     def is_idle(self) -> bool:
         """Whether nobody is connected, and nothing is left of those who were."""
         return (
             not self.server.connections
+            and self.tasks() == self.tasks_alone
             and not self.driver.requests
             and len(self.session.fids) == 1  # the server's own
             and not self.session.fids.open_descriptors

@@ -284,7 +284,7 @@ async def xattrcreate(
 async def readdir(c: Conversation, _: Caller | None, fid: int, offset: int, count: int) -> Values:
     """readdir: as many entries as have room."""
     room = min(count, c.msize - READ_HEADER)
-    entries = await readdir_numbered(c.session, fid, offset, room)
+    entries = await readdir_numbered(c.session, fid, offset, room, leaves=False)
     return (b"".join(map(_packed_entry, entries)),)
 
 

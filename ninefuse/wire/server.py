@@ -69,6 +69,7 @@ class Server:
 
     Attributes:
         errors: how many answers were errors, by message and errno.
+        token: trio's, once it runs.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class Server:
         self._refusing = 0  # clients that are being told why they are not served
         self._numbers = itertools.count(FIRST_CONVERSATION)
         self._tracer: Watcher | None = None
-        self._token: trio.lowlevel.TrioToken | None = None
+        self.token: trio.lowlevel.TrioToken | None = None
         self._scope = trio.CancelScope()
 
     def passed(self) -> int:
@@ -117,11 +118,11 @@ class Server:
 
     def end(self) -> None:
         """End it. Any thread."""
-        if self._token is None:
+        if self.token is None:
             self._scope.cancel()
             return
         with contextlib.suppress(trio.RunFinishedError):
-            self._token.run_sync_soon(self._scope.cancel)
+            self.token.run_sync_soon(self._scope.cancel)
 
     # What connections ask for
 
@@ -143,9 +144,9 @@ class Server:
         """Have a function called on the thread of `run`, soon. Any thread."""
         if not self._apart:
             self.driver.dispatcher.post(function)
-        elif self._token is not None:
+        elif self.token is not None:
             with contextlib.suppress(trio.RunFinishedError):
-                self._token.run_sync_soon(function)
+                self.token.run_sync_soon(function)
 
     async def run_to_end(self, name: str, body: Body[None]) -> None:
         """Have a body run, and wait for its end, which no cancellation keeps from that."""
@@ -171,7 +172,7 @@ class Server:
                 self._tracer.replied()
 
     async def _serve(self, listeners: list[Listener], started: Callable[[], None]) -> None:
-        self._token = trio.lowlevel.current_trio_token()
+        self.token = trio.lowlevel.current_trio_token()
         if not self._apart:
             Awaiting(self.driver).begin()
         with self._scope:

@@ -192,13 +192,19 @@ def test_the_end_of_the_mount_is_the_end_of_the_sockets(
     assert run("fusermount3", "-u", mount.path).returncode == 0
     assert mount.wait() == 0
     assert c.is_hung_up()
+    assert "client 0: disconnected" in mount.log.text()
     assert not (tmp_path / "socket").exists()
 
 
 def test_a_signal_ends_both(mount: Mount, c: Client, tmp_path: Path) -> None:
     c.open(5, b"f")
-    mount.signal(signal.SIGTERM)
-    assert mount.wait(5.0) == 0
+    # Busy, but of no file: of files only the client has one open, which keeps nothing.
+    fd = os.open(mount.path, os.O_PATH)
+    try:
+        mount.signal(signal.SIGTERM)
+        assert mount.wait(7.0) == 0
+    finally:
+        os.close(fd)
     assert c.is_hung_up()
     assert not (tmp_path / "socket").exists()
 

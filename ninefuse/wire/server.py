@@ -246,7 +246,7 @@ class Server:
             if peer.uid is not None:
                 self._of_users -= Counter((peer.uid,))  # which keeps none of nothing
             connected.close()
-        log.info("%s: disconnected", connection.name)
+            log.info("%s: disconnected", connection.name)
 
     def _refuse(self, connected: socket.socket, code: int, clients: trio.Nursery) -> None:
         """Have somebody told why, unless there are many who are."""

@@ -72,6 +72,17 @@ def test_fids_follow_what_the_mount_renames(mount: Mount, c: Client) -> None:
     assert os.listdir(mount.source / "z" / "b") == []
 
 
+def test_fids_follow_what_the_mount_lists_at_another_place(mount: Mount, c: Client) -> None:
+    """Moved in the source, by nobody's request; the listing looks at each entry."""
+    c.walk(5, b"f")
+    (mount.source / "f").rename(mount.source / "g")
+    with fails(errno.ENOENT):
+        c.call("Trename", 5, ROOT, b"x")
+    assert "g" in os.listdir(mount.path)
+    c.call("Tremove", 5)
+    assert not (mount.source / "g").exists()
+
+
 def test_the_mount_follows_what_a_client_renames(mount: Mount, c: Client) -> None:
     """A working directory, a file that is open, and a file that the kernel knows."""
     with (mount.path / "f").open("rb") as there:

@@ -11,6 +11,7 @@ import os
 import pwd
 import socket
 import stat
+import subprocess
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -238,6 +239,24 @@ def test_a_write_takes_set_id_bits_away(one: Client, source: Path) -> None:
     one.open(1, b"for-all", flags=1)
     one.call("Twrite", 1, 0, b"x")
     assert stat.S_IMODE((source / "for-all").stat().st_mode) == 0o777
+
+
+def test_set_id_bits_that_the_source_does_not_honour(source: Path) -> None:
+    """Nor does whoever mounts it."""
+    words = ("mount", "-t", "tmpfs", "-o", "nosuid", "tmpfs", str(source / "sticky"))
+    if subprocess.run(words, check=False, capture_output=True).returncode:
+        pytest.skip("a tmpfs cannot be mounted here")
+    try:
+        for path in (source / "sticky" / "tool", source / "for-all"):
+            path.touch()
+            path.chmod(0o6755)
+        with served(source, users=Users()) as server, attached(server, ONE) as c:
+            for names, mode in (((b"sticky", b"tool"), 0o755), ((b"for-all",), 0o6755)):
+                c.walk(1, *names)
+                assert stat.S_IMODE(c.call("Tgetattr", 1, BASIC)[2]) == mode
+                c.clunk(1)
+    finally:
+        subprocess.run(["umount", "-l", source / "sticky"], check=True)
 
 
 # As whom one attaches

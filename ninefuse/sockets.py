@@ -57,8 +57,7 @@ def say_who_may_come(users: Users, listeners: list[Listener]) -> None:
         if listener.address.kind == "tcp" and not listener.address.is_local:
             log.warning("%s: open to every machine that can reach it", listener.name)
         if listener.address.kind in ("tcp", "vsock"):
-            whom = "any user but root" if users.act else "this server's user"
-            log.warning("%s: whoever connects may act as %s", listener.name, whom)
+            log.warning("%s: whoever connects may act as %s", listener.name, users.anybody)
 
 
 def say_where(settings: Settings, listeners: list[Listener]) -> None:

@@ -266,6 +266,17 @@ def test_root_is_squashed_unless_told_otherwise(tmp_path: Path, source: Path) ->
             c.call("Tmkdir", ROOT, b"x", 0o700, NONUNAME)
 
 
+@needs_root
+@pytest.mark.parametrize(
+    ("word", "text"), [("root_squash", "any user but root\n"), ("no_root_squash", "and as root\n")]
+)
+def test_the_log_says_who_one_can_be(source: Path, word: str, text: str) -> None:
+    with running("--listen", "tcp:0", "-o", word, source) as process:
+        process.address()
+        _, log = process.end()
+    assert text in log
+
+
 def serve_as(user: int, source: str, path: str) -> None:
     os.setgroups([])
     os.setresgid(user, user, user)

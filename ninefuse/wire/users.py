@@ -65,6 +65,13 @@ class Users:
         """Whether requests are made with the rights of who attached, not with the server's own."""
         return self._acts
 
+    @property
+    def anybody(self) -> str:
+        """As whom one may act of whom the kernel does not say who it is, in words."""
+        if not self._acts:
+            return "this server's user"
+        return "any user but root" if self._squashes else "any user, and as root"
+
     def may_connect(self, peer: Peer) -> bool:
         """Whether a server that acts as itself alone is for this one: himself, or root."""
         return self._acts or peer.uid in (None, 0, os.geteuid())

@@ -78,6 +78,7 @@ def _serve(settings: Settings, listeners: list[Listener], ready: Callable[[], No
         sync_directories=settings.sync or settings.dirsync,
         threads=1 + (0 if settings.model == "none" else settings.threads),
     )
+    session.fids.on_change = memory.settle
     session.noatime, session.nodiratime = settings.noatime, settings.nodiratime
     server = sockets.create_server(settings, driver, session, _OWN_FID, users)
     with contextlib.ExitStack() as trace:

@@ -7,6 +7,7 @@ import errno
 import os
 import socket
 import struct
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -366,6 +367,23 @@ def test_many_bytes_of_one_client(source: Path, stuck: Stuck) -> None:
             c.send("Tread", 5, 0, 50_000, tag=tag)
         stuck.free.set()
         assert sorted(c.receive().tag for _ in range(51)) == [*range(50), 99]
+
+
+def test_the_room_of_fids_that_have_gone_is_given_back(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And whoever minds the table is told as it grows."""
+    monkeypatch.setattr("ninefuse.tree.table._MANY", 100)
+    with served(source) as server:
+        fids, told = server.session.fids, []
+        fids.step = 50
+        fids.on_change = lambda: told.append(len(fids))
+        with server.client() as c:
+            for fid in range(1, 300):
+                c.walk(fid)
+            size = sys.getsizeof(fids._fids)
+        wait_until(lambda: sys.getsizeof(fids._fids) < size // 4, "it is given back", LIMIT)
+    assert told == [50, 100, 150, 200, 250, 300]
 
 
 # Clients that misbehave

@@ -17,7 +17,8 @@ from ninefuse.linux.syscalls import Attributes
 from ninefuse.tree.identity import Mark, Rights
 from ninefuse.tree.kernel import KernelTable
 from ninefuse.tree.nodes import Node
-from ninefuse.tree.table import FidTable
+from ninefuse.tree.opened import Opened
+from ninefuse.tree.table import Fid, FidTable
 
 _FID_BITS = 32  # 9P's
 # Conversations are numbered from here, so that their fids are above all numbers of a kernel's.
@@ -69,6 +70,25 @@ class ClientsTable(FidTable):
         if fd >= 0:
             self.give_descriptor(known, fd)
         return known
+
+    def add(self, number: int, node: Node, opened: Opened | None = None) -> Fid:
+        """As of a `FidTable`; `on_change` is told of each `step` fids more."""
+        fid = super().add(number, node, opened)
+        if len(self._fids) >= self._told + self.step:
+            self._told = len(self._fids)
+            self._most = max(self._most, self._told)
+            self.on_change()
+        return fid
+
+    def tidy(self) -> None:
+        """Give back the room of entries long gone, if there are many. Any thread; blocks a little.
+
+        Clients come and go, and may have had a hundred thousand fids each.
+        """
+        with self.lock.writing:
+            if self._shrink():
+                with self._counts:
+                    self._nodes = WeakValueDictionary(self._nodes)
 
     def known(self, a: Attributes, *, allowing: bool = False) -> Node | None:
         """As of a `FidTable`."""

@@ -22,11 +22,12 @@ from typing import Any, Protocol
 import trio
 
 from ninefuse.awaiting import Awaiting
-from ninefuse.calls import Body
+from ninefuse.calls import Body, blocking
 from ninefuse.driving.driver import Executor
 from ninefuse.driving.request import Request
+from ninefuse.process import memory
 from ninefuse.settings import Settings
-from ninefuse.tree.clients import FIRST_CONVERSATION
+from ninefuse.tree.clients import FIRST_CONVERSATION, ClientsTable
 from ninefuse.tree.session import Session
 from ninefuse.wire.codec import HEADER, encode
 from ninefuse.wire.connection import Connection
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 
 _REFUSING = 5.0  # seconds that one is waited for who is to be told that there are too many
 _MOST_REFUSED = 64  # that are told so at a time; others see the connection closed
+_TIDY_PERIOD = 5.0  # seconds from one tidying to the next
 _SHORT_OF_FILES = 0.2  # seconds until it is tried again to take a connection
 _KEPT_ALIVE = (
     (socket.SO_KEEPALIVE, socket.SOL_SOCKET, 1),
@@ -96,6 +98,7 @@ class Server:
         self._refusing = 0  # clients that are being told why they are not served
         self._numbers = itertools.count(FIRST_CONVERSATION)
         self._tracer: Watcher | None = None
+        self._somebody_left = trio.Event()
         self.token: trio.lowlevel.TrioToken | None = None
         self._scope = trio.CancelScope()
 
@@ -176,10 +179,22 @@ class Server:
         if not self._apart:
             Awaiting(self.driver).begin()
         with self._scope:
-            async with trio.open_nursery() as clients, trio.open_nursery() as doors:
-                for listener in listeners:
-                    doors.start_soon(self._listen, listener, clients)
-                started()
+            async with trio.open_nursery() as house:
+                house.start_soon(self._tidy_up)
+                async with trio.open_nursery() as clients, trio.open_nursery() as doors:
+                    for listener in listeners:
+                        doors.start_soon(self._listen, listener, clients)
+                    started()
+                # All that were served were connections that were handed over, and have ended.
+                house.cancel_scope.cancel()
+
+    async def _tidy_up(self) -> None:
+        """Give back what clients took that have gone, now and then."""
+        while True:
+            await self._somebody_left.wait()
+            self._somebody_left = trio.Event()
+            await self.run_to_end("tidy", _tidied(self.session))
+            await trio.sleep(_TIDY_PERIOD)
 
     async def _listen(self, listener: Listener, clients: trio.Nursery) -> None:
         """Take connections, or serve the one that was handed over."""
@@ -243,6 +258,7 @@ class Server:
             log.exception("%s: connection closed", connection.name)
         finally:
             self.connections -= 1
+            self._somebody_left.set()
             if peer.uid is not None:
                 self._of_users -= Counter((peer.uid,))  # which keeps none of nothing
             connected.close()
@@ -277,6 +293,12 @@ class Server:
             connected.shutdown(socket.SHUT_WR)
             while await _next_piece(connected):
                 pass
+
+
+async def _tidied(session: Session) -> None:
+    if isinstance(session.fids, ClientsTable):
+        await blocking(None, session.fids.tidy)
+    await blocking(None, memory.settle)
 
 
 async def _next_piece(connected: socket.socket) -> bytes:

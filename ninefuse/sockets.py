@@ -5,6 +5,7 @@ Locks touched: none of its own.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -64,7 +65,8 @@ def say_where(settings: Settings, listeners: list[Listener]) -> None:
     """Log and print where clients come, and how they mount it."""
     for listener in listeners:
         log.info("%s: listening at %s", settings.source, listener.name)
-        print(": ".join(filter(None, (listener.name, listener.mount_line))), flush=True)
+        with contextlib.suppress(OSError):  # whoever was to read it has gone: no reason to end
+            print(": ".join(filter(None, (listener.name, listener.mount_line))), flush=True)
 
 
 class Beside:

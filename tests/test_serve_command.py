@@ -397,6 +397,18 @@ def test_what_is_not_replaced(tmp_path: Path, source: Path) -> None:
     assert path.read_bytes() == b"mine"
 
 
+def test_nobody_reads_where_it_listens(tmp_path: Path, source: Path) -> None:
+    path = tmp_path / "socket"
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    words = [*COMMAND, "-f", "--listen", f"unix:{path}", str(source)]
+    with subprocess.Popen(words, stdout=write_end, stderr=subprocess.DEVNULL) as process:
+        os.close(write_end)
+        wait_until(lambda: path.exists() and _answers(tmp_path), "it answers", LIMIT)
+        process.terminate()
+        assert process.wait(LIMIT) in (0, 120)  # Python says 120 for what it cannot flush
+
+
 def test_vsock(source: Path) -> None:
     """It can be listened at. (That a guest comes by it takes a guest.)"""
     with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as probe:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from client9p import ROOT, Client, served
+from client9p import ROOT, Client, Served, served
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from model9p import Model, errno_name
 from mounting import SOAK
 from ops_helpers import outcome
@@ -26,7 +29,7 @@ from ninefuse.wire.users import Users
 pytestmark = pytest.mark.soak
 
 FRAMES = 1_000_000 if SOAK else 6_000
-STEPS = 100_000 if SOAK else 4_000
+STEPS = 30_000 if SOAK else 1_300
 
 NAMES = [b"a", b"b", b"c", b"..", b".", b"", b"a/b", b"\xff", b"x" * 255, b"x" * 256]
 NUMBERS = [0, 1, 2, 3, 7, 24, 4096, 1 << 20, (1 << 31) - 1, 1 << 31, (1 << 32) - 1]
@@ -156,16 +159,12 @@ def shown(client: Client, message: str, values: tuple[Any, ...]) -> Any:
     return found[0] if message in ("Tread", "Twrite") else ()
 
 
-@pytest.mark.parametrize("driver", ["none", "first", "second"])
-def test_random_sequences(tmp_path: Path, driver: str) -> None:
-    """Of three connections, in one tree."""
-    source = tmp_path / "source"
-    source.mkdir()
-    r = random.Random(os.environ.get("NINEFUSE_SEED", driver))
+def run_sequence(r: random.Random, server: Served, source: Path, steps: int) -> None:
+    """Three connections take so many steps in an empty tree, beside a model of it."""
     model = Model(3)
-    with served(source, model=driver) as server:
-        clients = [server.client() for _ in range(3)]
-        for number in range(STEPS // 3):
+    clients = [server.client() for _ in range(3)]
+    try:
+        for number in range(steps):
             connection = r.randrange(3)
             if r.random() < 0.004:  # one goes, and comes back
                 clients[connection].socket.close()
@@ -177,8 +176,33 @@ def test_random_sequences(tmp_path: Path, driver: str) -> None:
             found = shown(clients[connection], message, values)
             assert found == expected, f"step {number}: {message} {values} of {connection}"
         assert model.tree() == on_disk(source)
+    finally:
         for client in clients:
             client.socket.close()
+
+
+@pytest.mark.parametrize("driver", ["none", "first", "second"])
+def test_long_sequences(tmp_path: Path, driver: str) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    with served(source, model=driver) as server:
+        run_sequence(random.Random(os.environ.get("NINEFUSE_SEED", driver)), server, source, STEPS)
+
+
+def test_short_sequences(tmp_path: Path) -> None:
+    """Of which hypothesis finds a shortest one that fails."""
+    source = tmp_path / "source"
+    source.mkdir()
+    with served(source) as server:
+
+        @settings(max_examples=50 if not SOAK else 2000, derandomize=True, deadline=None)
+        @given(st.randoms(use_true_random=False), st.integers(0, 40))
+        def check(r: random.Random, steps: int) -> None:
+            for path in source.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            run_sequence(r, server, source, steps)
+
+        check()
 
 
 def on_disk(directory: Path) -> dict[bytes, Any]:

@@ -387,7 +387,7 @@ def test_what_is_not_replaced(tmp_path: Path, source: Path) -> None:
     with running("--listen", f"unix:{path}", source) as process:
         address = process.address()
         for name in ("socket", "file", "link"):
-            done = run("--listen", f"unix:{tmp_path / name}", source)
+            done = run("-f", "--listen", f"unix:{tmp_path / name}", source)
             assert done.returncode == 17
         with Client.to(address) as c:
             assert read(c) == b"hello"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import os
 import socket
 import struct
@@ -20,7 +21,9 @@ from mounting import wait_until
 from ops_helpers import fails, module_of, need_attributes
 
 from ninefuse import ops
+from ninefuse.settings import DEFAULT_BYTES
 from ninefuse.wire.codec import HEADER, HEADER_SIZE, encode
+from ninefuse.wire.connection import Connection
 from ninefuse.wire.messages import BY_NUMBER, NOFID, NOTAG, NUMBER_OF
 
 BASIC = 0x7FF
@@ -358,7 +361,7 @@ def test_many_requests_of_one_client(source: Path, stuck: Stuck) -> None:
 
 
 def test_many_bytes_of_one_client(source: Path, stuck: Stuck) -> None:
-    """Answers count that are yet to come."""
+    """A few are begun at a time, and every one is answered."""
     with served(source, max_bytes=100_000) as server, server.client(msize=1 << 16) as c:
         c.open(5, b"f")
         c.send("Tstatfs", ROOT, tag=99)
@@ -399,6 +402,12 @@ def pings(client: Client, seconds: float) -> list[float]:
     return taken
 
 
+def kept() -> int:
+    """Bytes of requests and answers that the server keeps for one client at most."""
+    connections = (one for one in gc.get_objects() if isinstance(one, Connection))
+    return max(one._cost + one._unsent for one in connections)
+
+
 def test_a_client_that_does_not_read_its_answers(server: Served, source: Path) -> None:
     """It is read from no further, keeps no more than it may here, and others are served."""
     (source / "big").write_bytes(bytes(1 << 20))
@@ -411,6 +420,7 @@ def test_a_client_that_does_not_read_its_answers(server: Served, source: Path) -
             for tag in range(60_000):
                 sent += c.socket.send(encode(NUMBER_OF["Tread"], tag, 5, 0, 1 << 20))
         assert sent < 60_000 * 23
+        assert kept() <= DEFAULT_BYTES + 2 * c.msize
         for _ in range(50):
             other.call("Tgetattr", ROOT, BASIC)
         # It comes back, and gets all that it asked for.

@@ -56,8 +56,7 @@ class Awaiting(trio.abc.Instrument):
         end = _End(self)
         request = driver.start(name, body, end, user)
         if not end.is_here:
-            if not self._has_begun:
-                self._begin()
+            self.begin()
             end.is_awaited = True
             await trio.lowlevel.wait_task_rescheduled(_refuse)
         driver.count(request)
@@ -80,8 +79,13 @@ class Awaiting(trio.abc.Instrument):
         except Exception:  # likewise
             log.exception("what comes after a wait failed")
 
-    def _begin(self) -> None:
-        """Something ends elsewhere: from now on it has to come back."""
+    def begin(self) -> None:
+        """See that what is posted to the dispatcher from elsewhere is done soon. In a task.
+
+        `run` does so where it is needed; who starts bodies otherwise has to.
+        """
+        if self._has_begun:
+            return
         self._has_begun = True
         token = trio.lowlevel.current_trio_token()
 

@@ -27,6 +27,7 @@ class ExitCode(enum.IntEnum):
     NO_FUSERMOUNT = 14  # fusermount3, which mounts for everybody but root, is not installed
     ALLOW_OTHER_DENIED = 15  # allow_other without user_allow_other in /etc/fuse.conf
     MOUNT_REFUSED = 16  # the kernel or fusermount3 refused the mount
+    LISTENING_REFUSED = 17  # an address of --listen cannot be had
 
 
 def one_line(text: str) -> str:
@@ -59,7 +60,7 @@ class Failure(Exception):
         super().__init__(self.message)
 
 
-def report(failure: Failure) -> ExitCode:
+def report(failure: Failure, program: str = "ninefuse") -> ExitCode:
     """Print the failure as one line on stderr and return its exit code."""
-    print(f"ninefuse: {failure.message}", file=sys.stderr, flush=True)
+    print(f"{program}: {failure.message}", file=sys.stderr, flush=True)
     return failure.code

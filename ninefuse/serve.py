@@ -12,28 +12,25 @@ import contextlib
 import dataclasses
 import logging
 import os
-import resource
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-from ninefuse import executor, ops
-from ninefuse.driving.uring import Refused, Uring
+from ninefuse import executor, groundwork, ops
 from ninefuse.exitcodes import ExitCode, Failure
 from ninefuse.fuse import sessions
 from ninefuse.fuse.forgetting import Forgetter
 from ninefuse.fuse.sessions import FuseSession
-from ninefuse.linux import callers, capabilities, filesystems, mountflags, mountinfo, syscalls
+from ninefuse.linux import callers, filesystems, mountflags
 from ninefuse.linux.inodes import inodes_of
 from ninefuse.linux.mountinfo import MountsBelow, OwnMount
 from ninefuse.process import logs, memory, signals
-from ninefuse.process.loglines import ASKED_FOR
 from ninefuse.process.stopper import Stopper
 from ninefuse.settings import LEADERS, Settings
+from ninefuse.sockets import Beside
 from ninefuse.tree.leaving import Leaver
 from ninefuse.tree.qids import ROOT_NODEID, is_on_own_device
 from ninefuse.tree.session import Session
-from ninefuse.watching import report, tracing
-from ninefuse.watching.trace_file import TraceFile
+from ninefuse.watching import report
 
 log = logging.getLogger(__name__)
 
@@ -53,15 +50,19 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
     Raises:
         Failure: the mount was refused.
     """
-    signals.block()
-    capabilities.settle()
-    capabilities.leave_groups()
+    if not settings.listen:
+        return _prepare(settings, ready, None)
+    beside = Beside(settings)  # while the umask is what it was
+    try:
+        return _prepare(settings, ready, beside)
+    finally:
+        beside.close()
+
+
+def _prepare(settings: Settings, ready: Callable[[], None], beside: Beside | None) -> int:
+    groundwork.settle_process()
     callers.look_apart()
-    os.umask(0)  # the callers' count; see credentials.py
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    log.debug("open files: limit raised from %d to %d", soft, hard)
-    source, is_whole = _open_source(settings)
+    source, is_whole = groundwork.open_source(settings)
     settings = _forbid_as(settings, source)
     if settings.allow_other and settings.model == "none":
         log.warning("under --model none each user can keep all others waiting: use another one")
@@ -71,20 +72,22 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
 
     inline = settings.inline and settings.model == "second"
     leads = _leads(settings)
-    uring = _engine(settings) if inline and not leads else None
+    by_user = _serves_several(settings) or beside is not None
+    uring = groundwork.engine(settings, by_user=by_user) if inline and not leads else None
     # The kernel's threads for io_uring stay where this one is, and are better elsewhere.
     one_cpu = settings.one_cpu
     if one_cpu is None:
         one_cpu = uring is None and not leads
     if one_cpu and settings.model != "none":
-        _share_one_cpu()
-    driver = _driver(settings, leads)
+        groundwork.share_one_cpu()
+    driver = groundwork.create_driver(settings, by_user=by_user, leads=leads)
     mounts = MountsBelow(settings.source)
     if inline and isinstance(driver, executor.SecondModel):
         driver.is_near = is_on_own_device if filesystems.is_local(source) else None
         driver.uring = uring
     session = Session(
         driver,
+        clients=beside is not None,
         read_only=settings.read_only,
         sync_directories=settings.sync or settings.dirsync,
         threads=LEADERS + (0 if settings.model == "none" else settings.threads),
@@ -100,10 +103,13 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
     with contextlib.ExitStack() as trace:
         tracer = None
         if settings.trace_file is not None:
-            tracer = trace.enter_context(_traced(settings, settings.trace_file, driver, session))
+            source_name, mountpoint = map(report.printable, (settings.source, settings.mountpoint))
+            title = f"ninefuse {source_name} on {mountpoint}, model {settings.model}"
+            path = settings.trace_file
+            tracer = trace.enter_context(groundwork.traced(path, title, driver, session))
             front.watch(tracer)
         try:
-            _serve(settings, driver, session, front, source, mounts, ready)
+            _serve(settings, driver, session, front, source, mounts, ready, beside)
         finally:
             driver.end_waits()
             session.fids.clear()
@@ -115,14 +121,6 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
             logs.tell_repeats(all_of_them=True)
     log.info("%s: unmounted", settings.mountpoint)
     return ExitCode.OK
-
-
-def _driver(settings: Settings, leads: bool) -> executor.Executor:
-    try:
-        by_user = _serves_several(settings)
-        return executor.create(settings.model, settings.threads, by_user=by_user, leads=leads)
-    except ValueError as error:
-        raise Failure(ExitCode.USAGE, f"--model {settings.model}: {error}") from error
 
 
 def _leads(settings: Settings) -> bool:
@@ -142,45 +140,6 @@ def _serves_several(settings: Settings) -> bool:
     """Whether others than the one who mounts may use the mount, so that each has a share."""
     # What a mount lets in that somebody else has made is not known.
     return settings.allow_other or settings.is_handed_over
-
-
-@contextlib.contextmanager
-def _traced(
-    settings: Settings, path: str, driver: executor.Executor, session: Session
-) -> Iterator[tracing.Tracer]:
-    """Have all that is done inside written to the trace file at that path."""
-    source, mountpoint = map(report.printable, (settings.source, settings.mountpoint))
-    title = f"ninefuse {source} on {mountpoint}, model {settings.model}"
-    with tracing.Tracer(TraceFile(path, title)) as tracer:
-        driver.observer = tracer
-        session.announces = True
-        session.fids.lock.on_wait = tracer.waited_for_table
-        try:
-            yield tracer
-        finally:
-            tracer.close()
-
-
-def _open_source(settings: Settings) -> tuple[int, bool]:
-    """Open the source directory.
-
-    Returns:
-        A descriptor of it, O_PATH, and whether its mount shows all of a file system there.
-
-    Raises:
-        Failure: what is mounted in it is to be hidden, and we may not.
-    """
-    source = os.open(settings.source, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    is_whole = mountinfo.shows_all(source)
-    if not settings.one_file_system:
-        return source, is_whole
-    try:
-        return syscalls.without_mounts(source), is_whole
-    except OSError as e:
-        text = f"-o xdev: hiding what is mounted in {settings.source} takes CAP_SYS_ADMIN"
-        raise Failure(ExitCode.USAGE, f"{text} ({e.strerror})") from None
-    finally:
-        os.close(source)
 
 
 def _forbid_as(settings: Settings, source: int) -> Settings:
@@ -203,36 +162,6 @@ def _forbidden(settings: Settings) -> int:
     return mountflags.forbidden_by(settings.mount_options if os.geteuid() == 0 else ())
 
 
-def _engine(settings: Settings) -> Uring | None:
-    """The engine that the settings ask for; None: the workers are.
-
-    Raises:
-        Failure: io_uring was asked for, and there is none.
-    """
-    if settings.engine == "threads":
-        return None
-    try:
-        return Uring(by_user=_serves_several(settings))
-    except Refused as reason:
-        if settings.engine == "uring":
-            raise Failure(ExitCode.USAGE, f"--engine uring: {reason}") from None
-        log.info("no io_uring, workers instead: %s", reason)
-        return None
-
-
-def _share_one_cpu() -> None:
-    """Keep all threads there are, and those they start, on one of the processors they may use.
-
-    The interpreter's lock lets one of them run Python at a time, and passing it on to a
-    thread on another processor costs several times what it costs on the same one
-    (docs/models.md). The kernel moves others' work away from a busy processor.
-    """
-    allowed = sorted(os.sched_getaffinity(0))
-    for thread in os.listdir("/proc/self/task"):  # the log's has been started
-        with contextlib.suppress(ProcessLookupError):
-            os.sched_setaffinity(int(thread), {allowed[os.getpid() % len(allowed)]})
-
-
 def _serve(
     settings: Settings,
     driver: executor.Executor,
@@ -241,6 +170,7 @@ def _serve(
     source: int,
     mounts: MountsBelow,
     ready: Callable[[], None],
+    beside: Beside | None,
 ) -> None:
     begin = executor.NoThreading()  # what is counted are callbacks
     begin.run_here(ops.version(session, ops.MAX_MSIZE, ops.VERSION))
@@ -259,23 +189,34 @@ def _serve(
     leaver = Leaver(session.fids, forgetter.ask_for)
 
     def stop() -> None:
+        if beside is not None:
+            beside.hang_up()
         forgetter.end()  # while what it asks is still answered
         stopper.stop()
+
+    def end_now() -> None:
+        if beside is not None:
+            beside.close()
+        stopper.abandon()
 
     def started() -> None:
         memory.settle()
         log.info("%s: mounted on %s, model %s", settings.source, settings.mountpoint, driver.model)
+        if beside is not None:
+            beside.start(driver, session, ROOT_NODEID)
         ready()
 
     try:
         signals.start(
             stop=stop,
-            end_now=stopper.abandon,
-            counters=lambda: _log_lines(counters.lines()),
-            stacks=lambda: _log_lines(report.stacks(driver)),
+            end_now=end_now,
+            counters=lambda: groundwork.log_lines(counters.lines()),
+            stacks=lambda: groundwork.log_lines(report.stacks(driver)),
         )
         front.run(started)
     finally:
+        if beside is not None:
+            beside.end(driver)
         leaver.end()
         stopper.announce()
         stopper.ended.set()
@@ -322,13 +263,3 @@ def _mind_the_table(session: Session, settings: Settings, front: FuseSession) ->
     session.fids.on_change = changed
     session.fids.step = max(_MIN_STEP, min(session.fids.step, most // 16))
     return forgetter
-
-
-def _log_lines(lines: list[str]) -> None:
-    for line in lines:
-        # Somebody has asked for it, so it is said whatever the level is.
-        log.handle(
-            log.makeRecord(
-                log.name, logging.WARNING, __file__, 0, "%s", (line,), None, extra=ASKED_FOR
-            )
-        )

@@ -21,6 +21,10 @@ DATA = ("daemon", "kernel")
 DEFAULT_DATA = "daemon"
 DEFAULT_THREADS = 16
 DEFAULT_MAX_INODES = 1_000_000
+DEFAULT_CONNECTIONS = 256
+DEFAULT_FIDS = 100_000  # of one connection, as are those that follow
+DEFAULT_REQUESTS = 1024
+DEFAULT_BYTES = 8 << 20
 LOG_LEVELS = ("error", "warning", "info", "debug")
 DEFAULT_LOG_LEVEL = "info"
 
@@ -30,7 +34,7 @@ _HANDED_OVER = re.compile(r"/dev/fd/[0-9]+")
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """All that one mount needs to know.
+    """All that one mount needs to know, or a server that has no mount.
 
     source, mountpoint: absolute paths. model: the threading model, one of MODELS or
     MODULE:CLASS. engine: what is
@@ -48,7 +52,10 @@ class Settings:
     is mounted in the source is hidden. max_inodes: of how many files the kernel may know before
     it is asked to forget some; 0: any number. mount_options: the words for libfuse, each for an
     -o of its own and already escaped. remount: the words by which a mount that is there is to be
-    changed; None: one is to be made.
+    changed; None: one is to be made. listen: addresses at which clients are served, as --listen
+    has them. squashes: whether a client's root acts as nobody. max_connections: of
+    such clients. max_fids, max_requests: that one of them may have. max_bytes: of its requests
+    and answers, likewise.
     """
 
     source: str
@@ -83,6 +90,12 @@ class Settings:
     one_file_system: bool = False
     mount_options: tuple[str, ...] = ()
     remount: tuple[str, ...] | None = None
+    listen: tuple[str, ...] = ()
+    squashes: bool = True
+    max_connections: int = DEFAULT_CONNECTIONS
+    max_fids: int = DEFAULT_FIDS
+    max_requests: int = DEFAULT_REQUESTS
+    max_bytes: int = DEFAULT_BYTES
 
     @property
     def may_lead(self) -> bool:
@@ -91,6 +104,7 @@ class Settings:
             self.model == "second"
             and self.inline
             and self.handover != "request"
+            and not self.listen  # clients at sockets give their requests to one dispatcher
             and self.engine != "uring"
             and self.session != "pyfuse3"
         )

@@ -323,4 +323,5 @@ def test_the_documented_exit_codes() -> None:
         "NO_FUSERMOUNT": 14,
         "ALLOW_OTHER_DENIED": 15,
         "MOUNT_REFUSED": 16,
+        "LISTENING_REFUSED": 17,
     }

@@ -21,7 +21,7 @@ from ninefuse.settings import DEFAULT_THREADS, Settings
 
 # What the command line sets, or the words of all options together.
 BESIDE = {"source", "mountpoint", "foreground", "log_file", "log_level", "trace_file"}
-BESIDE |= {"mount_options", "remount"}
+BESIDE |= {"mount_options", "remount", "listen"}
 
 
 def settings(*words: str, source: str = "/src") -> Settings:

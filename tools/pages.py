@@ -25,47 +25,47 @@ sys.path.insert(0, str(ROOT))
 
 import ninefuse  # noqa: E402
 from ninefuse.bench import command as bench  # noqa: E402
-from ninefuse.command import cli, manual, options  # noqa: E402
+from ninefuse.command import cli, manual, options, server, servermanual  # noqa: E402
 from ninefuse.settings import MODELS  # noqa: E402
 from ninefuse.stats import command as stats  # noqa: E402
 
 PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "ninefuse": cli.make_parser,
     "ninefuse-bench": bench.make_parser,
+    "ninefuse-serve": server.make_parser,
     "ninefuse-stat": stats.make_parser,
 }
 
 # What is offered after -o, where a word after a comma is completed by itself. For bash a word
 # ends at =, too, which shtab knows nothing of: it gets them whole.
-_WORDS = " ".join(options.known_words())
-_BASH_WORDS = f"""\
-_ninefuse_mount_options() {{
+WORDS = {"ninefuse": options.known_words(), "ninefuse-serve": server.known_words()}
+_BASH_WORDS = """\
+_@NAME@_mount_options() {
     local before=
-    case $1 in *,*) before=${{1%,*}}, ;; esac
-    compgen -P "$before" -W "{_WORDS}" -- "${{1##*,}}"
-}}
+    case $1 in *,*) before=${1%,*}, ;; esac
+    compgen -P "$before" -W "@WORDS@" -- "${1##*,}"
+}
 """
 _BASH_WHOLE_WORDS = """
-_ninefuse() {
+_@NAME@() {
     local line=${COMP_LINE:0:COMP_POINT} COMP_CWORD
     local -a COMP_WORDS
     read -a COMP_WORDS <<<"$line"
     if [[ $line == *' ' ]]; then COMP_WORDS+=(""); fi
     COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
-    _shtab_ninefuse
+    _shtab_@NAME@
     if [[ ${COMPREPLY[*]} == *= ]]; then compopt -o nospace; fi
     if [[ ${COMPREPLY[*]} == *=* ]]; then compopt +o filenames; fi
     if [[ ${COMP_WORDS[COMP_CWORD]} == *=* ]]; then COMPREPLY=("${COMPREPLY[@]##*=}"); fi
 }
-complete -o filenames -F _ninefuse ninefuse
+complete -o filenames -F _@NAME@ @COMMAND@
 """
-_ZSH_WORDS = f"""\
-_ninefuse_mount_options() {{
+_ZSH_WORDS = """\
+_@NAME@_mount_options() {
     compset -P '*,'
-    compadd -q -S , - {_WORDS}
-}}
+    compadd -q -S , - @WORDS@
+}
 """
-_MOUNT_OPTIONS = {"bash": "_ninefuse_mount_options", "zsh": "_ninefuse_mount_options"}
 _PREAMBLE = {"bash": _BASH_WORDS, "zsh": _ZSH_WORDS}
 
 
@@ -87,11 +87,13 @@ def manual_page(name: str) -> str:
         "EPILOG": "::\n\n" + indent(parser.epilog or ""),
         "OPTIONS": definitions(of_parser(parser)),
         "MOUNT OPTIONS": definitions((one.words, one.text()) for one in manual.MOUNT),
+        "SERVER OPTIONS": definitions((one.words, one.text()) for one in servermanual.SERVER),
         "ACCEPTED": escape(manual.ACCEPTED),
         "EXIT STATUS": definitions(exit_codes()),
     }
-    if name == "ninefuse":
-        parts["OPTIONS"] = definitions((one.words, one.text()) for one in manual.COMMAND_LINE)
+    explained = {"ninefuse": manual.COMMAND_LINE, "ninefuse-serve": servermanual.COMMAND_LINE}
+    if name in explained:
+        parts["OPTIONS"] = definitions((one.words, one.text()) for one in explained[name])
     text = (ROOT / f"tools/man/{name}.rst").read_text().replace("VERSION", ninefuse.__version__)
     text = re.sub(r"^\.\. ([A-Z ]+)$", lambda match: parts[match[1]], text, flags=re.M)
     settings = {"halt_level": 2, "datestamp": None, "smart_quotes": False, "_disable_config": True}
@@ -143,22 +145,30 @@ def indent(text: str) -> str:
 def completion(name: str, shell: str) -> str:
     """Return a command's completion script."""
     parser = PARSERS[name]()
+    filled = {"NAME": name.replace("-", "_"), "COMMAND": name}
+    filled["WORDS"] = " ".join(WORDS.get(name, ()))
+
+    def fill(template: str) -> str:
+        return re.sub("@([A-Z]+)@", lambda match: filled[match[1]], template)
+
     for action in parser._actions:
         kind: dict[object, object] = {
             "SRC": shtab.DIRECTORY,
             "MNT": shtab.DIRECTORY,
             "DIR": shtab.DIRECTORY,
         }
-        kind |= {"FILE": shtab.FILE, "OPT,...": _MOUNT_OPTIONS}
+        after_o = dict.fromkeys(("bash", "zsh"), fill("_@NAME@_mount_options"))
+        kind |= {"FILE": shtab.FILE, "OPT,...": after_o}
         if not action.option_strings:
             action.help = str(action.metavar)  # what help does not show is not completed either
         if action.metavar in kind:
             action.complete = kind[action.metavar]  # type: ignore[attr-defined]
         elif "--model" in action.option_strings:
             action.choices = MODELS
-    made = shtab.complete(parser, shell, preamble=_PREAMBLE[shell] if name == "ninefuse" else "")
-    if name == "ninefuse" and shell == "bash":
-        made += _BASH_WHOLE_WORDS
+    made = shtab.complete(parser, shell, preamble=fill(_PREAMBLE[shell]) if name in WORDS else "")
+    # shtab's own line for bash comes before, and counts no more.
+    if name in WORDS and shell == "bash":
+        made += fill(_BASH_WHOLE_WORDS)
     return made
 
 

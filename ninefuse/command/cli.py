@@ -40,15 +40,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return guarded(lambda: mount(parse(words)))
 
 
-def guarded(command: Callable[[], int]) -> int:
-    """Run a command to its end; whatever that is, it makes one exit code, and one line."""
+def guarded(command: Callable[[], int], program: str = "ninefuse") -> int:
+    """Run a command to its end; whatever that is, it makes one exit code, and one line.
+
+    Arguments: command, which returns an exit code; program, its name.
+    """
     daemon.open_standard_streams()
     try:
         return command()
     except Failure as failure:
         if failure.code == ExitCode.USAGE:
-            failure = Failure(failure.code, f"{failure.message} (see ninefuse --help)")
-        return report(failure)
+            failure = Failure(failure.code, f"{failure.message} (see {program} --help)")
+        return report(failure, program)
     except SystemExit as end:
         # So argparse ends --help and --version.
         return end.code if isinstance(end.code, int) else ExitCode.OK
@@ -58,7 +61,7 @@ def guarded(command: Callable[[], int]) -> int:
         log.exception("unexpected error")
         logs.finish()
         return report(
-            Failure(ExitCode.INTERNAL, f"internal error: {type(error).__name__}: {error}")
+            Failure(ExitCode.INTERNAL, f"internal error: {type(error).__name__}: {error}"), program
         )
 
 
@@ -81,6 +84,7 @@ def parse(argv: Sequence[str]) -> Settings:
         log_file=given.log,
         log_level=given.log_level,
         trace_file=given.trace,
+        listen=given.listen,
     )
 
 
@@ -129,7 +133,13 @@ class Parser(argparse.ArgumentParser):
         raise Failure(ExitCode.USAGE, message)
 
 
-class _PrintAction(argparse.Action):
+# Room for the longest option beside its text: all fits a screen of 24 lines.
+Formatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=32)
+
+
+class PrintAction(argparse.Action):
+    """An option that prints what its constant returns."""
+
     def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
         """Print what the constant returns and end, before argparse misses the paths."""
         try:
@@ -145,13 +155,10 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = Parser(
         prog="ninefuse",
-        usage="ninefuse [options] SRC MNT",
-        description="Mount the directory SRC on the directory MNT.",
+        # What it does, on the same line: all is to fit a screen.
+        usage="ninefuse [options] SRC MNT  (mounts directory SRC on directory MNT)",
         epilog=_EXAMPLES,
-        # Room for the longest option beside its text: all fits a screen of 24 lines.
-        formatter_class=functools.partial(
-            argparse.RawDescriptionHelpFormatter, max_help_position=32
-        ),
+        formatter_class=Formatter,
         allow_abbrev=False,
         add_help=False,
     )
@@ -170,7 +177,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model", type=options.parse_model, metavar="|".join(MODELS))
     add("--engine", choices=ENGINES, metavar="|".join(ENGINES))
     add("--session", choices=SESSIONS, metavar="|".join(SESSIONS))
-    add("--threads", type=_threads, metavar="N")
+    add("--threads", type=threads, metavar="N")
+    add("--listen", metavar="ADDRESS", action="append", default=[])
     add("--log", metavar="FILE")
     add(
         "--log-level",
@@ -179,12 +187,13 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="LEVEL",
     )
     add("--trace", metavar="FILE")
-    add("--help-options", action=_PrintAction, nargs=0, const=manual.explanation)
-    add("-V", "--version", action=_PrintAction, nargs=0, const=versions)
+    add("--help-options", action=PrintAction, nargs=0, const=manual.explanation)
+    add("-V", "--version", action=PrintAction, nargs=0, const=versions)
     return parser
 
 
-def _threads(text: str) -> int:
+def threads(text: str) -> int:
+    """Return what --threads says; raises Failure."""
     return options.parse_threads(text, f"--threads {text}")
 
 

@@ -9,10 +9,18 @@ Locks touched: none.
 
 import re
 import textwrap
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from ninefuse.command.options import IGNORED, MAX_THREADS
-from ninefuse.settings import DEFAULT_MAX_INODES, DEFAULT_THREADS
+from ninefuse.settings import (
+    DEFAULT_BYTES,
+    DEFAULT_CONNECTIONS,
+    DEFAULT_FIDS,
+    DEFAULT_MAX_INODES,
+    DEFAULT_REQUESTS,
+    DEFAULT_THREADS,
+)
 
 
 class Text(NamedTuple):
@@ -59,6 +67,11 @@ COMMAND_LINE = (
         f", to begin with: more are started where all are stuck; from 1 to {MAX_THREADS}",
     ),
     Text(
+        "--listen ADDRESS",
+        "serve sockets, too: unix:PATH, tcp:[HOST:]PORT",
+        ", vsock:PORT or fd:N, by [9P2000.L](serve.md#beside-a-mount); as often as you like",
+    ),
+    Text(
         "--log FILE",
         "log to FILE; a daemon otherwise logs to syslog",
         ", if there is one, and `-f` to stderr",
@@ -71,6 +84,31 @@ COMMAND_LINE = (
     ),
     Text("--help-options", "explain all options, those of -o too"),
     Text("-V, --version", "print versions"),
+)
+
+# Of clients at sockets.
+CLIENTS = (
+    Text(
+        "root_squash, no_root_squash",
+        "whether root of a client at a socket acts as nobody (default) or as root",
+        ", where ninefuse is root's",
+    ),
+    Text(
+        "max_connections=",
+        f"clients at sockets at a time ({DEFAULT_CONNECTIONS})",
+        "; others are told EUSERS. 0, here and below: no limit",
+    ),
+    Text("max_fids=", f"fids of such a client ({DEFAULT_FIDS:,})", "; more are refused (EMFILE)"),
+    Text(
+        "max_requests=",
+        f"requests of such a client under way ({DEFAULT_REQUESTS:,})",
+        "; at that it is read from no further until one has ended",
+    ),
+    Text(
+        "max_bytes=",
+        f"bytes of its requests and answers ({DEFAULT_BYTES >> 20} MiB)",
+        "; at that, likewise",
+    ),
 )
 
 MOUNT = (
@@ -147,6 +185,7 @@ MOUNT = (
         f"({DEFAULT_MAX_INODES:,}; each takes some 500 bytes in the daemon, and more in the "
         "kernel); 0: no limit",
     ),
+    *CLIENTS,
     Text("fsname=, subtype=, auto_unmount", "as in mount.fuse3(8)"),
     Text("debug, default_permissions", "the first as `-d`; the second is on anyway"),
     Text(
@@ -163,12 +202,12 @@ ACCEPTED = (
 )
 
 
-def brief(words: str) -> str:
+def brief(words: str, command_line: Iterable[Text] = COMMAND_LINE) -> str:
     """Return the first part of what an option of the command line says, in plain text.
 
-    Argument: words, as they begin in COMMAND_LINE; only one may begin so.
+    Arguments: words, as they begin there; only one may begin so; command_line: all options.
     """
-    (option,) = (one for one in COMMAND_LINE if one.words.split(" ")[0].rstrip(",") == words)
+    (option,) = (one for one in command_line if one.words.split(" ")[0].rstrip(",") == words)
     return plain(option.brief)
 
 
@@ -177,10 +216,10 @@ def plain(text: str) -> str:
     return re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text).replace("`", "")
 
 
-def explanation() -> str:
-    """Return what --help-options prints."""
+def explanation(command_line: Iterable[Text] = COMMAND_LINE, mount: Iterable[Text] = MOUNT) -> str:
+    """Return what --help-options prints, of options of the command line and those after -o."""
     lines = []
-    for prefix, options in (("", COMMAND_LINE), ("-o ", MOUNT)):
+    for prefix, options in (("", command_line), ("-o ", mount)):
         for option in options:
             lines += textwrap.wrap(prefix + option.words, 78, subsequent_indent="   ")
             lines += _indented(plain(option.text()))

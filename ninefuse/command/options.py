@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -117,6 +118,10 @@ def _whole(text: str, word: str) -> int:
     return int(text)
 
 
+def _limit(text: str, word: str) -> int:
+    return _whole(text, word) or sys.maxsize
+
+
 def _seconds(text: str, word: str) -> float:
     try:
         seconds = float(text)
@@ -205,6 +210,13 @@ OPTIONS = (
     Option("handover", Kind.CHOICE, "handover", values={name: name for name in HANDOVERS}),
     # Whether the daemon's threads share one processor.
     Option("cpus", Kind.CHOICE, "one_cpu", values={"one": True, "all": False}),
+    # Of clients at sockets.
+    Option("root_squash", Kind.SWITCH, "squashes"),
+    Option("no_root_squash", Kind.SWITCH, "squashes", value=False),
+    Option("max_connections", Kind.NUMBER, "max_connections", parse=_limit),
+    Option("max_fids", Kind.NUMBER, "max_fids", parse=_limit),
+    Option("max_requests", Kind.NUMBER, "max_requests", parse=_limit),
+    Option("max_bytes", Kind.NUMBER, "max_bytes", parse=_limit),
 )
 _BY_NAME = {option.name: option for option in OPTIONS}
 
@@ -212,24 +224,9 @@ _BY_NAME = {option.name: option for option in OPTIONS}
 # (nonempty): they say nothing to the file system.
 IGNORED = frozenset(
     (
-        "",
-        "defaults",
-        "nofail",
-        "user",
-        "users",
-        "nouser",
-        "owner",
-        "group",
-        "auto",
-        "noauto",
-        "_netdev",
-        "relatime",
-        "norelatime",
-        "strictatime",
-        "nostrictatime",
-        "lazytime",
-        "nolazytime",
-        "nonempty",
+        *("", "defaults", "nofail", "user", "users", "nouser", "owner", "group", "auto", "noauto"),
+        *("relatime", "norelatime", "strictatime", "nostrictatime", "lazytime", "nolazytime"),
+        *("_netdev", "nonempty"),
     )
 )
 _IGNORED_PREFIXES = ("x-", "X-", "comment=", "user=")
@@ -375,6 +372,7 @@ def make_settings(
     log_file: str | None = None,
     log_level: str = DEFAULT_LOG_LEVEL,
     trace_file: str | None = None,
+    listen: Iterable[str] = (),
 ) -> Settings:
     """Put the command line and the -o options together.
 
@@ -411,6 +409,7 @@ def make_settings(
         log_file=None if log_file is None else os.path.abspath(log_file),
         log_level=log_level,
         trace_file=None if trace_file is None else os.path.abspath(trace_file),
+        listen=tuple(listen),
         mount_options=_words_for_libfuse(source, options),
         remount=_words_to_change(options) if options.remount else None,
         **fields,

@@ -35,7 +35,7 @@ def check(settings: Settings) -> Settings:
     Returns the settings with the mount point's real path: it is that which was checked, and which
     the kernel will show. Raises Failure with an exit code of its own for each thing that is wrong.
     """
-    _check_source(settings.source)
+    check_source(settings.source)
     if settings.data == "kernel":
         _check_may_pass()
     if settings.is_handed_over:
@@ -53,7 +53,8 @@ def check(settings: Settings) -> Settings:
     return dataclasses.replace(settings, mountpoint=real)
 
 
-def _check_source(source: str) -> None:
+def check_source(source: str) -> None:
+    """Check that a directory is there and can be served; raises Failure."""
     if not _answers(source):
         raise Failure(
             ExitCode.SOURCE_UNREADABLE,

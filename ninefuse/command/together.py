@@ -21,10 +21,13 @@ def check(settings: Settings) -> None:
     if settings.engine == "uring" and not (settings.model == "second" and settings.inline):
         text = "--engine uring is beneath the second model only, with -o inline=auto"
         raise Failure(ExitCode.USAGE, text)
+    if settings.listen and settings.session == "pyfuse3":
+        text = "--listen takes the native session: leave --session pyfuse3 out"
+        raise Failure(ExitCode.USAGE, text)
     if settings.handover == "role" and not settings.may_lead:
         text = (
             "-o handover=role is for the second model on the native session, without io_uring "
-            "and with -o inline=auto"
+            "and --listen and with -o inline=auto"
         )
         raise Failure(ExitCode.USAGE, text)
     if settings.data == "kernel" and settings.session == "pyfuse3":

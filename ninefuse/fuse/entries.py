@@ -16,7 +16,13 @@ from typing import NamedTuple
 from ninefuse import ops
 from ninefuse.linux.records import DirectoryEntry
 from ninefuse.linux.syscalls import Attributes
-from ninefuse.ops.directory import Look, look_at, open_directory_of
+from ninefuse.ops.directory import (
+    Look,
+    look_at,
+    open_directory_of,
+    own_number,
+    readdir_numbered,
+)
 from ninefuse.tree.opened import OpenDirectory
 from ninefuse.tree.session import MOST_TRIES, Session
 from ninefuse.tree.table import Fid
@@ -48,18 +54,7 @@ async def readdir(session: Session, handle: int, offset: int, size: int) -> list
     Raises:
         OSError: as readdir.
     """
-    use = session.fids.get(handle)
-    try:
-        found = await ops.readdir(session, handle, offset, size * 3 // 4)
-        file_system = use.node.device.file_system
-        if file_system is None or not file_system.is_overlay:
-            return [entry._replace(ino=_listed_number(session, use, entry)) for entry in found]
-        # Its files may be of several devices: which one, their names alone do not tell.
-        directory = open_directory_of(use)
-        looks = [await look_at(session, use, directory, entry) for entry in found]
-        return [_numbered(session, use, look) for look in looks if look is not None]
-    finally:
-        session.fids.put(use)
+    return await readdir_numbered(session, handle, offset, size * 3 // 4)
 
 
 async def readdirplus(session: Session, handle: int, offset: int) -> list[EntryPlus]:
@@ -139,34 +134,11 @@ async def _entries_plus(
     return entries
 
 
-def _own_number(use: Fid, entry: DirectoryEntry) -> int:
-    """The number that ``.`` or ``..`` is known by, which may be another than the one listed."""
-    node, place = use.node, use.node.place
-    if place is None:
-        return entry.ino
-    return node.number if entry.name == b"." else place[0].number
-
-
-def _listed_number(session: Session, use: Fid, entry: DirectoryEntry) -> int:
-    """The number that an entry is known by, if nothing is mounted on it."""
-    if entry.name in (b".", b".."):
-        return _own_number(use, entry)
-    return session.fids.number_listed(use.node, entry.ino, entry.type << 12)
-
-
-def _numbered(session: Session, use: Fid, look: Look) -> DirectoryEntry:
-    """An entry that was seen, with the number that it is known by."""
-    entry, attributes, _ = look
-    if attributes is None or entry.name in (b".", b".."):
-        return entry._replace(ino=_listed_number(session, use, entry))
-    return entry._replace(ino=session.fids.number_of(attributes))
-
-
 def _entry_plus(session: Session, use: Fid, look: Look) -> EntryPlus:
     """What the reply says of an entry that was seen; a lookup is counted."""
     (ino, offset, kind, name), attributes, mark = look
     if name in (b".", b".."):
-        return EntryPlus(name, offset, _own_number(use, look.entry), kind, attributes, None)
+        return EntryPlus(name, offset, own_number(use, look.entry), kind, attributes, None)
     if attributes is None:
         # A dead mount, say, or one that is somebody else's: it has a name all the same.
         # Nothing is known of it by the number it is shown with, so a forget of that is
@@ -175,7 +147,7 @@ def _entry_plus(session: Session, use: Fid, look: Look) -> EntryPlus:
         return EntryPlus(name, offset, session.fids.number_apart(device, ino), kind, None, None)
     node = session.fids.new_node(attributes, -1, (use.node, name), mark)
     try:
-        found = session.kernel.intern(node)
+        found = session.kernel.intern(node, (use.node, name))
     finally:
         session.fids.drop(node)
     return EntryPlus(name, offset, ino, stat.S_IFMT(attributes.mode) >> 12, attributes, found)

@@ -61,6 +61,9 @@ class Caller(NamedTuple):
     # The further group that the directory is of, in which something is made; empty: it is of none;
     # None: that is not known.
     groups: tuple[int, ...] | None = None
+    # What else it may do, where that is known and no process is to be asked: of a client at the
+    # other end of a socket.
+    rights: Rights | None = None
 
 
 class Rights(NamedTuple):
@@ -165,6 +168,8 @@ def rights_of(caller: Caller, permitted: int) -> Rights:
         caller: who asks.
         permitted: what this thread can have at all.
     """
+    if caller.rights is not None:
+        return caller.rights
     all_if_root = ALL if caller.uid == 0 else _CHECKED
     unknown = Rights(capabilities=all_if_root)
     pid = caller.pid

@@ -59,6 +59,57 @@ async def readdir(
         session.fids.put(use)
 
 
+async def readdir_numbered(
+    session: Session, fid: int, offset: int, count: int, *, leaves: bool = True
+) -> list[DirectoryEntry]:
+    """readdir, with the numbers by which clients know the files (qid paths) in `ino`.
+
+    Args:
+        session, fid, offset, count: as of `readdir`.
+        leaves: whether ``..`` of the root is shown as what is outside; else it is the root.
+
+    Raises:
+        OSError: as `readdir`.
+    """
+    use = session.fids.get(fid)
+    try:
+        found = await readdir(session, fid, offset, count)
+        file_system = use.node.device.file_system
+        if file_system is None or not file_system.is_overlay:
+            return [
+                entry._replace(ino=_listed_number(session, use, entry, leaves)) for entry in found
+            ]
+        # Its files may be of several devices: which one, their names alone do not tell.
+        directory = open_directory_of(use)
+        looks = [await look_at(session, use, directory, entry) for entry in found]
+        return [_numbered(session, use, look, leaves) for look in looks if look is not None]
+    finally:
+        session.fids.put(use)
+
+
+def own_number(use: Fid, entry: DirectoryEntry, leaves: bool = True) -> int:
+    """The number that ``.`` or ``..`` is known by, which may be another than the one listed."""
+    node, place = use.node, use.node.place
+    if place is None:
+        return entry.ino if leaves else node.number
+    return node.number if entry.name == b"." else place[0].number
+
+
+def _listed_number(session: Session, use: Fid, entry: DirectoryEntry, leaves: bool) -> int:
+    """The number that an entry is known by, if nothing is mounted on it."""
+    if entry.name in (b".", b".."):
+        return own_number(use, entry, leaves)
+    return session.fids.number_listed(use.node, entry.ino, entry.type << 12)
+
+
+def _numbered(session: Session, use: Fid, look: Look, leaves: bool) -> DirectoryEntry:
+    """An entry that was seen, with the number that it is known by."""
+    entry, attributes, _ = look
+    if attributes is None or entry.name in (b".", b".."):
+        return entry._replace(ino=_listed_number(session, use, entry, leaves))
+    return entry._replace(ino=session.fids.number_of(attributes))
+
+
 async def look_at(
     session: Session, use: Fid, directory: OpenDirectory, entry: DirectoryEntry
 ) -> Look | None:

@@ -146,14 +146,17 @@ async def link(
         await session.settle(directory.node)
 
 
-async def rename(session: Session, fid: int, dirfid: int, name: bytes) -> None:
+async def rename(
+    session: Session, fid: int, dirfid: int | None, name: bytes, caller: Caller | None = None
+) -> None:
     """Move a fid's file to another place; the fid goes on naming the file.
 
     Args:
         session: the conversation.
         fid: the file.
-        dirfid: where it goes.
+        dirfid: where it goes; None: it stays in its directory.
         name: its new name; a file that has it is replaced.
+        caller: who asks; None: the daemon.
 
     Raises:
         OSError: EINVAL, a name that is none; EBUSY, the root; ESTALE, the file is not
@@ -167,8 +170,12 @@ async def rename(session: Session, fid: int, dirfid: int, name: bytes) -> None:
         await Begin("rename", fid)
     _check_moved_name(name)
     session.writable()
-    async with session.using(fid) as file, session.using(dirfid) as directory:
-        await _move_node(session, file.node, directory.node, name)
+    async with session.using(fid) as file:
+        if dirfid is None:
+            await _move_node(session, file.node, None, name, caller)
+            return
+        async with session.using(dirfid) as directory:
+            await _move_node(session, file.node, directory.node, name, caller)
 
 
 async def renameat(
@@ -269,13 +276,16 @@ async def _make(
     return session.fids.qid_of(attributes)
 
 
-async def _move_node(session: Session, node: Node, directory: Node, name: bytes) -> None:
+async def _move_node(
+    session: Session, node: Node, directory: Node | None, name: bytes, caller: Caller | None
+) -> None:
     async def move() -> None:
         if node.place is None:
             raise error(errno.EBUSY)
         above, oldname = node.place
         async with session.using_node(above) as parent:
-            await _move_name(session, parent, oldname, directory, name, 0, node=node)
+            new = parent if directory is None else directory
+            await _move_name(session, parent, oldname, new, name, 0, caller, node)
 
     await session.unless_moved(move)
 

@@ -13,9 +13,15 @@ from contextlib import nullcontext
 
 from ninefuse.calls import Begin, blocking, blocking_unless
 from ninefuse.errors import error
-from ninefuse.linux.callers import LABEL
+from ninefuse.linux.callers import ENTER, LABEL, TAKE, Caller
 from ninefuse.linux.credentials import acting_as
-from ninefuse.linux.syscalls import Attributes, open_cached, open_step, stat_descriptor
+from ninefuse.linux.syscalls import (
+    Attributes,
+    open_cached,
+    open_step,
+    stat_descriptor,
+    stat_name,
+)
 from ninefuse.ops.locking import end_locks
 from ninefuse.tree.identity import Mark
 from ninefuse.tree.nodes import Node
@@ -36,6 +42,7 @@ async def walk(
     fid: int,
     newfid: int | Numbering,
     names: list[bytes] | tuple[bytes, ...] = (),
+    caller: Caller | None = None,
 ) -> tuple[list[Qid], Fid | None]:
     """Make ``newfid`` stand for what the names lead to, starting from ``fid``.
 
@@ -47,6 +54,8 @@ async def walk(
         newfid: a new fid, or ``fid`` itself if that is unopened; or what makes the fid, for a
             client that leaves its number to us.
         names: up to 16 path components; ``..`` of the root is the root.
+        caller: who asks, who must be allowed to search each directory on the way; None: the
+            daemon. (A kernel has looked whether its caller is.)
 
     Returns:
         The qids of the files passed, and the fid if all names led somewhere (it is not
@@ -71,7 +80,7 @@ async def walk(
             return [], _arrive(session, start, newfid, start.node)
         finally:
             session.fids.put(start)
-    qids, found, _ = await _walk_names(session, fid, newfid, names)
+    qids, found, _ = await _walk_names(session, fid, newfid, names, caller)
     return qids, found
 
 
@@ -105,7 +114,11 @@ async def walkgetattr(
 
 
 async def _walk_names(
-    session: Session, fid: int, newfid: int | Numbering, names: list[bytes] | tuple[bytes, ...]
+    session: Session,
+    fid: int,
+    newfid: int | Numbering,
+    names: list[bytes] | tuple[bytes, ...],
+    caller: Caller | None = None,
 ) -> tuple[list[Qid], Fid | None, Attributes | None]:
     """A walk of one name or more, and the attributes of what they lead to."""
     for name in names:
@@ -114,11 +127,15 @@ async def _walk_names(
         check_directory(use.node)
         if newfid == fid and use.fid.opened is not None:
             raise error(errno.EINVAL)
-        return await _steps(session, use, newfid, names)
+        return await _steps(session, use, newfid, names, caller)
 
 
 async def _steps(
-    session: Session, use: Use, newfid: int | Numbering, names: list[bytes] | tuple[bytes, ...]
+    session: Session,
+    use: Use,
+    newfid: int | Numbering,
+    names: list[bytes] | tuple[bytes, ...],
+    caller: Caller | None,
 ) -> tuple[list[Qid], Fid | None, Attributes | None]:
     fids = session.fids
     qids: list[Qid] = []
@@ -130,7 +147,7 @@ async def _steps(
         for count, name in enumerate(names, 1):
             # What it arrives at: a walk that does not get to the last name makes no fid.
             start = use.fid if count == len(names) else None
-            found = await _look(session, node, name, start, newfid, is_first=not qids)
+            found = await _look(session, node, name, start, newfid, caller, is_first=not qids)
             if found is None:
                 return qids, None, None
             fids.unpin(node)
@@ -141,7 +158,9 @@ async def _steps(
         fids.unpin(node)
 
 
-async def look(session: Session, node: Node, name: bytes) -> tuple[Node, Attributes]:
+async def look(
+    session: Session, node: Node, name: bytes, caller: Caller | None = None
+) -> tuple[Node, Attributes]:
     """The node behind a name of a directory, pinned (`Counts.unpin` it), and its attributes.
 
     Raises:
@@ -149,7 +168,7 @@ async def look(session: Session, node: Node, name: bytes) -> tuple[Node, Attribu
 
     Locks: the rename lock, read.
     """
-    found = await _look(session, node, name, None, 0, is_first=True)
+    found = await _look(session, node, name, None, 0, caller, is_first=True)
     assert found is not None
     below, _, attributes = found
     return below, attributes
@@ -161,6 +180,7 @@ async def _look(
     name: bytes,
     start: Fid | None,
     newfid: int | Numbering,
+    caller: Caller | None,
     *,
     is_first: bool,
 ) -> tuple[Node, Fid | None, Attributes] | None:
@@ -171,7 +191,7 @@ async def _look(
     fids, lock = session.fids, session.rename_lock
 
     async def ask() -> tuple[Node, Attributes]:
-        return await blocking_unless(node.number, _step_now, _step, session, node, name)
+        return await blocking_unless(node.number, _step_now, _step, session, node, name, caller)
 
     for tries in range(MOST_TRIES, 0, -1):
         # Names are being moved all the time? While it is taken, this one is not.
@@ -201,7 +221,9 @@ async def _look(
     raise AssertionError("the last look is believed")
 
 
-def _step_now(session: Session, node: Node, name: bytes) -> tuple[Node, Attributes]:
+def _step_now(
+    session: Session, node: Node, name: bytes, caller: Caller | None
+) -> tuple[Node, Attributes]:
     """`_step`, if the source's file system has the name in memory and nobody has to be asked.
 
     Raises:
@@ -209,6 +231,8 @@ def _step_now(session: Session, node: Node, name: bytes) -> tuple[Node, Attribut
     """
     fids = session.fids
     check_directory(node)
+    if caller is not None:
+        _check_search(node, caller)
     if name in (b".", b".."):
         there = node.place[0] if name == b".." and node.place is not None else node
         try:
@@ -246,10 +270,14 @@ def _step_now(session: Session, node: Node, name: bytes) -> tuple[Node, Attribut
     return found(session, (node, name), fd, attributes, mark), attributes
 
 
-def _step(session: Session, node: Node, name: bytes) -> tuple[Node, Attributes]:
+def _step(
+    session: Session, node: Node, name: bytes, caller: Caller | None
+) -> tuple[Node, Attributes]:
     """One step of a walk, blocking: the node below, pinned, and its attributes."""
     fids = session.fids
     check_directory(node)
+    if caller is not None:
+        _check_search(node, caller)
     if name in (b".", b".."):
         # Never asked of the source: its parent of the root lies outside.
         place = node.place if name == b".." else None
@@ -286,6 +314,12 @@ def _step(session: Session, node: Node, name: bytes) -> tuple[Node, Attributes]:
     return found(session, (node, name), fd, attributes, mark), attributes
 
 
+def _check_search(directory: Node, caller: Caller) -> None:
+    """Refuse whom a directory does not let search it, with EACCES."""
+    with acting_as(caller, (ENTER, directory.fd, b"")):
+        stat_name(directory.fd, b".")
+
+
 def found(
     session: Session,
     place: tuple[Node, bytes] | None,
@@ -320,11 +354,17 @@ def _arrive(session: Session, start: Fid, newfid: int | Numbering, node: Node) -
     return session.fids.add(newfid, node)
 
 
-async def clunk(session: Session, fid: int) -> None:
+async def clunk(session: Session, fid: int, *, commits: bool = True) -> None:
     """End a fid; it is gone even if this fails.
 
     An extended attribute that was being written (xattrcreate) is set or removed now. Locks that end
     with the fid are given back.
+
+    Args:
+        session: the conversation.
+        fid: it.
+        commits: whether the client has asked for it. Where it has gone without, no attribute is
+            set or removed.
 
     Raises:
         OSError: unknown fid; for an attribute, EINVAL if less was written than was
@@ -336,7 +376,7 @@ async def clunk(session: Session, fid: int) -> None:
         await Begin("clunk", fid)
     gone = session.fids.remove(fid)
     try:
-        if isinstance(gone.opened, AttributeWrite):
+        if isinstance(gone.opened, AttributeWrite) and commits:
             await _commit(session, gone, gone.opened)
         elif isinstance(gone.opened, OpenFile) and gone.opened.holders:
             await end_locks(session, gone.node, gone.opened)
@@ -371,8 +411,13 @@ def _removexattr(fd: int, path: str, new: AttributeWrite) -> None:
         os.removexattr(path, new.name)
 
 
-async def remove(session: Session, fid: int) -> None:
+async def remove(session: Session, fid: int, caller: Caller | None = None) -> None:
     """Remove the file of a fid, and end the fid even if that fails.
+
+    Args:
+        session: the conversation.
+        fid: it.
+        caller: who asks; None: the daemon.
 
     Raises:
         OSError: EROFS; EBUSY for the root; ESTALE, the file is not where it was last
@@ -386,12 +431,12 @@ async def remove(session: Session, fid: int) -> None:
     try:
         session.writable()
         async with session.using_node(gone.node):
-            await session.unless_moved(lambda: _remove_by_place(session, gone.node))
+            await session.unless_moved(lambda: _remove_by_place(session, gone.node, caller))
     finally:
         session.fids.put(gone)
 
 
-async def _remove_by_place(session: Session, node: Node) -> None:
+async def _remove_by_place(session: Session, node: Node, caller: Caller | None) -> None:
     if node.place is None:
         raise error(errno.EBUSY)
     above, name = node.place
@@ -402,14 +447,17 @@ async def _remove_by_place(session: Session, node: Node) -> None:
             session.names.taking(parent.number, name),
             session.keeping(parent, name),
         ):
-            await blocking(parent.number, _remove_if_same, session, parent.fd, name, node)
+            await blocking(parent.number, _remove_if_same, session, parent.fd, name, node, caller)
         await session.settle(parent)
 
 
-def _remove_if_same(session: Session, directory: int, name: bytes, node: Node) -> None:
+def _remove_if_same(
+    session: Session, directory: int, name: bytes, node: Node, caller: Caller | None
+) -> None:
     if not node.shows(session.stat_name(directory, name)):
         raise error(errno.ESTALE)
-    if node.kind == stat.S_IFDIR:
-        os.rmdir(name, dir_fd=directory)
-    else:
-        os.unlink(name, dir_fd=directory)
+    with acting_as(caller, (ENTER, directory, b""), (TAKE, directory, name)):
+        if node.kind == stat.S_IFDIR:
+            os.rmdir(name, dir_fd=directory)
+        else:
+            os.unlink(name, dir_fd=directory)

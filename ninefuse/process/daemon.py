@@ -42,7 +42,7 @@ def open_standard_streams() -> None:
         sys.stderr = os.fdopen(2, "w", closefd=False)
 
 
-def run_detached(serve: Callable[[Callable[[], None]], int]) -> int:
+def run_detached(serve: Callable[[Callable[[], None]], int], program: str = "ninefuse") -> int:
     """Run serve in a daemon process and return how its start went.
 
     The fork comes first and the child does everything else, since neither threads nor trio's
@@ -55,7 +55,7 @@ def run_detached(serve: Callable[[Callable[[], None]], int]) -> int:
     collect its status.
 
     Argument: serve, called in the child with a function `ready` that it calls once the mount
-    answers; it returns an exit code. What it raises before that is reported here.
+    answers; it returns an exit code. What it raises before that is reported here, as of program.
     Returns ExitCode.OK once ready was called, the failure's own code (after one line on
     stderr) when it was not, and 128 + the signal when SIGINT or SIGTERM ended the waiting; the
     child has been sent SIGTERM then. The child never returns from this function.
@@ -78,7 +78,7 @@ def run_detached(serve: Callable[[Callable[[], None]], int]) -> int:
             os.close(read_end)
             _run_child(serve, write_end, old_mask)
         os.close(write_end)
-        code = _wait(pid, read_end, signals)
+        code = _wait(pid, read_end, signals, program)
         if code == ExitCode.OK:
             # From the process that the service manager has started, which is the one it believes.
             notify(f"MAINPID={pid}", "READY=1")
@@ -184,7 +184,7 @@ def _redirect_to_null(*descriptors: int) -> None:
 # The parent's side.
 
 
-def _wait(pid: int, pipe: int, signals: set[signal.Signals]) -> int:
+def _wait(pid: int, pipe: int, signals: set[signal.Signals], program: str) -> int:
     """Wait until the child has told how its start went, or for a signal. Return the exit code."""
     line = b""
     while not line.endswith(b"\n"):
@@ -201,13 +201,13 @@ def _wait(pid: int, pipe: int, signals: set[signal.Signals]) -> int:
                     f"the daemon ended before the mount answered ({_describe(status)}): "
                     "run with -f to see more"
                 )
-                return report(Failure(ExitCode.INTERNAL, message))
+                return report(Failure(ExitCode.INTERNAL, message), program)
             line += chunk
     number, _, message = line.decode().rstrip("\n").partition(" ")
     code = ExitCode(int(number))
     if code != ExitCode.OK:
         _collect(pid, STOP_SECONDS, signals)
-        report(Failure(code, message))
+        report(Failure(code, message), program)
     return code
 
 

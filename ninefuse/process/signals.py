@@ -4,7 +4,7 @@ Python runs signal handlers on the main thread, which is the dispatcher, which m
 inside a system call that does not end. So the signals are blocked everywhere and this
 thread waits for them:
 
-    SIGINT, SIGTERM, SIGHUP   unmount and end; the second one ends at once
+    SIGINT, SIGTERM, SIGHUP   unmount, or hang up, and end; the second one ends at once
     SIGUSR1                   log the counters
     SIGUSR2                   log the stacks and the requests that are taking long
 
@@ -38,6 +38,7 @@ def start(
     end_now: Callable[[], None],
     counters: Callable[[], None],
     stacks: Callable[[], None],
+    what: str = "unmounting",
 ) -> None:
     """Start the thread. Its callbacks run there, and must not need the dispatcher.
 
@@ -46,6 +47,7 @@ def start(
         end_now: last words before the process ends.
         counters: log a snapshot of the counters.
         stacks: log all threads' stacks.
+        what: the log says that ``stop`` does.
     """
 
     def wait() -> None:
@@ -63,7 +65,7 @@ def start(
                     stacks()
                 elif not stopping:
                     stopping = True
-                    log.info("%s: unmounting", signal.Signals(number).name)
+                    log.info("%s: %s", signal.Signals(number).name, what)
                     try:
                         threading.Thread(target=stop, name="stop", daemon=True).start()
                     except RuntimeError:  # none to be had: here, where no second signal is heard

@@ -24,6 +24,7 @@ class Node:
     """A file of the source, as far as fids know it."""
 
     __slots__ = (
+        "__weakref__",
         "aside",
         "asked",
         "bare_asked",

@@ -20,6 +20,7 @@ from ninefuse.errors import error
 from ninefuse.linux.mountinfo import OwnMount
 from ninefuse.linux.syscalls import Attributes, open_step, stat_name
 from ninefuse.locks import RenameLock
+from ninefuse.tree.clients import BothTable, ClientsTable
 from ninefuse.tree.descriptors import MOST, Descriptors
 from ninefuse.tree.filelocks import FileLocks
 from ninefuse.tree.kernel import KernelTable
@@ -51,8 +52,9 @@ class Session:
 
     Args:
         driver: makes deferred calls and runs bodies nobody waits for (an Executor).
-        kernel: whether the client is a kernel, which looks files up and forgets them; else it
-            gives each fid its number itself, as 9P has it.
+        kernel: whether the client is a kernel, which looks files up and forgets them; else there
+            may be many, which give each fid its number themselves, as 9P has it.
+        clients: whether there may be such ones beside a kernel.
         read_only: refuse what would change the source, with EROFS.
         sync_directories: make changes of a directory durable before they are
             acknowledged (mount(8)'s sync and dirsync).
@@ -74,6 +76,7 @@ class Session:
         driver: Background,
         *,
         kernel: bool = True,
+        clients: bool = False,
         read_only: bool = False,
         sync_directories: bool = False,
         most_descriptors: int = MOST,
@@ -84,9 +87,9 @@ class Session:
         self.announces = False  # whether operations say which message they are (`Begin`)
         self.defer = driver.defer
         if kernel:
-            self.fids = self.kernel = KernelTable(driver.defer)
+            self.fids = self.kernel = (BothTable if clients else KernelTable)(driver.defer)
         else:
-            self.fids = FidTable(driver.defer)
+            self.fids = ClientsTable(driver.defer)
         self.rename_lock = RenameLock()
         self.ranges = Ranges()
         self.names = Names()

@@ -5,7 +5,7 @@ or an open file or directory (lopen, lcreate), or an extended attribute (xattrwa
 xattrcreate). A fid is counted: the table has one reference, each operation that uses it
 another. Clunk takes it out of the table at once; whoever drops the last reference ends it.
 
-kernel.py has the table of a client that is a kernel, and numbers files itself.
+clients.py has the table of clients that number their fids themselves, kernel.py that of a kernel.
 
 Locks touched: the table's read-write lock guards the dictionary and what fids stand on and
 have open; the mutex ``counts`` (counts.py), inside it, guards references.
@@ -305,8 +305,6 @@ class FidTable(Counts):
 
     def known(self, a: Attributes, *, allowing: bool = False) -> Node | None:
         """The node that all who look a file up share, referenced (`drop` it), or None.
-
-        9P's fids share none: each walk makes a node of its own, which keeps its descriptor.
 
         Args:
             a: the file's attributes.

@@ -17,11 +17,11 @@ import sys
 import threading
 import time
 import traceback
-from typing import Any
+from collections import Counter
+from typing import Any, Protocol
 
 import ninefuse
 from ninefuse.executor import Executor
-from ninefuse.fuse.sessions import FuseSession
 from ninefuse.locks import RWLock
 from ninefuse.settings import Settings
 from ninefuse.tree.session import Session
@@ -32,11 +32,20 @@ _PADDED = 4096  # bytes; a value's size is a multiple, and so mostly that of the
 _FORMAT = 2  # goes up when a reader of the older one would misread the new one
 
 
+class Front(Protocol):
+    """What is asked of whatever clients come by: a FUSE session, or a server."""
+
+    @property
+    def errors(self) -> Counter[tuple[str, int]]: ...
+
+    def passed(self) -> int: ...
+
+
 class Counters:
-    """The counters of one mount, since it was mounted."""
+    """The counters of one mount, since it was mounted; or of a server."""
 
     def __init__(
-        self, settings: Settings, front: FuseSession, executor: Executor, session: Session
+        self, settings: Settings, front: Front, executor: Executor, session: Session
     ) -> None:
         self._settings = settings
         self._front = front

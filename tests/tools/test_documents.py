@@ -93,6 +93,7 @@ NOT_RUN: dict[Key, str] = {
     ("README.md", "dd if=/dev/zero of=/tmp/mnt/file     "): PICTURE,
     ("README.md", "source         none"): TABLE,
     ("README.md", "ninefuse [options] SRC MNT"): "how the command is written",
+    ("README.md", "bin/ninefuse-serve"): "goes on for ever: test_serve_command.py",
     ("docs/options.md", "ninefuse [options] SRC MNT"): "how the command is written",
     ("docs/architecture.md", "dd if=/dev/zero of=/mnt/file     "): PICTURE,
     ("docs/architecture.md", "echo 16000 > /sys/fs/fuse/"): "test_mount_slow.py writes there",
@@ -111,6 +112,8 @@ NOT_RUN: dict[Key, str] = {
     ("docs/mounting.md", "mount -t fuse3"): "test_mount_helper.py, with its own paths",
     ("docs/mounting.md", "ninefuse -o allow_other,dev,suid"): "needs podman",
     ("docs/mounting.md", "/var/log/ninefuse.log {"): "for logrotate; test_mount_logs.py rotates",
+    ("docs/serve.md", "ninefuse --listen"): "test_mount_sockets.py",
+    ("docs/serve.md", "ninefuse-serve /data"): "test_serve_command.py; v9fs is not everywhere",
     MODEL: "test_new_model.py runs it",
     (
         "docs/options.md",

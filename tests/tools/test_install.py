@@ -27,7 +27,7 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 PAGES = sorted(
     str(path.relative_to(REPO)) for path in (REPO / "share").rglob("*.*") if path.is_file()
 )
-COMMANDS = ("ninefuse", "ninefuse-bench", "ninefuse-stat")
+COMMANDS = ("ninefuse", "ninefuse-bench", "ninefuse-serve", "ninefuse-stat")
 
 # A pkg-config to which liburing is unknown, and all else as it is.
 NO_LIBURING = """#!/bin/sh

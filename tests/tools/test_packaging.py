@@ -24,7 +24,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 import ninefuse
-from ninefuse.command import cli
+from ninefuse.command import cli, server
 from ninefuse.command.options import parse_options
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -672,7 +672,9 @@ def test_make_check_ends_at_the_first_failure(commands: Path) -> None:
     assert "mypy" not in done.stdout
 
 
-@pytest.mark.parametrize("name", ["bin/ninefuse", "bin/mount.ninefuse", "tools/setup", ".ci/run"])
+@pytest.mark.parametrize(
+    "name", ["bin/ninefuse", "bin/mount.ninefuse", "bin/ninefuse-serve", "tools/setup", ".ci/run"]
+)
 def test_scripts_are_executable(name: str) -> None:
     assert os.access(ROOT / name, os.X_OK)
 
@@ -690,7 +692,10 @@ def units(tmp_path: Path) -> Path:
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
-@pytest.mark.parametrize("name", ["ninefuse@.service", "mnt-data.mount"])
+@pytest.mark.parametrize(
+    "name",
+    ["ninefuse@.service", "mnt-data.mount", "ninefuse-serve@.service", "ninefuse-serve@.socket"],
+)
 def test_systemd_takes_the_units(units: Path, name: str) -> None:
     done = run("systemd-analyze", "verify", "--man=no", units / name, cwd=units)
     ours = [line for line in done.stderr.splitlines() if re.search("ninefuse|mnt-data", line)]
@@ -709,6 +714,12 @@ def test_ninefuse_takes_what_the_units_say(units: Path) -> None:
     assert (settings.source, settings.mountpoint) == ("/srv/data", "/mnt/data")
     assert settings.foreground
     assert service["Service"]["Type"] == "notify"
+    serve = configparser.ConfigParser(interpolation=None)
+    serve.read(units / "ninefuse-serve@.service")
+    _, *words = serve["Service"]["ExecStart"].split()
+    served = server.parse([{"%f": "/srv/data"}.get(word, word) for word in words])
+    assert (served.source, served.foreground) == ("/srv/data", True)
+    assert serve["Service"]["Type"] == "notify"
     unit = configparser.ConfigParser(interpolation=None)
     unit.read(units / "mnt-data.mount")
     options = parse_options([unit["Mount"]["Options"]])

@@ -18,7 +18,7 @@ from ninefuse.command import manual, options
 from ninefuse.command.cli import make_parser
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ("ninefuse", "ninefuse-bench", "ninefuse-stat")
+NAMES = ("ninefuse", "ninefuse-bench", "ninefuse-serve", "ninefuse-stat")
 PAGES = [
     "docs/options.md",
     *(f"share/man/man1/{name}.1" for name in NAMES),

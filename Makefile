@@ -3,6 +3,7 @@
 # Programs replace the shell (exec): make hands signals on to them and waits for their clean-up.
 
 .PHONY: help soak conformance demo bench test test-fast test-pyfuse3 test-tools check pages clean
+.PHONY: guest guest-bench socket-bench
 .DEFAULT_GOAL := help
 
 # Processes that run tests at the same time. Most tests wait for most of their time.
@@ -35,7 +36,13 @@ help:
 	@echo 'make test-tools'
 	@echo '             the tests of bench, demo, packaging, tools/setup, the pages and their examples'
 	@echo 'make soak    the tests of long runs: a million files, power failures, kills, faults, random'
-	@echo '             calls, locks, sanitizers; no io_uring; installing with every Python'
+	@echo '             calls, locks, sanitizers; no io_uring; installing with every Python; the guest'
+	@echo 'make guest   the 9P client of Linux, in a guest under QEMU, on what ninefuse-serve exports: three'
+	@echo '             to five minutes without hardware virtualisation'
+	@echo 'make guest-bench'
+	@echo '             the experiment of 2010: parallel dd in the guest, by each model, diod and QEMU'
+	@echo 'make socket-bench'
+	@echo '             9P clients on the host over a Unix socket, beside diod; OUT=, SRC= as for bench'
 	@echo 'make conformance PJDFSTEST=/some/dir'
 	@echo '             pjdfstest, built there, on mounts of each model and engine; as root'
 	@echo '             ARGS="--rows second --only chmod/*.t": further arguments'
@@ -74,8 +81,22 @@ test-tools:
 	@tools/setup
 	@exec $(PYTEST) -n $(JOBS) --dist worksteal tests/tools $(ARGS)
 
+guest:
+	@tools/setup guest
+	@exec env NINEFUSE_GUEST=1 $(PYTEST) -o faulthandler_timeout=0 tests/guest $(ARGS)
+
+guest-bench:
+	@tools/setup guest
+	@exec env PYTHONPATH=tests .venv/bin/python -m guest.ddbench \
+	  $(if $(SRC),--source "$$SRC") $(if $(OUT),--out "$$OUT") $(ARGS)
+
+socket-bench:
+	@tools/setup guest
+	@exec env PYTHONPATH=tests .venv/bin/python -m guest.socketbench \
+	  $(if $(SRC),--source "$$SRC") $(if $(OUT),--out "$$OUT") $(ARGS)
+
 soak:
-	@tools/setup
+	@tools/setup guest
 	@env NINEFUSE_ENGINE=threads $(PYTEST) -k second tests/test_mount_*.py $(ARGS)
 	@env NINEFUSE_SESSION=pyfuse3 $(PYTEST) tests/test_mount_*.py $(ARGS)
 	@exec env NINEFUSE_SOAK=1 $(PYTEST) -s -o faulthandler_timeout=0 -o timeout=0 -m soak $(ARGS)

@@ -342,9 +342,10 @@ APT_STAND_IN = """
 echo "apt-get $*" >>"$LOG"
 case "$*" in *install*fuse3*) ln -s gcc "$BIN/fusermount3" ;; esac
 if [ -n "${NO_BINDFS:-}" ]; then case "$*" in *install*bindfs*) exit 100 ;; esac; fi
-for name in bindfs fio; do
+for name in bindfs fio diod; do
     case "$*" in *install*"$name"*) ln -s gcc "$BIN/$name" ;; esac
 done
+case "$*" in *install*qemu*) ln -s gcc "$BIN/qemu-system-x86_64" ;; esac
 """
 
 STAMPED = (
@@ -584,11 +585,20 @@ def test_setup_for_the_benchmark_makes_all_the_rest_too(checkout: Checkout) -> N
     assert checkout.logged() == MADE
 
 
+def test_setup_for_the_guest_installs_qemu(ready: Checkout) -> None:
+    allow_apt(ready)
+    done = ready.setup("guest")
+    assert (done.returncode, done.stderr) == (0, "")
+    # It looks for diod in /usr/sbin too, where it may be.
+    assert re.fullmatch(r"setup: apt-get install qemu-system-x86( diod)?\n", done.stdout)
+    assert (ready.setup("guest").stdout, ready.logged()) == ("", ["apt-get -qq"])
+
+
 def test_setup_says_what_it_takes(checkout: Checkout) -> None:
     for words in (["Bench"], ["bench", "more"]):
         done = checkout.setup(*words)
         assert (done.returncode, done.stdout) == (1, "")
-        assert done.stderr == "tools/setup: usage: tools/setup [bench]\n"
+        assert done.stderr == "tools/setup: usage: tools/setup [bench | guest]\n"
 
 
 # ---- Makefile and .ci/run -----------------------------------------------------------------------
@@ -649,6 +659,17 @@ def test_make_test_runs_pytest_with_further_arguments(commands: Path) -> None:
     ):
         done = make(commands, target, "JOBS=3", "ARGS=-x -k 'a or b'")
         assert done.stdout.splitlines() == ["setup", *expected], target
+
+
+def test_make_guest_runs_its_tests_and_benchmarks(commands: Path) -> None:
+    tests = ["setup guest", "<-m>", "<pytest>", "<-o>", "<faulthandler_timeout=0>"]
+    tests += ["<tests/guest>", "<-x>"]
+    assert make(commands, "guest", "ARGS=-x").stdout.splitlines() == tests
+    for target, module in (("guest-bench", "guest.ddbench"), ("socket-bench", "guest.socketbench")):
+        words = ["setup guest", "<-m>", f"<{module}>"]
+        assert make(commands, target).stdout.splitlines() == words
+        given = make(commands, target, "SRC=/a b", "OUT=/c", "ARGS=--repeat 1").stdout.splitlines()
+        assert given == [*words, "<--source>", "</a b>", "<--out>", "</c>", "<--repeat>", "<1>"]
 
 
 def test_every_test_is_run_by_one_command_of_ci() -> None:

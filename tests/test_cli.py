@@ -1,5 +1,6 @@
 """The command line: what it takes, what it prints, and which exit code it returns."""
 
+import importlib.util
 import os
 import platform
 import sys
@@ -169,13 +170,20 @@ def test_help_fits_a_screen_and_shows_the_three_commands(
 def test_versions_one_a_line(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([flag]) == 0
     versions = dict(line.split(" ", 1) for line in capsys.readouterr().out.splitlines())
-    assert list(versions) == ["ninefuse", "pyfuse3", "libfuse", "Python", "trio", "kernel"]
+    names = ["ninefuse", "pyfuse3", "libfuse", "Python", "trio", "kernel", "compiled"]
+    assert list(versions) == names
     assert versions["ninefuse"] == ninefuse.__version__
     assert versions["pyfuse3"][0].isdigit()
     assert versions["libfuse"].startswith("3.")
     assert versions["Python"] == platform.python_version()
     assert versions["trio"][0].isdigit()
     assert versions["kernel"] == os.uname().release
+    assert {"fuse._wire", "fuse._role"} <= set(versions["compiled"].split())
+
+
+def test_versions_say_so_where_nothing_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert cli.versions().splitlines()[-1] == "compiled nothing"
 
 
 def test_versions_without_pyfuse3(

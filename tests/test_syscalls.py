@@ -16,13 +16,14 @@ import pytest
 from ops_helpers import fails, need_devices, needs_root, read_entries
 from ops_helpers import leak_free as leak_free
 
-from ninefuse.linux import libc
+from ninefuse.linux import libc, syscalls
 from ninefuse.linux.filesystems import file_handle, file_system_of
 from ninefuse.linux.syscalls import (
     RENAME_EXCHANGE,
     RENAME_NOREPLACE,
     SetTime,
     detached_mount,
+    open_cached,
     rename,
     set_times,
     stat_descriptor,
@@ -32,9 +33,19 @@ from ninefuse.linux.syscalls import (
 pytestmark = pytest.mark.usefixtures("leak_free")
 
 
-@pytest.fixture
-def directory(leak_free: None, tmp_path: Path) -> Iterator[int]:
-    """An O_PATH descriptor of tmp_path."""
+@pytest.fixture(params=["compiled", "by ctypes"])
+def directory(
+    leak_free: None,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[int]:
+    """An O_PATH descriptor of tmp_path; what is asked of it is asked in both ways there are."""
+    if request.param == "compiled":
+        assert syscalls.statx is not syscalls._look
+    else:
+        monkeypatch.setattr(syscalls, "statx", syscalls._look)
+        monkeypatch.setattr(syscalls, "open_in_memory", syscalls._open)
     fd = os.open(tmp_path, os.O_PATH | os.O_DIRECTORY)
     yield fd
     os.close(fd)
@@ -42,6 +53,34 @@ def directory(leak_free: None, tmp_path: Path) -> Iterator[int]:
 
 def path_descriptor(path: Path) -> int:
     return os.open(path, os.O_PATH | os.O_NOFOLLOW)
+
+
+# openat2
+
+
+def test_a_step_to_a_name_in_memory(directory: int, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "link").symlink_to("file")
+    for name in (b"file", b"link"):
+        stat_name(directory, name)  # it is in memory now
+        fd = open_cached(directory, name)
+        try:
+            assert stat_descriptor(fd).ino == (tmp_path / os.fsdecode(name)).lstat().st_ino
+            assert os.readlink(f"/proc/self/fd/{fd}") == str(tmp_path / os.fsdecode(name))
+        finally:
+            os.close(fd)
+    with fails(errno.ENOENT, errno.EAGAIN):  # it may not be known that there is none
+        open_cached(directory, b"none")
+    with fails(errno.EBADF):
+        open_cached(1 << 30, b"file")
+
+
+@pytest.mark.parametrize("directory", ["compiled"], indirect=True)
+def test_no_name_has_a_zero_in_it(directory: int) -> None:
+    """It would be cut off there."""
+    for call in (stat_name, open_cached):
+        with pytest.raises(ValueError, match="null byte"):
+            call(directory, b"file\0more")
 
 
 # statx

@@ -6,6 +6,7 @@ Locks touched: none.
 import argparse
 import ctypes
 import functools
+import importlib.util
 import logging
 import os
 import platform
@@ -197,6 +198,10 @@ def threads(text: str) -> int:
     return options.parse_threads(text, f"--threads {text}")
 
 
+# setup.py has what each is for.
+_COMPILED = ("fuse._wire", "fuse._role", "linux._statx", "linux._transfer", "driving._ring")
+
+
 def versions() -> str:
     """Return the versions of all that matters for a bug report, one a line."""
     return "\n".join(
@@ -207,8 +212,15 @@ def versions() -> str:
             f"Python {platform.python_version()}",
             f"trio {_module_version('trio')}",
             f"kernel {os.uname().release}",
+            f"compiled {compiled()}",
         )
     )
+
+
+def compiled() -> str:
+    """The modules that were compiled, of those that are: what lacks does not do, or is slower."""
+    built = [name for name in _COMPILED if importlib.util.find_spec(f"ninefuse.{name}")]
+    return " ".join(built) or "nothing"
 
 
 def _module_version(name: str) -> str:

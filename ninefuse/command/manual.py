@@ -83,7 +83,7 @@ COMMAND_LINE = (
         ", for [Perfetto](observing.md#traces)",
     ),
     Text("--help-options", "explain all options, those of -o too"),
-    Text("-V, --version", "print versions"),
+    Text("-V, --version", "print versions, and what is compiled"),
 )
 
 # Of clients at sockets.

@@ -21,6 +21,7 @@ _AT_FDCWD = -100
 _AT_SYMLINK_NOFOLLOW = 0x100
 _AT_NO_AUTOMOUNT = 0x800
 _AT_STATX_DONT_SYNC = 0x4000
+_BY_NAME = _AT_SYMLINK_NOFOLLOW | _AT_NO_AUTOMOUNT
 _STATX_WANTED = 0x1FFF  # the basic ones, the creation time, the mount
 _STATX_NLINK = 0x4
 _STATX_BTIME = 0x800
@@ -155,37 +156,53 @@ def proc_path(fd: int) -> str:
     return f"/proc/self/fd/{fd}"
 
 
-def stat_descriptor(fd: int) -> Attributes:
-    """The attributes of an open file, O_PATH ones included (statx(2))."""
-    buffer = _StatxBuffer()
-    _statx(fd, b"", AT_EMPTY_PATH, _STATX_WANTED, buffer)
-    return Attributes._make(_STATX.unpack_from(buffer))
-
-
-def stat_name(directory: int, name: bytes) -> Attributes:
-    """The attributes of a name in a directory; a symlink is not followed (statx(2))."""
-    buffer = _StatxBuffer()
-    flags = _AT_SYMLINK_NOFOLLOW | _AT_NO_AUTOMOUNT
-    _statx(directory, name, flags, _STATX_WANTED, buffer)
-    return Attributes._make(_STATX.unpack_from(buffer))
-
-
-def open_step(directory: int, name: bytes) -> int:
-    """An O_PATH descriptor of a name in a directory; a symlink is not followed."""
-    return os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
-
-
 _SYS_OPENAT2 = 437  # on every architecture
 _RESOLVE_NO_XDEV, _RESOLVE_CACHED = 0x01, 0x20
-_OPEN_STEP = struct.pack(
-    "=QQQ", os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, 0, _RESOLVE_NO_XDEV | _RESOLVE_CACHED
-)
+_OPEN_HOW = struct.Struct("=QQQ")
+_OPEN_STEP = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _openat2 = ctypes.CDLL(None, use_errno=True).syscall
 _openat2.argtypes = (
     *(ctypes.c_long, ctypes.c_long),
     *(ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t),
 )
 _openat2.restype = ctypes.c_long
+
+
+def _look(cls: type[Attributes], fd: int, name: bytes, flags: int, mask: int) -> Attributes:
+    """`statx` without the extension."""
+    buffer = _StatxBuffer()
+    _statx(fd, name, flags, mask, buffer)
+    return cls._make(_STATX.unpack_from(buffer))
+
+
+def _open(directory: int, name: bytes, flags: int, resolve: int) -> int:
+    """`open_in_memory` without the extension."""
+    how = _OPEN_HOW.pack(flags, 0, resolve)
+    fd = int(_openat2(_SYS_OPENAT2, directory, name, how, len(how)))
+    return fd if fd >= 0 else -ctypes.get_errno()
+
+
+try:
+    from ninefuse.linux._statx import open_in_memory as open_in_memory
+    from ninefuse.linux._statx import statx as statx
+except ImportError:  # it was not built
+    open_in_memory = _open
+    statx = _look  # type: ignore[assignment]
+
+
+def stat_descriptor(fd: int) -> Attributes:
+    """The attributes of an open file, O_PATH ones included (statx(2))."""
+    return statx(Attributes, fd, b"", AT_EMPTY_PATH, _STATX_WANTED)
+
+
+def stat_name(directory: int, name: bytes) -> Attributes:
+    """The attributes of a name in a directory; a symlink is not followed (statx(2))."""
+    return statx(Attributes, directory, name, _BY_NAME, _STATX_WANTED)
+
+
+def open_step(directory: int, name: bytes) -> int:
+    """An O_PATH descriptor of a name in a directory; a symlink is not followed."""
+    return os.open(name, _OPEN_STEP, dir_fd=directory)
 
 
 def open_cached(directory: int, name: bytes) -> int:
@@ -197,10 +214,10 @@ def open_cached(directory: int, name: bytes) -> int:
     Raises:
         OSError: EAGAIN, it would have to wait, or cannot say; ENOENT and the like.
     """
-    fd = int(_openat2(_SYS_OPENAT2, directory, name, _OPEN_STEP, len(_OPEN_STEP)))
+    fd = open_in_memory(directory, name, _OPEN_STEP, _RESOLVE_NO_XDEV | _RESOLVE_CACHED)
     if fd >= 0:
         return fd
-    code = ctypes.get_errno()
+    code = -fd
     if code in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EINTR):
         code = errno.EAGAIN  # a mount point, an older kernel, or a container's rules
     raise error(code)
@@ -212,20 +229,17 @@ def device_behind(directory: int, name: bytes) -> tuple[int, int]:
     Where something is mounted on the name, the server of that is not asked (statx(2) with
     AT_STATX_DONT_SYNC, for no field at all).
     """
-    buffer = _StatxBuffer()
-    flags = _AT_SYMLINK_NOFOLLOW | _AT_NO_AUTOMOUNT | _AT_STATX_DONT_SYNC
+    flags = _BY_NAME | _AT_STATX_DONT_SYNC
     if not name:
         flags |= AT_EMPTY_PATH
-    _statx(directory, name, flags, 0, buffer)
-    found = Attributes._make(_STATX.unpack_from(buffer))
+    found = statx(Attributes, directory, name, flags, 0)
     return found.dev_major, found.dev_minor
 
 
 def has_names(fd: int) -> bool:
     """Whether an open file has a name left, as far as is known without asking a server."""
-    buffer = _StatxBuffer()
-    _statx(fd, b"", AT_EMPTY_PATH | _AT_STATX_DONT_SYNC, _STATX_NLINK, buffer)
-    return Attributes._make(_STATX.unpack_from(buffer)).nlink > 0
+    how = AT_EMPTY_PATH | _AT_STATX_DONT_SYNC
+    return statx(Attributes, fd, b"", how, _STATX_NLINK).nlink > 0
 
 
 def rename(old_dir: int, old_name: bytes, new_dir: int, new_name: bytes, flags: int) -> None:

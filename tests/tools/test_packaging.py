@@ -31,7 +31,10 @@ ROOT = Path(__file__).resolve().parents[2]
 OLDEST = "3.10"
 PYTHONS = (OLDEST, "3.11", "3.12", "3.13", "3.14")
 # What is built wherever there is a compiler.
-WITH_A_COMPILER = ["ninefuse/fuse/_role", "ninefuse/fuse/_wire", "ninefuse/linux/_transfer"]
+WITH_A_COMPILER = [
+    *("ninefuse/fuse/_role", "ninefuse/fuse/_wire"),
+    *("ninefuse/linux/_statx", "ninefuse/linux/_transfer"),
+]
 HAS_LIBURING = subprocess.call(["pkg-config", "--exists", "liburing >= 2.3"]) == 0
 
 
@@ -354,6 +357,7 @@ STAMPED = (
     "setup.py",
     "pyproject.toml",
     "ninefuse/driving/_ring.pyx",
+    "ninefuse/linux/_statx.pyx",
     "ninefuse/linux/_transfer.pyx",
 )
 

@@ -29,6 +29,7 @@ from ops_helpers import leak_free as leak_free
 from ops_helpers import source as source
 
 from ninefuse import ops
+from ninefuse.calls import Body, Call, Command, Later
 from ninefuse.fuse import callbacks
 from ninefuse.fuse.entries import fitted, readdirplus
 from ninefuse.linux.callers import Caller
@@ -628,6 +629,40 @@ def open_all(client: Client, count: int) -> list[int]:
             return opened
         opened.append(fid)
     raise AssertionError("there is no end of descriptors")
+
+
+def _to_wait(body: Body[Any]) -> Command | None:
+    """Run a body until it waits for something; None: it has ended."""
+    value: Any = None
+    error: OSError | None = None
+    while True:
+        try:
+            command = body.send(value) if error is None else body.throw(error)
+        except StopIteration:
+            return None
+        if not isinstance(command, Call):
+            return command  # type: ignore[no-any-return]
+        value = error = None
+        try:
+            value = command.make()
+        except OSError as e:
+            error = e
+
+
+def test_who_opens_waits_for_what_is_about_to_be_closed(source: Path) -> None:
+    """A file that was closed has its descriptor until a worker comes to it, which may be busy."""
+    make_files(source, 100)
+    with limited(source) as client:
+        opened = open_all(client, 100)
+        last = client.walk("0099")
+        Stepper(ops.clunk(client.session, opened.pop())).finish()  # by nobody who closes for it
+        opening = ops.lopen(client.session, last, os.O_RDONLY)
+        for tries in range(3):
+            assert isinstance(_to_wait(opening), Later), tries
+        client.executor.deferred.make_all()
+        assert _to_wait(opening) is None
+        assert in_use(client) <= 60
+        client.do(ops.clunk, last)
 
 
 def test_open_files_take_what_nodes_can_do_without(source: Path) -> None:

@@ -1306,6 +1306,24 @@ def test_deferred_calls_that_hang_keep_no_others_waiting(model: str) -> None:
 
 
 @pooled_models
+def test_a_deferred_call_that_hangs_keeps_none_waiting_that_came_with_it(model: str) -> None:
+    """Those of one request go to one worker, and nobody else need come after it."""
+    gate, done = threading.Event(), threading.Semaphore(0)
+
+    async def scenario(executor: Executor) -> None:
+        async def body() -> None:
+            executor.defer(passed, gate)
+            executor.defer(done.release)
+            await blocking(None, int)
+
+        await answer(executor, "close", body())
+        await until(lambda: done.acquire(blocking=False))
+        gate.set()
+
+    drive(model, 8, scenario)
+
+
+@pooled_models
 def test_a_user_may_have_so_many_requests_under_way(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

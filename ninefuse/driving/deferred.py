@@ -47,12 +47,17 @@ class Deferred:
         """Have ``function(*args)`` called. Any thread."""
         self.calls.append((function, args))
 
+    @property
+    def is_over(self) -> bool:
+        """Whether all have been made, and none is under way."""
+        return not (self.calls or self._makers)
+
     def make_all(self) -> None:
         """Make them on this thread, unless enough are at it."""
         while self.calls:
             may_make = self._may_make()
-            if self._makers >= self._most:
-                self._look_again()  # this one may get stuck as well
+            if self._makers >= self._most or len(self.calls) > 1:
+                self._look_again()  # this one may get stuck as well, and others are behind it
             if not may_make:
                 return
             try:

@@ -175,6 +175,11 @@ class Executor(ABC):
             function = self.observer.watch_call(function)
         self.deferred.add(function, args)
 
+    @property
+    def has_deferred(self) -> bool:
+        """Whether deferred calls are under way, or still to be made."""
+        return not self.deferred.is_over
+
     def has_too_many(self, user: int | None) -> bool:
         """Whether a user has as many requests under way as one may.
 

@@ -42,6 +42,9 @@ _GRACE = 5.0  # seconds beyond the time after which the kernel breaks a lease
 class Background(Protocol):
     """What a session needs of its driver: to have things done after a body."""
 
+    @property
+    def has_deferred(self) -> bool: ...
+
     def defer(self, function: Callable[..., object], *args: object) -> None: ...
 
     def in_background(self, name: str, body: Body[None]) -> None: ...
@@ -85,6 +88,7 @@ class Session:
     ) -> None:
         self.attr_timeout = attr_timeout
         self.announces = False  # whether operations say which message they are (`Begin`)
+        self._driver = driver
         self.defer = driver.defer
         if kernel:
             self.fids = self.kernel = (BothTable if clients else KernelTable)(driver.defer)
@@ -211,13 +215,27 @@ class Session:
     async def claim_descriptor(self, near: Node, owner: int | None = None) -> None:
         """See that an open fid can have a descriptor; `FidTable.close_open` is its end.
 
+        Where all are in use, it waits a little for those that are about to be closed.
+
         Args:
             near: a node of the device that it is about to be opened on.
             owner: the user id of who opens it, whose share is bounded; None: nobody's.
 
         Raises:
-            OSError: ENFILE, too many are in use.
+            OSError: ENFILE, too many are in use; EINTR, EAGAIN: see `Later`.
         """
+        for tries in range(MOST_TRIES):
+            try:
+                await self._claim(near, owner)
+                return
+            except OSError as e:
+                # Who closes a file is told that it is closed before its descriptor is.
+                if e.errno != errno.ENFILE or not self._driver.has_deferred:
+                    raise
+            await Later(tries=tries)
+        await self._claim(near, owner)
+
+    async def _claim(self, near: Node, owner: int | None) -> None:
         self.descriptors.claim(owner)
         if self.descriptors.are_short:
             try:

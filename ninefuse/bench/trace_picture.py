@@ -1,4 +1,4 @@
-"""One request under both threading models, drawn from two traces, one above the other.
+"""One request under both threading models, drawn from traces of each, one above the other.
 
 matplotlib is needed for the drawing, and is imported only there.
 """
@@ -20,7 +20,7 @@ from ninefuse.bench import BenchError
 from ninefuse.bench.trace_reader import HandOver, Request, read_requests, unit_of
 from ninefuse.exitcodes import one_line
 
-TITLES = ("first", "second")
+TITLES = ("first", "second", "second, the role handed over")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m ninefuse.bench.trace_picture",
         description="Draw one request of a callback, the one of median duration, from a trace of "
-        "each of the two threading models.",
+        "each of the two threading models, and of one more kind.",
     )
     parser.add_argument("--request", required=True, metavar="NAME", help="a callback: create")
     parser.add_argument(
@@ -40,9 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.svg")
     parser.add_argument("first", type=Path, metavar="TRACE_FIRST")
     parser.add_argument("second", type=Path, metavar="TRACE_SECOND")
+    parser.add_argument("role", type=Path, nargs="?", metavar="TRACE_ROLE")
     given = parser.parse_args(argv)
+    traces = tuple(trace for trace in (given.first, given.second, given.role) if trace is not None)
     try:
-        requests = read_requests((given.first, given.second), given.request, given.calls)
+        requests = read_requests(traces, given.request, given.calls)
         given.out.write_bytes(draw(requests))
     except (BenchError, OSError) as error:
         print(f"trace_picture: {one_line(str(error))}", file=sys.stderr)
@@ -222,7 +224,8 @@ def draw(requests: Sequence[Request]) -> bytes:
     with matplotlib.rc_context(style):
         figure = figures.Figure(figsize=(_WIDTH / 72, height / 72), facecolor="white")
         top = height
-        for number, (title, panel) in enumerate(zip(TITLES, panels, strict=True)):
+        titles = TITLES[: len(panels)]
+        for number, (title, panel) in enumerate(zip(titles, panels, strict=True)):
             axes = figure.add_axes(
                 (
                     _LEFT / _WIDTH,
@@ -243,7 +246,7 @@ def draw(requests: Sequence[Request]) -> bytes:
             top -= panel.height + _PANEL_GAP
         picture = io.BytesIO()
         captions = (
-            panel.request.caption(title) for title, panel in zip(TITLES, panels, strict=True)
+            panel.request.caption(title) for title, panel in zip(titles, panels, strict=True)
         )
         metadata = {"Title": "; ".join(captions), "Date": None, "Creator": None}
         figure.savefig(picture, format="svg", facecolor="white", metadata=metadata)

@@ -294,6 +294,15 @@ def test_the_picture_says_what_it_shows(traces: list[Path], tmp_path: Path) -> N
     assert out.read_bytes() == svg, "the same traces, the same file"
 
 
+def test_a_third_trace_is_drawn_below(traces: list[Path], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    out = tmp_path / "out.svg"
+    words = ["--request", "create", "--out", str(out), *map(str, traces), str(traces[1])]
+    assert trace_picture.main(words) == 0
+    captions = [word for word in texts(out.read_bytes()) if " crossings for 2 " in word]
+    assert [word.split(":")[0] for word in captions] == list(trace_picture.TITLES)
+
+
 def test_both_are_on_one_scale(traces: list[Path]) -> None:
     pytest.importorskip("matplotlib", reason="pictures need matplotlib")
     found = texts(trace_picture.draw(read_requests(traces, "create")))

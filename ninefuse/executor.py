@@ -30,6 +30,8 @@ Locks touched: whatever bodies ask for, and the pool's mutex.
 
 from __future__ import annotations
 
+import errno
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -47,16 +49,10 @@ from ninefuse.driving.request import Request, Step
 from ninefuse.driving.uring import Uring
 from ninefuse.errors import error
 
-__all__ = [
-    "Executor",
-    "FirstModel",
-    "LeadingModel",
-    "NoThreading",
-    "Request",
-    "SecondModel",
-    "Step",
-    "create",
-]
+__all__ = ["Executor", "FirstModel", "LeadingModel", "NoThreading", "Request", "SecondModel"]
+__all__ += ["Step", "create"]
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -325,6 +321,8 @@ class LeadingModel(SecondModel):
 
     def drive(self, request: Request) -> None:
         """As of an `Executor`. Where the request is `in_place` then, its call is this thread's."""
+        request.is_counted = True
+        self.crew.begins()
         step = self.advance(request)
         if self.is_near is not None and step is Step.CALL and not self._is_behind():
             step = self._run_on(request, self.is_near)
@@ -350,6 +348,24 @@ class LeadingModel(SecondModel):
         else:
             self.pool.queue(job)
 
+    def foresee(self, request: Request) -> bool:
+        """Run a body up to a plain call that was made ahead; False if it asks for another.
+
+        Nothing else that this call could meet is under way. So the body waits for nothing.
+        """
+        step = self.advance(request)
+        if step is Step.CALL and request.is_plain:
+            assert request.call is not None
+            self.crew.occupy(request)
+            return True
+        if step is not Step.DONE:
+            log.error("%s was answered before its time", request.describe())
+            request.is_answered = request.is_withdrawn = True
+        if step is Step.CALL:  # which is not to be made a second time
+            request.call, request.error = None, error(errno.EIO)
+            self._hand_over(request, self.advance(request))
+        return False
+
     def rest(self, request: Request) -> None:
         """Make the call of a request that is in place, and all later ones, on this thread."""
         request.in_place = False
@@ -367,6 +383,9 @@ class LeadingModel(SecondModel):
         call = request.call
         assert call is not None
         self.crew.free(request.user, call.on)
+        if not (is_answered or request.is_counted):  # it was made ahead, and may not be over
+            request.is_counted = True
+            self.crew.begins()
         request.is_begun = True
         if by_hand:
             request.cross()
@@ -389,6 +408,18 @@ class LeadingModel(SecondModel):
         """Have a worker make a request's call. Any thread."""
         self._hand_over(request, Step.CALL)
 
+    def slow_requests(self, older_than: float) -> list[str]:
+        """As of an `Executor`; calls made ahead among them."""
+        now = time.monotonic_ns()
+        ahead = [
+            (name, inode, (now - began) / 1e9) for name, inode, began in self.crew.made_ahead()
+        ]
+        return super().slow_requests(older_than) + [
+            f"{name}, {age:.1f} s; in a call on inode {inode}"
+            for name, inode, age in ahead
+            if age >= older_than
+        ]
+
     def close(self) -> None:
         """As of an `Executor`."""
         self.end_waits()
@@ -396,7 +427,10 @@ class LeadingModel(SecondModel):
         super().close()
 
     def _end(self, request: Request) -> None:
-        self.crew.came_back()  # before the answer: who has it may ask at once
+        # Before the answer: who has it may ask at once.
+        self.crew.came_back()
+        if request.is_counted:
+            self.crew.ends()
         super()._end(request)
 
     def _clean_up(self, request: Request) -> None:

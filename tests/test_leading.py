@@ -12,6 +12,7 @@ import mmap
 import os
 import resource
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +30,9 @@ from ninefuse.executor import LeadingModel
 from ninefuse.fuse import leading
 from ninefuse.fuse._role import Role
 from ninefuse.fuse._wire import Device
+from ninefuse.fuse.leading import Leading
 from ninefuse.fuse.opcodes import Opcode
+from ninefuse.settings import LEADERS
 
 FILES = 4
 LIMIT = 1 << 20  # bytes that a file may have, in some of these tests
@@ -235,10 +238,13 @@ def finished() -> Finished:
 
 @pytest.fixture
 def role(finished: Finished) -> Iterator[Role]:
-    """One that answers to nobody."""
-    null, wake = os.open(os.devnull, os.O_RDWR), os.eventfd(0)
-    yield Role(Device(null, SIZE), wake, finished, os.abort)
-    os.close(null)
+    """One whose answers nobody reads."""
+    wake = os.eventfd(0)
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with here, there:
+        role = Role(Device(here.fileno(), SIZE), wake, finished, os.abort)
+        yield role
+        role.close()
     os.close(wake)
 
 
@@ -335,32 +341,51 @@ def test_more_threads_lead_where_one_is_stuck(
     kernel: Kernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a while: a call that takes long is no reason by itself."""
-    goes_on, begun = threading.Event(), threading.Event()
+    goes_on = threading.Event()
+    begun: list[None] = []
 
     def stuck(*args: Any, mkdir: Any = os.mkdir, **how: Any) -> None:
-        begun.set()
+        begun.append(None)
         passed(goes_on)
         mkdir(*args, **how)
 
-    said = kernel.get(Opcode.MKDIR, pack("mkdir_in", 0o755, 0) + b"elsewhere\0")
-    elsewhere = int.from_bytes(said[:8], "little")
+    # Each in a directory of its own: in one they would wait for places.
+    made, nodeids = pack("mkdir_in", 0o755, 0), []
+    for number in range(2 * LEADERS):
+        said = kernel.get(Opcode.MKDIR, made + b"d%d\0" % number)
+        nodeids.append(int.from_bytes(said[:8], "little"))
     kernel.settle()
+    wait_until(lambda: _leading(kernel) >= LEADERS, "all take part")
     monkeypatch.setattr(leading, "STUCK", 0.0)
+    count = _leading(kernel)  # on a busy machine they may be more by now
     monkeypatch.setattr(os, "mkdir", stuck)
-    unique = kernel.new_unique()
-    body = pack("mkdir_in", 0o755, 0) + b"d\0"
-    kernel.send(request(Opcode.MKDIR, body, unique=unique, nodeid=1, uid=os.geteuid()))
+    uniques = [kernel.new_unique() for _ in range(count - 1)]
+    sent: list[int] = []
     try:
-        passed(begun)
-        leaders = {one.name for one in threading.enumerate() if one.name.startswith("leader")}
-        # In another directory: in this one it would wait for a place.
-        kernel.get(Opcode.SYMLINK, b"link\0target\0", elsewhere)
-        now = {one.name for one in threading.enumerate() if one.name.startswith("leader")}
-        assert len(now) == len(leaders) + 1
+        for unique, nodeid in zip(uniques, nodeids, strict=False):
+            body = made + b"below\0"
+            kernel.send(request(Opcode.MKDIR, body, unique=unique, nodeid=nodeid, uid=os.geteuid()))
+            sent.append(unique)
+            wait_until(lambda: len(begun) == len(sent), "it is stuck")
+        assert _leaders() == count
+        kernel.get(Opcode.SYMLINK, b"link\0target\0", nodeids[-1])
+        assert _leaders() == count + 1
     finally:
         goes_on.set()
-    assert kernel.answer(unique)[0] == 0
+    for unique in uniques:
+        assert kernel.answer(unique)[0] == 0
     kernel.settle()
+
+
+def _leading(kernel: Kernel) -> int:
+    """How many threads take part in leading, as far as the role knows."""
+    crew = kernel.driver.crew if isinstance(kernel.driver, LeadingModel) else None
+    assert isinstance(crew, Leading)
+    return crew.count
+
+
+def _leaders() -> int:
+    return sum(one.name.startswith("leader") for one in threading.enumerate())
 
 
 def test_whoever_leads_makes_no_deferred_call(

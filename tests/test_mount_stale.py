@@ -393,6 +393,7 @@ def options(*words: str) -> tuple[str, str]:
     return "-o", ",".join((*words, "allow_other") if os.geteuid() == 0 else words)
 
 
+@pytest.mark.alone  # all is to be looked at within a second, which nothing else must take
 def test_mounts_are_as_stale_as_the_table_says(new_mount: Callable[..., Mount]) -> None:
     mounts = {mode: new_mount(*options(f"cache={mode}")) for mode in MODES}
     found = shown(mounts, A_SECOND + MARGIN, hurry=0.9 * A_SECOND)

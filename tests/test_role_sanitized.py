@@ -17,11 +17,11 @@ pytestmark = [
     pytest.mark.skipif(not SOAK, reason="takes minutes: make soak"),
 ]
 
-LEADING = "tests/test_leading.py"
+LEADING = ("tests/test_leading.py", "tests/test_ahead.py")
 FILES = (
-    LEADING,
+    *LEADING,
     *("tests/test_wire.py", "tests/test_wire_session.py", "tests/test_wire_filelocks.py"),
-    *("tests/test_transfer.py", "tests/test_ring.py"),
+    *("tests/test_transfer.py", "tests/test_ring.py", "tests/test_syscalls.py"),
 )
 # Here the sanitizer itself keeps memory.
 KEEPS = ("-k", "not test_many_rings_leave_nothing")
@@ -41,7 +41,7 @@ def raced(directory: Path, copy: Path) -> tuple[int, str]:
     """Run the tests of leaders with ThreadSanitizer; the exit code, and what it says."""
     suppressed = directory / "suppressed"
     suppressed.write_text(SUPPRESSED)
-    done = run_tests(copy, THREADS, LEADING, more=f"suppressions={suppressed}")
+    done = run_tests(copy, THREADS, *LEADING, more=f"suppressions={suppressed}")
     print(done.stdout[-3000:], done.stderr[-6000:])
     return done.returncode, done.stderr
 
@@ -72,7 +72,7 @@ def test_threads_that_lead_do_not_race(tmp_path: Path) -> None:
 def test_a_slip_of_memory_is_noticed(tmp_path: Path, good: str, bad: str) -> None:
     """Else the test of it would say nothing."""
     copy = checkout(tmp_path, MEMORY, [(ROLE, good, bad)])
-    done = run_tests(copy, MEMORY, LEADING)
+    done = run_tests(copy, MEMORY, *LEADING)
     assert done.returncode != 0
     assert "ERROR: AddressSanitizer" in done.stderr, done.stderr[-6000:]
 

@@ -19,6 +19,9 @@ class Crew(Protocol):
         A user and an inode have so many at most.
         """
 
+    def occupy(self, request: Request) -> None:
+        """As `reserve`, for a call that was made already."""
+
     def free(self, user: int | None, inode: int | None) -> None:
         """Give the place of a call back."""
 
@@ -31,8 +34,20 @@ class Crew(Protocol):
     def is_one(self) -> bool:
         """Whether this thread takes part in leading."""
 
+    def begins(self) -> None:
+        """A body is about to be run by the leader, with which no call is to be made ahead."""
+
+    def ends(self) -> None:
+        """Such a body has ended."""
+
     def came_back(self) -> None:
         """The calls are over for which this thread has passed the role on, if it has."""
+
+    def made_ahead(self) -> list[tuple[str, int, int]]:
+        """The calls under way whose bodies are still to be run up to them.
+
+        What each is, the inode, and when it was begun, as of time.monotonic_ns().
+        """
 
     def take_back(self, request: Request) -> bool:
         """Take a request's call from the hands; False if one has begun it, or none has it."""

@@ -76,6 +76,8 @@ class Request:
         plain: a class of calls, or None: where its first call is of this class and goes well, the
             outcome is its own, and it may be answered before its body goes on.
         is_answered: whether it was.
+        is_counted: whether it is among those that are waited for before a call is made ahead of its
+            body (`LeadingModel`).
         in_place: whether the thread that started it is to make its call.
         is_withdrawn: whether somebody has withdrawn it (`Executor.withdraw`).
         is_interrupted: whether it is to wait for nothing any more (`Executor.interrupt`).
@@ -95,6 +97,7 @@ class Request:
         "in_place",
         "is_answered",
         "is_begun",
+        "is_counted",
         "is_interrupted",
         "is_withdrawn",
         "joiners",
@@ -134,6 +137,7 @@ class Request:
         self.holds: tuple[Acquire, ...] = ()
         self.has_waited = False  # a while, to try again: it is counted as one that waits
         self.is_begun = False
+        self.is_counted = False
         self.plain: type[Call[Any]] | None = None
         self.is_answered = False
         self.in_place = False

@@ -1,14 +1,21 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
 """The role of the dispatcher, which threads hand on, and plain calls made without Python.
 
-One thread leads: it alone waits for the device and reads it. Those that follow wait for the role.
-The leader runs a request's body to its first call that blocks; if that is *plain* (a read, a write
+One thread leads: it alone reads the device. While nobody leads all that are free wait for it, and
+the kernel wakes one of them, the one that came last; it takes the role. While somebody does, who
+wants the role waits for that. So of a lone client's requests one wakes one thread, and the role
+costs nothing. The leader runs a request's body to its first call that blocks; if that is *plain* (a read, a write
 or a sync, whose good outcome is the answer), it is made here, and answered here, without the
 interpreter's lock:
 
 * by the leader itself, once it has passed the role on (`make`);
 * by a *hand*: a thread that does nothing else (`hand`, `work`). The leader goes on to read then,
   and keeps the interpreter's lock while requests stand in line.
+
+A write or sync by a handle on which nothing else is under way needs not even its body: which call
+that is going to ask for is known from the message. So the call is made *ahead*, and answered, and
+the body is run afterwards, up to this call, and on with what came of it. It is run before any
+other body, so that whatever comes later finds it under way, or over.
 
 What is left of a body after its answer is table work. It is done by a thread that has the
 interpreter's lock anyway: before it looks at another request, and before it waits. So that it
@@ -22,16 +29,32 @@ waited for inside.
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_Clear
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
-from libc.errno cimport EAGAIN, ECONNRESET, EINTR, ENODEV, ENOENT, ENOMEM, errno
+from libc.errno cimport EAGAIN, ECONNRESET, EINTR, EIO, ENODEV, ENOENT, ENOMEM, errno
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 import logging
 import os
 
 from ninefuse.calls import Fsync, Pread, Pwrite
-from ninefuse.fuse._wire cimport POLLIN, Device, Message, OutHeader, decoded, iovec, poll, pollfd
+from ninefuse.fuse._wire cimport (
+    FSYNC_FDATASYNC,
+    OP_FSYNC,
+    OP_WRITE,
+    POLLIN,
+    WRITE_CACHE,
+    Device,
+    FsyncIn,
+    InHeader,
+    Message,
+    OutHeader,
+    ReadIn,
+    decoded,
+    iovec,
+    poll,
+    pollfd,
+)
 from ninefuse.linux._transfer cimport pwrite_as
 
 log = logging.getLogger(__name__)
@@ -57,15 +80,67 @@ cdef extern from "<unistd.h>" nogil:
     ssize_t pwrite(int, const void *, size_t, int64_t)
     int fsync(int)
     int fdatasync(int)
+    int close(int)
+
+cdef extern from "<sys/epoll.h>" nogil:
+    ctypedef union epoll_data_t:
+        int fd
+    cdef struct epoll_event:
+        uint32_t events
+        epoll_data_t data
+    int EPOLL_CLOEXEC, EPOLL_CTL_ADD
+    uint32_t EPOLLIN, EPOLLET
+    int epoll_create1(int)
+    int epoll_ctl(int, int, int, epoll_event *)
+    int epoll_wait(int, epoll_event *, int, int)
+
+cdef extern from "<sys/eventfd.h>" nogil:
+    int EFD_CLOEXEC, EFD_NONBLOCK
+    int eventfd(unsigned int, int)
+    int eventfd_write(int, uint64_t)
+
+cdef extern from "<fcntl.h>" nogil:
+    int O_APPEND
+
+cdef extern from "<time.h>" nogil:
+    cdef struct timespec:
+        long tv_sec
+        long tv_nsec
+    int CLOCK_MONOTONIC
+    int clock_gettime(int, timespec *)
 
 cdef extern from "Python.h":
     int _PyBytes_Resize(PyObject **, Py_ssize_t)
+    Py_ssize_t PySet_GET_SIZE(PyObject *) nogil
+
+cdef enum:
+    KNOWN_HANDLES = 256  # of which it is known what calls they make; the newest
+    MOST_AHEAD = 64  # calls made ahead whose bodies are still to be run
+    LARGEST_AHEAD = 65536  # bytes of a message, which is copied
+
+cdef uint64_t LAST_BYTE = 0x7FFFFFFFFFFFFFFF
+cdef uint64_t BEYOND = LAST_BYTE + 1
 
 cdef enum Kind:
     READ
     WRITE
     SYNC
     SYNC_DATA
+
+cdef enum State:
+    RAW  # a call made ahead, of a message that nobody has decoded yet
+    CLAIMED  # somebody runs its body up to the call
+    READY  # its body waits for what comes of the call, as any other's
+
+cdef struct Plain:
+    # A handle, by which writes and syncs are plain calls.
+    bint is_known, is_writable, appends, for_caller
+    uint32_t user  # who opened it; 0: nobody whose share is bounded
+    uint64_t handle
+    uint64_t inode
+    int fd
+    uint32_t uid
+    uint32_t gid
 
 cdef struct Job:
     # One plain call, and what has become of it.
@@ -85,6 +160,17 @@ cdef struct Job:
     bint is_answered
     bint is_back  # whether the thread has its own rights
     Job *next
+    # Of calls made ahead:
+    State state
+    char *message
+    size_t message_size
+    uint64_t inode
+    uint64_t begin  # of the bytes that it changes
+    uint64_t end
+    uint32_t user
+    int64_t began  # as of time.monotonic_ns()
+    bint is_over
+    Job *next_ahead
 
 
 cdef Job *job_of(request, uint64_t unique) except? NULL:
@@ -99,6 +185,7 @@ cdef Job *job_of(request, uint64_t unique) except? NULL:
     if job == NULL:
         raise MemoryError
     memset(job, 0, sizeof(Job))
+    job.state = READY
     try:
         job.fd = call.fd
         job.unique = unique
@@ -189,6 +276,13 @@ cdef void answer(Job *job, Device device) noexcept nogil:
     job.is_answered = device.send(parts, count) in (0, ENOENT, ENODEV)
 
 
+cdef int64_t now() noexcept nogil:
+    """Nanoseconds, as of time.monotonic_ns()."""
+    cdef timespec t
+    clock_gettime(CLOCK_MONOTONIC, &t)
+    return <int64_t> t.tv_sec * 1000000000 + t.tv_nsec
+
+
 cdef take_one(dict counts, key):
     """Count one less. Nothing of Python runs in it, so that no other thread comes between."""
     count = counts[key] - 1
@@ -209,6 +303,9 @@ cdef class Role:
             the call returns, or a negated errno. ``by_hand``: a hand made it. It raises nothing.
         end_process: called where a thread's own rights were not had back.
 
+    Raises:
+        OSError: EMFILE, two more descriptors cannot be had.
+
     Attributes:
         threads: that take part in leading.
         in_calls: how many of them are in a call that may wait.
@@ -217,15 +314,27 @@ cdef class Role:
         finished: how many calls hands have made.
         idle: hands that have nothing to do.
         hands: how many there are.
+        passed: when the role was passed on last, in nanoseconds, as of time.monotonic_ns().
+        count_ahead: calls made ahead whose bodies have not gone on after them.
+        busy: requests under way, but for those whose calls were made ahead.
     """
 
     cdef pthread_mutex_t mutex
-    cdef pthread_cond_t is_free, has_job
+    cdef pthread_cond_t is_free, has_job, is_ready
     cdef bint is_taken, is_over
     cdef pthread_t leader
-    cdef int followers, in_python
+    cdef int followers  # that wait for the role
+    cdef int waiting  # that wait for the device, as nobody leads
+    cdef int in_python
+    # What was queued at the device is told of once (EPOLLET). So who leads reads until there is
+    # nothing, or sees that another does.
+    cdef bint may_be_more
+    cdef unsigned long told, told_before  # how often it was told, and how often before a read
+    cdef int epoll, nudge
     cdef readonly int threads, in_calls, handed, queued, idle, hands
     cdef readonly long finished
+    cdef readonly int64_t passed
+    cdef readonly int busy
     cdef Job *done  # by calls that were made, and whose bodies have not gone on
     cdef Job *first  # that hands are to make
     cdef Job *last
@@ -233,11 +342,20 @@ cdef class Role:
     cdef int wake
     cdef object finish, end_process
     cdef dict users, inodes  # plain calls that are under way, of each
+    cdef Plain handles[KNOWN_HANDLES]
+    cdef Job *ahead  # calls made ahead, until their bodies have gone on after them
+    cdef readonly int count_ahead
+    cdef object foresee
+    cdef object set_id
+    cdef int for_user
 
     def __cinit__(self):
+        self.epoll = self.nudge = -1
         if pthread_mutex_init(&self.mutex, NULL):
             raise MemoryError
         if pthread_cond_init(&self.is_free, NULL) or pthread_cond_init(&self.has_job, NULL):
+            raise MemoryError
+        if pthread_cond_init(&self.is_ready, NULL):
             raise MemoryError
 
     def __init__(self, Device device not None, int wake, finish, end_process):
@@ -247,6 +365,32 @@ cdef class Role:
         self.end_process = end_process
         self.users = {}
         self.inodes = {}
+        self.epoll = epoll_create1(EPOLL_CLOEXEC)
+        self.nudge = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK) if self.epoll >= 0 else -1
+        if self.nudge < 0:
+            raise OSError(errno, os.strerror(errno))
+        self.hear_of(wake, 0)  # by all
+        self.hear_of(device.fd, EPOLLET)
+        self.hear_of(self.nudge, EPOLLET)
+        self.may_be_more = True
+
+    cdef hear_of(self, int fd, uint32_t how):
+        """Wake whoever waits, or one of them, when a descriptor is readable."""
+        cdef epoll_event event
+        event.events = EPOLLIN | how
+        event.data.fd = fd
+        if epoll_ctl(self.epoll, EPOLL_CTL_ADD, fd, &event) < 0:
+            raise OSError(errno, os.strerror(errno))
+
+    def close(self):
+        """Close what is its own; no thread is to come back. Again: nothing."""
+        for fd in (self.epoll, self.nudge):
+            if fd >= 0:
+                close(fd)
+        self.epoll = self.nudge = -1
+
+    def __dealloc__(self):
+        self.close()
 
     # ---- who runs Python ----------------------------------------------------------------------
 
@@ -258,25 +402,36 @@ cdef class Role:
 
     def leave(self):
         """This thread is about to wait: it finishes what was left, and runs Python no more."""
-        cdef Job *done
-        while True:
-            pthread_mutex_lock(&self.mutex)
-            done, self.done = self.done, NULL
-            if done == NULL:
-                self.in_python -= 1
-            pthread_mutex_unlock(&self.mutex)
-            if done == NULL:
-                return
-            self.finish_all(done)
+        while self.finish_some(True):
+            pass
 
     cdef drain(self):
         """Finish what was left."""
+        if self.done != NULL or self.ahead != NULL:
+            while self.finish_some(False):
+                pass
+
+    cdef bint finish_some(self, bint leaves):
+        """Finish what was left, as far as it is known now.
+
+        Args:
+            leaves: if nothing is left, this thread runs Python no more.
+
+        Returns:
+            Whether there was something.
+        """
         cdef Job *done
-        if self.done != NULL:
-            pthread_mutex_lock(&self.mutex)
-            done, self.done = self.done, NULL
-            pthread_mutex_unlock(&self.mutex)
-            self.finish_all(done)
+        cdef Job *ahead
+        pthread_mutex_lock(&self.mutex)
+        done, self.done = self.done, NULL
+        ahead = self.claimed(True) if done == NULL else NULL
+        if leaves and done == NULL and ahead == NULL:
+            self.in_python -= 1
+        pthread_mutex_unlock(&self.mutex)
+        self.finish_all(done)
+        if ahead != NULL:
+            self.run_body(ahead)
+        return done != NULL or ahead != NULL
 
     cdef finish_all(self, Job *done):
         cdef Job *next
@@ -304,11 +459,19 @@ cdef class Role:
             if is_read and result >= 0:
                 outcome = <object> job.data
             Py_DECREF(<object> job.data)
-        free(job)
         try:
-            self.finish(request, outcome, is_answered, by_hand)
-        except Exception:
+            if request is not None:
+                self.finish(request, outcome, is_answered, by_hand)
+            elif not is_answered:
+                self.device.error(job.unique, EIO)
+        except BaseException:
             log.exception("a request cannot go on")
+        if job.message != NULL:
+            pthread_mutex_lock(&self.mutex)
+            self.take_ahead(job)
+            pthread_mutex_unlock(&self.mutex)
+            free(job.message)
+        free(job)
 
     # ---- the role -----------------------------------------------------------------------------
 
@@ -334,11 +497,7 @@ cdef class Role:
         pthread_mutex_lock(&self.mutex)
         passed = self.in_calls + 1 < self.threads
         if passed:
-            self.in_calls += 1
-            self.is_taken = False
-            self.leader = 0  # so that this thread never takes itself for it, without the mutex
-            if self.followers:
-                pthread_cond_signal(&self.is_free)
+            self.pass_it_on()
         pthread_mutex_unlock(&self.mutex)
         return passed
 
@@ -346,10 +505,8 @@ cdef class Role:
         """A thread that leads, or has ended, takes part no more."""
         pthread_mutex_lock(&self.mutex)
         self.threads -= 1
-        self.is_taken = False
-        self.leader = 0
-        if self.followers:
-            pthread_cond_signal(&self.is_free)
+        self.let_go()
+        self.see_that_one_reads()
         pthread_mutex_unlock(&self.mutex)
 
     def came_back(self):
@@ -365,9 +522,11 @@ cdef class Role:
         pthread_cond_broadcast(&self.is_free)
         pthread_cond_broadcast(&self.has_job)
         pthread_mutex_unlock(&self.mutex)
+        # Their bodies keep their files open: all fids go next.
+        self.catch_up()
 
     def lead(self):
-        """Wait for the role, and as its holder for the next request.
+        """Wait for a request, and for the role, or go on in it.
 
         Returns:
             The message; None: it is over.
@@ -375,71 +534,419 @@ cdef class Role:
         Raises:
             OSError: ENODEV, there is no mount any more, and others of read(2).
         """
-        cdef ssize_t got
+        cdef ssize_t got = -EAGAIN
         cdef Message message = None
-        if self.is_taken and self.leader == pthread_self() and not self.is_over:
+        if self.leads() and not self.is_over:
             # While requests stand in line the interpreter's lock is kept: this does not wait.
             self.drain()
-            got = read(self.device.fd, self.device.buffer, self.device.size)
+            got = self.read()
             if got > 0:
                 message = self.message(got)
         while message is None:
             self.leave()
             with nogil:
-                got = self.next()
+                got = self.next(got == -EAGAIN)
             if got == 0:
                 return None
             message = self.message(got)
+        self.catch_up()
         return message
 
-    cdef ssize_t next(self) noexcept nogil:
-        """Take the role and read: a size, 0 for the end, or a negated errno. Runs Python then."""
-        cdef ssize_t got = 0
+    cdef bint leads(self) noexcept nogil:
+        return self.is_taken and self.leader == pthread_self()
+
+    cdef ssize_t read(self) noexcept nogil:
+        """As the leader: the size of a request; -EAGAIN, there is none; or a negated errno."""
+        cdef ssize_t got
         cdef int code
-        cdef pollfd fds[2]
         pthread_mutex_lock(&self.mutex)
-        if not self.is_taken or self.leader != pthread_self():
-            self.followers += 1
-            while self.is_taken and not self.is_over:
-                pthread_cond_wait(&self.is_free, &self.mutex)
-            self.followers -= 1
-            if not self.is_over:
-                self.is_taken = True
-                self.leader = pthread_self()
-        if self.is_over:
-            self.in_python += 1
-            pthread_mutex_unlock(&self.mutex)
-            return 0
+        self.told_before = self.told
         pthread_mutex_unlock(&self.mutex)
-        fds[0].fd, fds[1].fd = self.device.fd, self.wake
-        fds[0].events = fds[1].events = POLLIN
         while True:
-            fds[1].revents = 0
-            if poll(fds, 2, -1) < 0:
-                continue
-            if fds[1].revents:
-                got = 0
-                break
             got = read(self.device.fd, self.device.buffer, self.device.size)
             if got > 0:
+                return got
+            # The other end of what stands for a device may be gone.
+            code = ENODEV if got == 0 or errno == ECONNRESET else errno
+            # Withdrawn before it was read, or while it was: there may be another.
+            if code != EINTR and code != ENOENT:
+                return -code
+
+    cdef ssize_t next(self, bint is_empty) noexcept nogil:
+        """Read what needs Python: a size, 0 for the end, or a negated errno. Runs Python then.
+
+        Args:
+            is_empty: whether there was nothing when it was read last, if this is the leader.
+        """
+        cdef Job *job
+        cdef ssize_t got = self.next_message(is_empty)
+        while got > 0:
+            job = self.foreseen(got)
+            if job == NULL:
                 break
-            code = ECONNRESET if got == 0 else errno
-            # Withdrawn before it was read, or while it was.
-            if code == EAGAIN or code == EINTR or code == ENOENT:
-                continue
-            # The other end of what stands for a device is gone.
-            got = -ENODEV if code == ECONNRESET else -code
-            break
+            self.make_ahead(job)
+            got = self.next_message(False)
         pthread_mutex_lock(&self.mutex)
         self.in_python += 1
         pthread_mutex_unlock(&self.mutex)
         return got
+
+    cdef ssize_t next_message(self, bint is_empty) noexcept nogil:
+        """Take the role and read: a size, 0 for the end, or a negated errno."""
+        cdef ssize_t got = 0
+        pthread_mutex_lock(&self.mutex)
+        if not self.leads():
+            is_empty = False
+            self.take()
+        while not self.is_over:
+            if not is_empty:
+                pthread_mutex_unlock(&self.mutex)
+                got = self.read()
+                pthread_mutex_lock(&self.mutex)
+                if got != -EAGAIN:
+                    break
+            is_empty = False
+            if self.told == self.told_before:  # else another was told meanwhile, and waits
+                self.let_go()
+                self.may_be_more = False
+                self.take()
+        if self.is_over:
+            got = 0
+        pthread_mutex_unlock(&self.mutex)
+        return got
+
+    # The mutex is held:
+
+    cdef void take(self) noexcept nogil:
+        """Wait until there may be a request, and nobody leads; then lead. Not if it is over."""
+        cdef epoll_event event
+        cdef int count
+        while not self.is_over:
+            if self.is_taken:
+                self.followers += 1
+                pthread_cond_wait(&self.is_free, &self.mutex)
+                self.followers -= 1
+            elif self.may_be_more:
+                self.is_taken = True
+                self.leader = pthread_self()
+                return
+            else:
+                self.waiting += 1
+                pthread_mutex_unlock(&self.mutex)
+                count = epoll_wait(self.epoll, &event, 1, -1)
+                pthread_mutex_lock(&self.mutex)
+                self.waiting -= 1
+                if count > 0:
+                    self.told += 1
+                    self.may_be_more = True
+                    if event.data.fd == self.wake:
+                        self.is_over = True
+                        pthread_cond_broadcast(&self.is_free)
+
+    cdef void pass_it_on(self) noexcept nogil:
+        """This thread is to make a call that may wait; another one leads."""
+        self.passed = now()
+        self.in_calls += 1
+        self.let_go()
+        self.see_that_one_reads()
+
+    cdef void let_go(self) noexcept nogil:
+        """Lead no more. There may be more to read, as far as is known, unless it is said after."""
+        self.may_be_more = True
+        self.is_taken = False
+        self.leader = 0  # so that this thread never takes itself for it, without the mutex
+
+    cdef void see_that_one_reads(self) noexcept nogil:
+        """The role was let go after a request: there may be more, of which nobody was told."""
+        cdef pollfd fds[1]
+        if self.waiting:
+            fds[0].fd, fds[0].events, fds[0].revents = self.device.fd, POLLIN, 0
+            if poll(fds, 1, 0) == 0:
+                self.may_be_more = False
+                return
+        if self.followers:
+            pthread_cond_signal(&self.is_free)
+        elif self.waiting:
+            eventfd_write(self.nudge, 1)
 
     cdef Message message(self, ssize_t got):
         """What was read; None if it has not even a header."""
         if got < 0:
             raise OSError(-got, os.strerror(<int> -got))
         return decoded(self.device.buffer, got, self.device.short_setxattr)
+
+    # ---- calls made ahead --------------------------------------------------------------------
+
+    def makes_ahead(self, foresee, set set_id not None, int for_user):
+        """Make calls ahead, from now on.
+
+        Args:
+            foresee: ``foresee(message, began)`` runs the body of a message up to its call, which
+                was begun at ``began`` (nanoseconds, as of time.monotonic_ns()). Its request, or
+                None, if the body asked for something else.
+            set_id: while it is not empty no call is made ahead.
+            for_user: how many there may be at a time of one user, but of user 0.
+        """
+        self.for_user = for_user
+        self.set_id = set_id
+        self.foresee = foresee
+
+    def begins(self):
+        """A body is about to be run by the leader, beside which no call is made ahead."""
+        pthread_mutex_lock(&self.mutex)
+        self.busy += 1
+        pthread_mutex_unlock(&self.mutex)
+
+    def ends(self):
+        """Such a body has ended."""
+        pthread_mutex_lock(&self.mutex)
+        self.busy -= 1
+        pthread_mutex_unlock(&self.mutex)
+
+    def knows(
+        self, uint64_t handle, uint64_t inode, int fd, bint is_writable, bint appends, writer,
+        uint32_t user,
+    ):
+        """By this handle writes and syncs are plain calls, until `forgets`.
+
+        Args:
+            handle: the kernel's number of it.
+            inode: its file's, as calls have it.
+            fd: by which calls are made.
+            is_writable: whether it may be written to.
+            appends: whether it was opened to append (fcntl(2) may have changed that).
+            writer: a `Caller` for whom it is written; None: the daemon.
+            user: the user id of who opened it.
+        """
+        cdef Plain known
+        known.is_known, known.is_writable, known.appends = True, is_writable, appends
+        known.for_caller = writer is not None
+        known.handle, known.inode, known.fd = handle, inode, fd
+        known.user = user
+        known.uid = known.gid = 0
+        if writer is not None:
+            known.uid, known.gid = writer.uid, writer.gid
+        pthread_mutex_lock(&self.mutex)
+        self.handles[handle % KNOWN_HANDLES] = known
+        pthread_mutex_unlock(&self.mutex)
+
+    def forgets(self, uint64_t handle):
+        """A handle is about to be closed."""
+        cdef Plain *known = &self.handles[handle % KNOWN_HANDLES]
+        pthread_mutex_lock(&self.mutex)
+        if known.handle == handle:
+            known.is_known = False
+        pthread_mutex_unlock(&self.mutex)
+
+    def forgets_all(self):
+        """By no handle that is open now calls are plain."""
+        pthread_mutex_lock(&self.mutex)
+        memset(self.handles, 0, sizeof(self.handles))
+        pthread_mutex_unlock(&self.mutex)
+
+    cdef Job *foreseen(self, ssize_t got) noexcept nogil:
+        """As the leader: the call of the message just read, and the role passed on. Or NULL."""
+        cdef InHeader header
+        cdef ReadIn write
+        cdef FsyncIn sync
+        cdef const char *start = self.device.buffer
+        cdef Kind kind
+        cdef uint64_t handle, offset = 0
+        cdef bint appends = False
+        cdef Plain *known
+        cdef Job *job
+        if self.foresee is None or got < <ssize_t> sizeof(header) or got > LARGEST_AHEAD:
+            return NULL
+        memcpy(&header, start, sizeof(header))
+        if header.len != <size_t> got:
+            return NULL
+        if header.opcode == OP_WRITE and <size_t> got > sizeof(header) + sizeof(write):
+            memcpy(&write, start + sizeof(header), sizeof(write))
+            if write.more_flags & WRITE_CACHE or write.offset > LAST_BYTE - write.size:
+                return NULL
+            if write.size != <size_t> got - sizeof(header) - sizeof(write):
+                return NULL
+            kind, handle, offset = WRITE, write.fh, write.offset
+            appends = write.flags & O_APPEND != 0
+        elif header.opcode == OP_FSYNC and <size_t> got == sizeof(header) + sizeof(sync):
+            memcpy(&sync, start + sizeof(header), sizeof(sync))
+            kind = SYNC_DATA if sync.flags & FSYNC_FDATASYNC else SYNC
+            handle = sync.fh
+        else:
+            return NULL
+        job = <Job *> malloc(sizeof(Job))
+        if job == NULL:
+            return NULL
+        memset(job, 0, sizeof(Job))
+        job.message = <char *> malloc(<size_t> got)
+        if job.message == NULL:
+            free(job)
+            return NULL
+        job.kind, job.unique, job.offset, job.state = kind, header.unique, <int64_t> offset, RAW
+        job.began = now()
+        if kind == WRITE:
+            # What is appended begins where the file ends: nobody here knows where that is.
+            job.begin = offset
+            job.end = BEYOND if appends else offset + write.size
+        known = &self.handles[handle % KNOWN_HANDLES]
+        pthread_mutex_lock(&self.mutex)
+        if (
+            not known.is_known
+            or known.handle != handle
+            or (kind == WRITE and (not known.is_writable or appends != known.appends))
+            or not self.is_quiet_for(job, known)
+        ):
+            pthread_mutex_unlock(&self.mutex)
+            free(job.message)
+            free(job)
+            return NULL
+        job.fd, job.inode, job.user = known.fd, known.inode, known.user
+        job.for_caller, job.uid, job.gid = known.for_caller, known.uid, known.gid
+        memcpy(job.message, start, <size_t> got)
+        job.message_size = <size_t> got
+        if kind == WRITE:
+            job.start = job.message + sizeof(header) + sizeof(write)
+            job.size = write.size
+        self.add_ahead(job)
+        self.pass_it_on()
+        pthread_mutex_unlock(&self.mutex)
+        return job
+
+    cdef void make_ahead(self, Job *job) noexcept nogil:
+        """Make a call ahead, and answer it; see that its body is run if nobody else does."""
+        cdef bint is_alone
+        do(job)
+        pthread_mutex_lock(&self.mutex)
+        self.in_calls -= 1
+        pthread_mutex_unlock(&self.mutex)
+        if job.is_back:
+            answer(job, self.device)
+        else:
+            with gil:
+                self.end_process()
+        pthread_mutex_lock(&self.mutex)
+        job.is_over = True
+        if job.state == READY:
+            job.next, self.done = self.done, job
+        # Else who runs its body finishes it; or whoever runs Python claims it, before it waits.
+        is_alone = self.in_python == 0
+        if is_alone:
+            self.in_python += 1
+        pthread_mutex_unlock(&self.mutex)
+        if is_alone:
+            with gil:
+                self.leave()
+
+    def made_ahead(self):
+        """Of each call made ahead that is not over: what it is, its inode, and when it was begun."""
+        cdef Job *job
+        found = []
+        pthread_mutex_lock(&self.mutex)
+        job = self.ahead
+        while job != NULL:
+            if not job.is_over and job.state == RAW:
+                found.append(("write" if job.kind == WRITE else "fsync", job.inode, job.began))
+            job = job.next_ahead
+        pthread_mutex_unlock(&self.mutex)
+        return found
+
+    cdef catch_up(self):
+        """Run the bodies of all calls made ahead, up to these: another body is about to begin."""
+        cdef Job *job
+        cdef bint is_any
+        while True:
+            pthread_mutex_lock(&self.mutex)
+            job = self.claimed(False)
+            is_any = job == NULL and self.is_any_claimed()
+            pthread_mutex_unlock(&self.mutex)
+            if job != NULL:
+                self.run_body(job)
+            elif is_any:  # by threads that wait for the interpreter's lock
+                with nogil:
+                    pthread_mutex_lock(&self.mutex)
+                    while self.is_any_claimed():
+                        pthread_cond_wait(&self.is_ready, &self.mutex)
+                    pthread_mutex_unlock(&self.mutex)
+            else:
+                return
+
+    cdef run_body(self, Job *job):
+        """Run the body of a call made ahead, that was claimed, up to this call, or beyond."""
+        cdef bint is_over
+        request = None
+        try:
+            message = decoded(job.message, job.message_size, self.device.short_setxattr)
+            request = self.foresee(message, job.began)
+        except BaseException:  # nobody else would ever run it, and all wait for that
+            log.exception("a call was made ahead that its body does not ask for")
+        Py_INCREF(request)
+        job.request = <PyObject *> request
+        pthread_mutex_lock(&self.mutex)
+        job.state = READY
+        is_over = job.is_over
+        pthread_cond_broadcast(&self.is_ready)
+        pthread_mutex_unlock(&self.mutex)
+        if is_over:
+            self.finish_one(job)
+
+    # The mutex is held:
+
+    cdef bint is_quiet_for(self, Job *wanted, Plain *known) noexcept nogil:
+        """Whether nothing is under way that a call could meet, and one may be made."""
+        cdef Job *job = self.ahead
+        cdef int count = 0
+        if self.busy or self.count_ahead >= MOST_AHEAD or self.in_calls + 1 >= self.threads:
+            return False
+        if self.is_over or PySet_GET_SIZE(<PyObject *> self.set_id):
+            return False
+        while job != NULL:
+            if not job.is_over and known.user and job.user == known.user:
+                count += 1
+            if job.inode == known.inode:
+                # One that was not answered goes on in its body, perhaps with another call.
+                if not (job.is_over and job.is_answered):
+                    return False
+                # Its body may still say that it changes these bytes, and another would wait for it.
+                if job.begin < wanted.end and wanted.begin < job.end:
+                    return False
+            job = job.next_ahead
+        return count < self.for_user
+
+    cdef void add_ahead(self, Job *job) noexcept nogil:
+        cdef Job **at = &self.ahead
+        while at[0] != NULL:
+            at = &at[0].next_ahead
+        at[0] = job
+        self.count_ahead += 1
+
+    cdef void take_ahead(self, Job *job) noexcept nogil:
+        cdef Job **at = &self.ahead
+        while at[0] != job:
+            at = &at[0].next_ahead
+        at[0] = job.next_ahead
+        self.count_ahead -= 1
+
+    cdef Job *claimed(self, bint is_over) noexcept nogil:
+        """The first call made ahead whose body nobody runs, claimed; or NULL.
+
+        Args:
+            is_over: only one that is over.
+        """
+        cdef Job *job = self.ahead
+        while job != NULL:
+            if job.state == RAW and (job.is_over or not is_over):
+                job.state = CLAIMED
+                return job
+            job = job.next_ahead
+        return NULL
+
+    cdef bint is_any_claimed(self) noexcept nogil:
+        cdef Job *job = self.ahead
+        while job != NULL:
+            if job.state == CLAIMED:
+                return True
+            job = job.next_ahead
+        return False
 
     # ---- plain calls --------------------------------------------------------------------------
 
@@ -478,11 +985,13 @@ cdef class Role:
                 self.in_python += 1
             pthread_mutex_unlock(&self.mutex)
             if is_left:
-                got = self.next()
+                got = self.next(False)
         if is_left:
             if got:
                 self.drain()
-                return self.message(got)
+                message = self.message(got)
+                self.catch_up()
+                return message
             return None
         if not job.is_back:
             self.end_process()

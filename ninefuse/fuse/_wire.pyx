@@ -66,12 +66,6 @@ cdef extern from "<sys/uio.h>" nogil:
 
 # ---- the protocol's structures ----------------------------------------------------------------
 
-cdef struct InHeader:
-    uint32_t len, opcode
-    uint64_t unique, nodeid
-    uint32_t uid, gid, pid
-    uint16_t total_extlen, padding
-
 cdef struct ForgetOne:
     uint64_t nodeid, nlookup
 
@@ -94,20 +88,10 @@ cdef struct RenameIn:
     uint64_t newdir
     uint32_t flags, padding
 
-cdef struct ReadIn:  # and write_in
-    uint64_t fh, offset
-    uint32_t size, more_flags
-    uint64_t lock_owner
-    uint32_t flags, padding
-
 cdef struct ReleaseIn:  # and flush_in
     uint64_t fh
     uint32_t flags, release_flags
     uint64_t lock_owner
-
-cdef struct FsyncIn:
-    uint64_t fh
-    uint32_t flags, padding
 
 cdef struct LockIn:
     uint64_t fh, owner, start, end
@@ -241,10 +225,8 @@ cdef enum:
     _LINK = 13
     _OPEN = 14
     _READ = 15
-    _WRITE = 16
     _STATFS = 17
     _RELEASE = 18
-    _FSYNC = 20
     _SETXATTR = 21
     _GETXATTR = 22
     _LISTXATTR = 23
@@ -402,7 +384,7 @@ cdef tuple arguments_of(Message message, Reader *r, bint short_setxattr):
     cdef CopyIn copy
     cdef StatxIn statx
     cdef ForgetOne forgotten
-    if opcode == _WRITE:
+    if opcode == OP_WRITE:
         take(r, &rw, sizeof(rw))
         data = take_bytes(r, rw.size)
         return rw.fh, rw.offset, data, rw.more_flags, rw.lock_owner, rw.flags
@@ -480,7 +462,7 @@ cdef tuple arguments_of(Message message, Reader *r, bint short_setxattr):
     if opcode == _LINK:
         take(r, &number, sizeof(number))
         return take_name(r), number
-    if opcode == _FSYNC or opcode == _FSYNCDIR:
+    if opcode == OP_FSYNC or opcode == _FSYNCDIR:
         take(r, &fsync, sizeof(fsync))
         return fsync.fh, fsync.flags
     if opcode == _SETXATTR:

@@ -36,8 +36,10 @@ from ninefuse.fuse._wire import Device, Message
 from ninefuse.linux.credentials import end_process
 from ninefuse.process.threads import start_quietly
 from ninefuse.settings import LEADERS
+from ninefuse.tree.kernel import FIRST_HANDLE
+from ninefuse.tree.table import FidTable
 
-_MOST_LEADERS = 8
+_MOST_LEADERS = 16
 _MOST_HANDS = 8  # or as many as there are workers to begin with
 _UNBOUNDED = 1 << 30
 _MOST_QUEUED = 24  # calls that wait for one
@@ -54,7 +56,12 @@ class Front(Protocol):
     @property
     def is_full(self) -> bool: ...
 
+    @property
+    def fids(self) -> FidTable: ...
+
     def take(self, message: Message) -> Request | None: ...
+
+    def foresee(self, message: Message, began: int) -> Request | None: ...
 
     def pause(self) -> object: ...
 
@@ -74,7 +81,6 @@ class Leading:
         self._has_run = False
         self._hands = min(_MOST_HANDS, driver.pool.threads)
         self._unique = 0  # of the message that the leader is at
-        self._passed = 0.0  # when the role was passed on last
         self._seen = -1  # calls that hands had finished, when it was looked at last
         self._away: set[int] = set()  # threads that have passed the role on, and make other calls
         self._is_looking = False
@@ -101,10 +107,14 @@ class Leading:
         """
         self._role = Role(device, wake, self._driver.finish, end_process)
         self._has_run = True
+        if self._driver.observer is None:  # who is to see what bodies ask for, and when
+            fids = self._front.fids
+            fids.on_set_id = self._role.forgets_all
+            for_user = LEADERS // 2 if self._driver.by_user else _UNBOUNDED
+            self._role.makes_ahead(self._front.foresee, fids.set_id, for_user)
         self._role.joins(1)
         self._run(self._begin)
         self._role.retires()
-        self._passed = time.monotonic()
         for _ in range(LEADERS):
             self._more_leaders()
         self._start_threads()
@@ -113,6 +123,16 @@ class Leading:
         if self._failure is not None:
             raise self._failure
 
+    @property
+    def count(self) -> int:
+        """How many threads take part in leading."""
+        return self._role.threads
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the bodies of all calls that were made have gone on after them."""
+        return not self._role.count_ahead
+
     # What the driver asks for; see `Crew`.
 
     def reserve(self, request: Request) -> bool:
@@ -120,6 +140,10 @@ class Leading:
         half = max(1, self._hands // 2)
         is_bounded = request.user and self._driver.by_user
         return self._role.reserve(request, half if is_bounded else _UNBOUNDED, half)
+
+    def occupy(self, request: Request) -> None:
+        """As of a `Crew`."""
+        self._role.reserve(request, _UNBOUNDED, _UNBOUNDED)
 
     def free(self, user: int | None, inode: int | None) -> None:
         """As of a `Crew`."""
@@ -148,9 +172,8 @@ class Leading:
         """As of a `Crew`."""
         role = self._role
         if role.pass_on():
-            self._passed = time.monotonic()
             return True
-        if self._leaders < _MOST_LEADERS and time.monotonic() > self._passed + STUCK:
+        if self._leaders < _MOST_LEADERS and time.monotonic_ns() > role.passed + STUCK * 1e9:
             self._more_leaders()
         return False
 
@@ -158,12 +181,24 @@ class Leading:
         """As of a `Crew`."""
         return threading.get_ident() in self._leading
 
+    def begins(self) -> None:
+        """As of a `Crew`."""
+        self._role.begins()
+
+    def ends(self) -> None:
+        """As of a `Crew`."""
+        self._role.ends()
+
     def came_back(self) -> None:
         """As of a `Crew`."""
         me = threading.get_ident()
         if me in self._away:
             self._away.discard(me)
             self._role.came_back()
+
+    def made_ahead(self) -> list[tuple[str, int, int]]:
+        """As of a `Crew`."""
+        return self._role.made_ahead() if self._has_run else []
 
     def take_back(self, request: Request) -> bool:
         """As of a `Crew`."""
@@ -175,6 +210,28 @@ class Leading:
             thread.join()
         if self._has_run:
             self._leave_all_to_workers()
+            self._role.close()
+
+    # What the session tells of handles
+
+    def opened(self, handle: int) -> None:
+        """The kernel is about to be told of a handle. Writes by it may be plain calls.
+
+        Args:
+            handle: the kernel's number of it.
+        """
+        found = self._front.fids.plain_file_of(FIRST_HANDLE + handle)
+        if found is not None:
+            node, file = found
+            appends = bool(file.flags & os.O_APPEND)
+            whose = file.writer, file.owner or 0
+            self._role.knows(handle, node.number, file.fd, file.writable, appends, *whose)
+            if self._front.fids.plain_file_of(FIRST_HANDLE + handle) is None:
+                self._role.forgets(handle)  # it was seen with set-id bits meanwhile
+
+    def closes(self, handle: int) -> None:
+        """A handle is about to be closed."""
+        self._role.forgets(handle)
 
     # The threads
 

@@ -30,6 +30,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from ninefuse.calls import Body, Call
 from ninefuse.driving.driver import Executor
 from ninefuse.driving.request import Request
 from ninefuse.executor import LeadingModel
@@ -43,12 +44,13 @@ from ninefuse.fuse.handles import Files
 from ninefuse.fuse.leading import Leading
 from ninefuse.fuse.opcodes import Opcode
 from ninefuse.fuse.replies import Replies
-from ninefuse.fuse.rows import LOCKS, Known, NotServed, Row, Rows, lock_rows, refusal, table
+from ninefuse.fuse.rows import Known, NotServed, Row, Rows, lock_rows, table
 from ninefuse.fuse.sessions import Place, Watcher
+from ninefuse.fuse.whose import LOCKS, refusal, user_of
 from ninefuse.linux.callers import is_being_killed
 from ninefuse.settings import Settings
-from ninefuse.tree.kernel import FIRST_HANDLE
 from ninefuse.tree.session import Session
+from ninefuse.tree.table import FidTable
 
 log = logging.getLogger(__name__)
 
@@ -58,22 +60,8 @@ _IN_A_ROW = 16  # requests read before what else the dispatcher has to do is loo
 _MOST_REQUESTS = 20_000
 _A_WHILE = 50  # milliseconds until it is looked at again whether there are fewer
 
-# Whose these are the header does not say, or not truly: who opened the handle is counted.
-_BY_HANDLE = frozenset(
-    (
-        Opcode.READ,
-        Opcode.WRITE,
-        Opcode.FLUSH,
-        Opcode.FSYNC,
-        Opcode.READDIR,
-        Opcode.READDIRPLUS,
-        Opcode.FSYNCDIR,
-    )
-)
 # Nobody waits for an answer to these, whatever they say.
 _UNANSWERED = frozenset((Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT, Opcode.NOTIFY_REPLY))
-# The kernel sends these in nobody's name.
-_NOBODYS = frozenset((Opcode.RELEASE, Opcode.RELEASEDIR, Opcode.FORGET, Opcode.BATCH_FORGET))
 
 
 class NativeSession:
@@ -219,6 +207,8 @@ class NativeSession:
         self._rows.statistics = lambda: self.statistics()
         background = self._driver.in_background
         replies = Replies(device, self._session, self._settings, background, self._files)
+        if isinstance(self._driver, LeadingModel):
+            replies.opened, self._rows.closes = self._leading.opened, self._leading.closes
         self._lock_rows = lock_rows(self._rows, replies)
         return table(self._rows, replies)
 
@@ -255,6 +245,11 @@ class NativeSession:
             self.ends = True
         return 2 * (self._wake in ready) + 4 * (engine in ready)
 
+    @property
+    def fids(self) -> FidTable:
+        """The session's."""
+        return self._session.fids
+
     def take(self, message: Message) -> Request | None:
         """Start a request; it, where it is one of the driver's and may be under way."""
         if self._watcher is not None:
@@ -281,18 +276,39 @@ class NativeSession:
         if isinstance(body, Known):
             self._reply(row, message, body.result)
             return None
-        user = self._user(message)
-        if user and self._driver.has_too_many(user) and (code := refusal(row, message)):
+        user = user_of(message, self.fids)
+        if user and self._driver.has_too_many(user) and (code := refusal(row.name, message)):
             body.close()
             self._refuse(row.name, message, code)
             return None
         # Where set-id bits may go, a body has more to do than its call.
-        plain = None if self._session.fids.set_id else row.plain
+        plain = None if self.fids.set_id else row.plain
+        request = self._admit(row, message, body, user, plain)
+        self._driver.drive(request)
+        return request
+
+    def _admit(
+        self,
+        row: Row,
+        message: Message,
+        body: Body[Any],
+        user: int | None,
+        plain: type[Call[Any]] | None,
+    ) -> Request:
         done = partial(self._answer, row, message)
         request = self._driver.admit(row.name, body, done, share_of(row.name, user), plain)
         self._asked[message.unique] = request  # before anything is done: it may end elsewhere
-        self._driver.drive(request)
         return request
+
+    def foresee(self, message: Message, began: int) -> Request | None:
+        """Run the body of a message whose call was made ahead, up to that; see `Role`."""
+        assert isinstance(self._driver, LeadingModel)
+        row = self._table[message.opcode]
+        body = row.asks(message)
+        assert not isinstance(body, Known)
+        request = self._admit(row, message, body, user_of(message, self.fids), row.plain)
+        request.started = began
+        return request if self._driver.foresee(request) else None
 
     def _take_other(self, message: Message) -> Request | None:
         """Requests that are about the connection, and those that are not served."""
@@ -314,12 +330,6 @@ class NativeSession:
             # poll(2) that a file is always ready.
             self._device.error(message.unique, errno.ENOSYS)
         return None
-
-    def _user(self, message: Message) -> int | None:
-        opcode = message.opcode
-        if opcode in _BY_HANDLE:
-            return self._session.fids.owner_of(FIRST_HANDLE + message.args[0])
-        return None if opcode in _NOBODYS else message.uid
 
     def _agree(self, message: Message) -> None:
         if self._agreed is not None:  # it is said once

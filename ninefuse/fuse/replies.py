@@ -59,6 +59,8 @@ class Replies:
         self.opens = Opens(settings)
         self.background = background
         self.files = files
+        # Called with the kernel's number of a handle that it is about to be told.
+        self.opened: Callable[[int], None] = _nothing
         self._keep_cache = op.FOPEN_KEEP_CACHE if settings.keep_cache else 0
 
     def nothing(self, m: Message, result: object) -> bool:
@@ -174,7 +176,9 @@ class Replies:
             how |= op.FOPEN_DIRECT_IO | op.FOPEN_PARALLEL_DIRECT_WRITES
         if handle.is_live:
             how |= op.FOPEN_DIRECT_IO
-        return handle.number - FIRST_HANDLE, how, handle.backing
+        number = handle.number - FIRST_HANDLE
+        self.opened(number)
+        return number, how, handle.backing
 
     def _add(self, reply: Entries, entry: EntryPlus) -> bool:
         if entry.fid is None or entry.attributes is None:  # it is looked up when it is used
@@ -206,3 +210,7 @@ class Replies:
 
     def _forget(self, fids: list[Fid]) -> None:
         self.session.kernel.forget([(fid.number, 1) for fid in fids])
+
+
+def _nothing(handle: int) -> None:
+    """Nobody wants to know of handles."""

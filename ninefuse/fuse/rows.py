@@ -10,7 +10,6 @@ Locks touched: none.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import stat
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from ninefuse.errors import error
 from ninefuse.fuse import callbacks
 from ninefuse.fuse import opcodes as op
 from ninefuse.fuse._wire import Message
-from ninefuse.fuse.answers import NOT_REFUSED, Opens, is_statistics, refuse_statistics
+from ninefuse.fuse.answers import Opens, is_statistics, refuse_statistics
 from ninefuse.fuse.entries import EntryPlus
 from ninefuse.fuse.handles import Files, Handle, Made
 from ninefuse.fuse.opcodes import Opcode
@@ -49,8 +48,6 @@ _WRITING = {
     for appends in (0, os.O_APPEND)
 }
 
-LOCKS = frozenset((Opcode.SETLK, Opcode.SETLKW))
-
 
 class Rows:
     """What is asked: each makes a callback's body of what a request says. On the dispatcher.
@@ -71,6 +68,8 @@ class Rows:
         self.opens = Opens(settings)
         self.statistics: Callable[[], bytes] = bytes
         self.knows_groups = False
+        # Called with the kernel's number of a handle that is about to be closed.
+        self.closes: Callable[[int], None] = _nothing
         self._xattr = settings.xattr
 
     # Names
@@ -167,6 +166,7 @@ class Rows:
         return callbacks.fsync(self.session, FIRST_HANDLE + fh, datasync)
 
     def release(self, m: Message) -> Body[None]:
+        self.closes(m.args[0])
         return self.files.release(self.session, FIRST_HANDLE + m.args[0])
 
     def getlk(self, m: Message) -> Body[LockRange]:
@@ -356,14 +356,6 @@ def lock_rows(rows: Rows, replies: Replies) -> tuple[Row, Row]:
     return setlk, Row("flock", rows.flock, replies.nothing)
 
 
-def refusal(row: Row, message: Message) -> int:
-    """What is told to who has too many requests under way; 0: nothing, he is served."""
-    if message.opcode in LOCKS:
-        # Others wait for what is given back. And EAGAIN would say that a lock is in the way.
-        return 0 if message.args[4] == fcntl.F_UNLCK else errno.ENOLCK
-    return 0 if row.name in NOT_REFUSED else errno.EAGAIN
-
-
 def _caller(m: Message) -> Caller:
     return Caller(m.uid, m.gid, None, m.pid)
 
@@ -379,3 +371,7 @@ def _range(kind: int, start: int, end: int, pid: int) -> LockRange:
     if kind not in FLOCK_OPERATIONS or end < start:
         raise error(errno.EINVAL)
     return LockRange(kind, start, 0 if end >= LAST_BYTE else end - start + 1, pid)
+
+
+def _nothing(handle: int) -> None:
+    """Nobody wants to know of handles."""

@@ -51,7 +51,7 @@ class Shown:
         if fids.devices.hides:
             a = fids.devices.shown(a)
         if a.mode & _SET_ID and stat.S_ISREG(a.mode):
-            fids.set_id.add(nodeid)
+            fids.note_set_id(nodeid)
         # Of the root the kernel knows the nodeid alone.
         return (a.ino if nodeid == ROOT_NODEID else nodeid), a
 

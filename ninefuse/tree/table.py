@@ -80,6 +80,7 @@ class FidTable(Counts):
         on_change: called, on any thread and with no lock held, each time that the table has
             grown by ``step`` fids, and when it has become far smaller.
         set_id: the numbers of files that the client was told have set-id bits.
+        on_set_id: called when a number is added to those.
         passed: the numbers of files that the client may change without our hearing of it: it is
             not to believe their attributes.
 
@@ -93,6 +94,7 @@ class FidTable(Counts):
         self.step = _STEP
         self.on_change: Callable[[], None] = _nothing  # each `step` fids more, and far fewer
         self.set_id: set[int] = set()
+        self.on_set_id: Callable[[], None] = _nothing
         self.passed: set[int] = set()
         self._fids: dict[int, Fid] = {}
         self._opened = 0  # fids that are open files, directories and attributes
@@ -212,6 +214,25 @@ class FidTable(Counts):
         """
         fid = self._fids.get(number)
         return None if fid is None or fid.opened is None else fid.opened.owner
+
+    def note_set_id(self, number: int) -> None:
+        """The client is about to be told that a file has set-id bits."""
+        if number not in self.set_id:
+            self.set_id.add(number)
+            self.on_set_id()
+
+    def plain_file_of(self, number: int) -> tuple[Node, OpenFile] | None:
+        """The file that a fid has open, if a write to it is no more than that; takes no lock.
+
+        So not of a live file, nor of one that has set-id bits, as far as is known.
+        """
+        fid = self._fids.get(number)
+        if fid is None or not isinstance(fid.opened, OpenFile):
+            return None
+        node, file = fid.node, fid.opened
+        if file.live or file.group is not None or node.number in self.set_id:
+            return None
+        return node, file
 
     def new_node(
         self, a: Attributes, fd: int, place: tuple[Node, bytes] | None, mark: Mark = None

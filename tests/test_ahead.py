@@ -33,6 +33,7 @@ def kernel(tmp_path: Path) -> Iterator[Kernel]:
         (tmp_path / os.fsdecode(name)).write_bytes(b"0" * SIZE)
     with serving(tmp_path, "role") as kernel:
         kernel.init()
+        kernel.wait_for_leaders()
         yield kernel
 
 

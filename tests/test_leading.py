@@ -46,6 +46,7 @@ def kernel(tmp_path: Path) -> Iterator[Kernel]:
         (tmp_path / f"file{number}").write_bytes(b"%d" % number * SIZE)
     with serving(tmp_path, "role") as kernel:
         kernel.init()
+        kernel.wait_for_leaders()
         yield kernel
 
 

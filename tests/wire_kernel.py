@@ -26,7 +26,7 @@ from ninefuse.executor import Executor, LeadingModel, NoThreading, SecondModel, 
 from ninefuse.fuse.leading import Leading
 from ninefuse.fuse.native import NativeSession
 from ninefuse.fuse.opcodes import Opcode
-from ninefuse.settings import Settings
+from ninefuse.settings import LEADERS, Settings
 from ninefuse.tree.qids import ROOT_NODEID
 from ninefuse.tree.session import Session
 
@@ -111,6 +111,12 @@ class Kernel:
         wait_until(self._is_idle, "the requests under way have ended")
         assert not len(self.session.ranges), "a change has not been ended"
         assert not len(self.session.names), "a name is still being taken away"
+
+    def wait_for_leaders(self) -> None:
+        """Wait until all threads take part in leading: before, workers stand in for them."""
+        leading = self.driver.crew if isinstance(self.driver, LeadingModel) else None
+        assert isinstance(leading, Leading)
+        wait_until(lambda: leading.count >= LEADERS, "all take part in leading")
 
     def _is_idle(self) -> bool:
         leading = self.driver.crew if isinstance(self.driver, LeadingModel) else None

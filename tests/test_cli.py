@@ -52,7 +52,7 @@ def detached(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Replace the fork: serve runs in this process. Return whether ready was called, per run."""
     runs: list[bool] = []
 
-    def run_detached(serve: Callable[[Callable[[], None]], int]) -> int:
+    def run_detached(serve: Callable[[Callable[[], None]], int], program: str) -> int:
         runs.append(False)
 
         def ready() -> None:

@@ -99,8 +99,21 @@ def mount(settings: Settings) -> int:
     if settings.remount is not None:
         remount.change(settings.source, settings.mountpoint, settings.remount)
         return ExitCode.OK
-    settings = preflight.check(settings)
-    server = load()
+    return run(preflight.check(settings), load())
+
+
+def run(
+    settings: Settings,
+    server: Callable[[Settings, Callable[[], None]], int],
+    program: str = "ninefuse",
+) -> int:
+    """Serve: here in the foreground, otherwise as a daemon that is left behind.
+
+    Arguments: settings, as preflight has checked them; server, which calls what it is given once
+    clients are served, and returns an exit code; program, the command's name.
+
+    Returns the exit code. Raises Failure.
+    """
 
     def serve_detached(ready: Callable[[], None]) -> int:
         # In the child: the log's sockets and threads' locks are its own from the start.
@@ -109,10 +122,10 @@ def mount(settings: Settings) -> int:
 
     if settings.foreground:
         logs.configure(settings, daemon=False)
-        # Of those who started us only a service manager waits for the mount.
+        # Of those who started us only a service manager waits until clients are served.
         return server(settings, lambda: notify.notify("READY=1"))
     notify.leave_it_to_our_starter()
-    return daemon.run_detached(serve_detached)
+    return daemon.run_detached(serve_detached, program)
 
 
 def load() -> Callable[[Settings, Callable[[], None]], int]:

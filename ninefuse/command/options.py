@@ -260,8 +260,12 @@ class MountOptions:
         """The kernel's flags in force, as words."""
         return [name for name in self.given if _BY_NAME[name].kind is Kind.FLAG]
 
-    def fields(self) -> dict[str, Any]:
-        """The fields of Settings that the options set; what was not given is not among them."""
+    def fields(self, **flags: Any) -> dict[str, Any]:
+        """The fields of Settings that the options set; what was not given is not among them.
+
+        Argument: flags, what other words on the command line said of such fields, which wins
+        over options. None: not given.
+        """
         fields: dict[str, Any] = {}
         named: dict[str, Any] = {}
         for name, value in self.given.items():
@@ -271,7 +275,8 @@ class MountOptions:
             elif option.kind is Kind.CHOICE:
                 fields |= value
         # What was given by its own name holds whether it comes before or after.
-        return fields | named
+        said = {name: value for name, value in flags.items() if value is not None}
+        return fields | named | said
 
 
 def split_words(text: str) -> list[str]:
@@ -382,26 +387,12 @@ def make_settings(
     for all FUSE commands (mount.fuse3(8)).
     Raises Failure(USAGE) when a path is empty, or some of it does not go together (together.py).
     """
-    for name, path in (
-        ("SRC", source),
-        ("MNT", mountpoint),
-        ("--log FILE", log_file),
-        ("--trace FILE", trace_file),
-    ):
-        # abspath would make the current directory of it: after a typo in a script's variable
-        # name that is never what was meant.
-        if path == "":
-            raise Failure(ExitCode.USAGE, f"{name} is empty: give a path")
+    paths = {"SRC": source, "MNT": mountpoint, "--log FILE": log_file, "--trace FILE": trace_file}
+    check_paths(paths)
     source = os.path.abspath(source)
-    fields = options.fields()
-    flags = {
-        "model": model,
-        "engine": engine,
-        "session": session,
-        "threads": threads,
-        "debug": debug or None,
-    }
-    fields |= {name: value for name, value in flags.items() if value is not None}
+    fields = options.fields(
+        model=model, engine=engine, session=session, threads=threads, debug=debug or None
+    )
     settings = Settings(
         source=source,
         mountpoint=os.path.abspath(mountpoint),
@@ -419,6 +410,20 @@ def make_settings(
     # alone would let people in whom the source keeps out.
     acl = settings.acl or (settings.allow_other and settings.xattr)
     return replace(settings, acl=acl)
+
+
+def check_paths(paths: Mapping[str, str | None]) -> None:
+    """Refuse empty ones.
+
+    abspath would make the current directory of them: after a typo in a script's variable name that
+    is never what was meant.
+
+    Argument: paths, by what the command line calls them; None: not given.
+    Raises Failure(USAGE).
+    """
+    for name, path in paths.items():
+        if path == "":
+            raise Failure(ExitCode.USAGE, f"{name} is empty: give a path")
 
 
 def _words_to_change(options: MountOptions) -> tuple[str, ...]:

@@ -17,7 +17,6 @@ from typing import Any
 from ninefuse.command import cli, options, preflight, servermanual
 from ninefuse.command.together import check
 from ninefuse.exitcodes import ExitCode, Failure
-from ninefuse.process import daemon, logs, notify
 from ninefuse.settings import DEFAULT_LOG_LEVEL, ENGINES, LOG_LEVELS, MODELS, Settings
 
 _EXAMPLES = """\
@@ -54,21 +53,17 @@ def parse(argv: Sequence[str]) -> Settings:
     Raises Failure(USAGE), and SystemExit once help or versions are printed.
     """
     given = make_parser().parse_args(argv)
-    paths = (("SRC", given.source), ("--log FILE", given.log), ("--trace FILE", given.trace))
-    for name, path in paths:
-        if path == "":
-            raise Failure(ExitCode.USAGE, f"{name} is empty: give a path")
+    paths = {"SRC": given.source, "--log FILE": given.log, "--trace FILE": given.trace}
+    options.check_paths(paths)
     for word in (word for text in given.options for word in options.split_words(text)):
         if word.partition("=")[0] not in (*_SHARED, *_OWN, *options.IGNORED):
             raise Failure(ExitCode.USAGE, f"unknown option -o {word}")
-    fields = options.parse_options(given.options).fields()
-    flags = {
-        "model": given.model,
-        "engine": given.engine,
-        "threads": given.threads,
-        "debug": given.debug or None,
-    }
-    fields |= {name: value for name, value in flags.items() if value is not None}
+    fields = options.parse_options(given.options).fields(
+        model=given.model,
+        engine=given.engine,
+        threads=given.threads,
+        debug=given.debug or None,
+    )
     settings = Settings(
         source=os.path.abspath(given.source),
         mountpoint="",
@@ -89,17 +84,7 @@ def serve(settings: Settings) -> int:
     Returns the exit code. Raises Failure.
     """
     preflight.check_source(settings.source)
-    server = _load()
-
-    def serve_detached(ready: Callable[[], None]) -> int:
-        logs.configure(settings, daemon=True)
-        return server(settings, ready)
-
-    if settings.foreground:
-        logs.configure(settings, daemon=False)
-        return server(settings, lambda: notify.notify("READY=1"))
-    notify.leave_it_to_our_starter()
-    return daemon.run_detached(serve_detached, _PROGRAM)
+    return cli.run(settings, _load(), _PROGRAM)
 
 
 def known_words() -> list[str]:

@@ -814,28 +814,14 @@ cdef class Role:
 
     cdef void make_ahead(self, Job *job) noexcept nogil:
         """Make a call ahead, and answer it; see that its body is run if nobody else does."""
-        cdef bint is_alone
-        do(job)
-        pthread_mutex_lock(&self.mutex)
-        self.in_calls -= 1
-        pthread_mutex_unlock(&self.mutex)
-        if job.is_back:
-            answer(job, self.device)
-        else:
-            with gil:
-                self.end_process()
+        self.perform(job)
         pthread_mutex_lock(&self.mutex)
         job.is_over = True
         if job.state == READY:
             job.next, self.done = self.done, job
         # Else who runs its body finishes it; or whoever runs Python claims it, before it waits.
-        is_alone = self.in_python == 0
-        if is_alone:
-            self.in_python += 1
         pthread_mutex_unlock(&self.mutex)
-        if is_alone:
-            with gil:
-                self.leave()
+        self.see_that_one_finishes()
 
     def made_ahead(self):
         """Of each call made ahead that is not over: what it is, its inode, and when it was begun."""
@@ -971,12 +957,7 @@ cdef class Role:
             return None
         self.leave()
         with nogil:
-            do(job)
-            pthread_mutex_lock(&self.mutex)
-            self.in_calls -= 1
-            pthread_mutex_unlock(&self.mutex)
-            if job.is_back:
-                answer(job, self.device)
+            self.perform(job)
             pthread_mutex_lock(&self.mutex)
             is_left = self.in_python > 0 and job.is_answered
             if is_left:
@@ -993,10 +974,34 @@ cdef class Role:
                 self.catch_up()
                 return message
             return None
-        if not job.is_back:
-            self.end_process()
         self.finish_one(job)
         return None
+
+    cdef void perform(self, Job *job) noexcept nogil:
+        """Make a call, and answer it."""
+        do(job)
+        if not job.by_hand:
+            # Before the answer: who has it may ask at once.
+            pthread_mutex_lock(&self.mutex)
+            self.in_calls -= 1
+            pthread_mutex_unlock(&self.mutex)
+        if job.is_back:
+            answer(job, self.device)
+        else:
+            with gil:
+                self.end_process()
+
+    cdef void see_that_one_finishes(self) noexcept nogil:
+        """There is something left of a body: where nobody runs Python, this thread does now."""
+        cdef bint is_alone
+        pthread_mutex_lock(&self.mutex)
+        is_alone = self.in_python == 0
+        if is_alone:
+            self.in_python += 1
+        pthread_mutex_unlock(&self.mutex)
+        if is_alone:
+            with gil:
+                self.leave()
 
     def reserve(self, request, int for_user, int for_inode):
         """Count a request's plain call as under way, until `free`.
@@ -1045,7 +1050,6 @@ cdef class Role:
     def work(self):
         """The life of a hand."""
         cdef Job *job
-        cdef bint is_alone
         with nogil:
             while True:
                 pthread_mutex_lock(&self.mutex)
@@ -1061,23 +1065,13 @@ cdef class Role:
                 self.first = job.next
                 self.queued -= 1
                 pthread_mutex_unlock(&self.mutex)
-                do(job)
-                if job.is_back:
-                    answer(job, self.device)
-                else:
-                    with gil:
-                        self.end_process()
+                self.perform(job)
                 pthread_mutex_lock(&self.mutex)
                 self.handed -= 1
                 self.finished += 1
                 job.next, self.done = self.done, job
-                is_alone = self.in_python == 0
-                if is_alone:
-                    self.in_python += 1
                 pthread_mutex_unlock(&self.mutex)
-                if is_alone:
-                    with gil:
-                        self.leave()
+                self.see_that_one_finishes()
 
     def take_back(self, wanted):
         """Take calls back that no hand has begun; the requests.

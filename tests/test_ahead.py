@@ -9,13 +9,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from helpers_executor import passed
+from leaders import SIZE, StuckMkdir, count_of, led_in_turn, reading, syncing, writing
+from leaders import driver as driver
 from mounting import SOAK, wait_until
-from test_leading import SIZE, count_of, reading, syncing, writing
-from wire_kernel import Kernel, serving
+from wire_kernel import Kernel
 from wire_messages import pack, request
 
 from ninefuse.driving.request import Request
@@ -29,18 +29,9 @@ FILE, OTHER = b"file", b"other"
 @pytest.fixture
 def kernel(tmp_path: Path) -> Iterator[Kernel]:
     """A session whose threads lead in turn, on a directory with two files."""
-    for name in (FILE, OTHER):
-        (tmp_path / os.fsdecode(name)).write_bytes(b"0" * SIZE)
-    with serving(tmp_path, "role") as kernel:
-        kernel.init()
-        kernel.wait_for_leaders()
+    files = {os.fsdecode(name): b"0" * SIZE for name in (FILE, OTHER)}
+    with led_in_turn(tmp_path, files) as kernel:
         yield kernel
-
-
-@pytest.fixture
-def driver(kernel: Kernel) -> LeadingModel:
-    assert isinstance(kernel.driver, LeadingModel)
-    return kernel.driver
 
 
 @pytest.fixture
@@ -158,24 +149,17 @@ def test_none_is_made_ahead_while_a_body_is_under_way(
     kernel: Kernel, foreseen: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     handle = opened(kernel, FILE)
-    goes_on, begun = threading.Event(), threading.Event()
-
-    def stuck(*args: Any, mkdir: Any = os.mkdir, **how: Any) -> None:
-        begun.set()
-        passed(goes_on)
-        mkdir(*args, **how)
-
-    monkeypatch.setattr(os, "mkdir", stuck)
+    stuck = StuckMkdir(monkeypatch)
     unique = kernel.new_unique()
     body = pack("mkdir_in", 0o755, 0) + b"d\0"
     kernel.send(request(Opcode.MKDIR, body, unique=unique, nodeid=1, uid=os.geteuid()))
     try:
-        passed(begun)
+        stuck.wait_until_begun()
         for _ in range(20):
             kernel.get(Opcode.WRITE, writing(handle, b"x"))
             kernel.get(Opcode.FSYNC, syncing(handle))
     finally:
-        goes_on.set()
+        stuck.goes_on.set()
     assert kernel.answer(unique)[0] == 0
     kernel.settle()
     assert not foreseen

@@ -20,9 +20,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers_executor import bounded, passed
+from helpers_executor import bounded
+from leaders import SIZE, StuckMkdir, count_of, led_in_turn, reading, syncing, writing
+from leaders import driver as driver
 from mounting import SOAK, wait_until
-from wire_kernel import Kernel, serving
+from wire_kernel import Kernel
 from wire_messages import pack, request
 
 from ninefuse.calls import Fsync, Pread, Pwrite
@@ -36,24 +38,14 @@ from ninefuse.settings import LEADERS
 
 FILES = 4
 LIMIT = 1 << 20  # bytes that a file may have, in some of these tests
-SIZE = 4096
 
 
 @pytest.fixture
 def kernel(tmp_path: Path) -> Iterator[Kernel]:
     """A session whose threads lead in turn, on a directory with some files."""
-    for number in range(FILES):
-        (tmp_path / f"file{number}").write_bytes(b"%d" % number * SIZE)
-    with serving(tmp_path, "role") as kernel:
-        kernel.init()
-        kernel.wait_for_leaders()
+    files = {f"file{number}": b"%d" % number * SIZE for number in range(FILES)}
+    with led_in_turn(tmp_path, files) as kernel:
         yield kernel
-
-
-@pytest.fixture
-def driver(kernel: Kernel) -> LeadingModel:
-    assert isinstance(kernel.driver, LeadingModel)
-    return kernel.driver
 
 
 @pytest.fixture
@@ -66,23 +58,6 @@ def handles(kernel: Kernel) -> list[int]:
         said = kernel.get(Opcode.OPEN, pack("open_in", os.O_RDWR, 0), nodeid)
         found.append(int.from_bytes(said[:8], "little"))
     return found
-
-
-def writing(handle: int, data: bytes, offset: int = 0) -> bytes:
-    return pack("write_in", handle, offset, len(data), 0, 0, 0, 0) + data
-
-
-def reading(handle: int, size: int, offset: int = 0) -> bytes:
-    return pack("read_in", handle, offset, size, 0, 0, 0, 0)
-
-
-def syncing(handle: int) -> bytes:
-    return pack("fsync_in", handle, 1, 0)
-
-
-def count_of(count: int) -> bytes:
-    """As a write answers it."""
-    return count.to_bytes(8, "little")
 
 
 def test_a_lone_client_s_requests_change_threads_never(
@@ -190,15 +165,7 @@ def test_somebody_leads_while_all_others_are_in_calls(
     kernel: Kernel, handles: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Calls that do not come back: of those who lead, and of workers."""
-    goes_on = threading.Event()
-    begun: list[None] = []
-
-    def stuck(*args: Any, mkdir: Any = os.mkdir, **how: Any) -> None:
-        begun.append(None)
-        passed(goes_on)
-        mkdir(*args, **how)
-
-    monkeypatch.setattr(os, "mkdir", stuck)
+    stuck = StuckMkdir(monkeypatch)
     made = []
     try:
         for number in range(3):
@@ -208,12 +175,12 @@ def test_somebody_leads_while_all_others_are_in_calls(
             made.append(unique)
             kernel.get(Opcode.WRITE, writing(handles[0], b"x"))
             kernel.get(Opcode.FSYNC, syncing(handles[1]))
-        wait_until(lambda: len(begun) >= 2, "calls that do not come back")
+        stuck.wait_until_begun(2)
         for number in range(20):
             kernel.get(Opcode.WRITE, writing(handles[number % FILES], b"x"))
             kernel.get(Opcode.LOOKUP, b"file0\0")
     finally:
-        goes_on.set()
+        stuck.goes_on.set()
     for unique in made:
         assert kernel.answer(unique)[0] == 0
     kernel.settle()
@@ -342,14 +309,6 @@ def test_more_threads_lead_where_one_is_stuck(
     kernel: Kernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a while: a call that takes long is no reason by itself."""
-    goes_on = threading.Event()
-    begun: list[None] = []
-
-    def stuck(*args: Any, mkdir: Any = os.mkdir, **how: Any) -> None:
-        begun.append(None)
-        passed(goes_on)
-        mkdir(*args, **how)
-
     # Each in a directory of its own: in one they would wait for places.
     made, nodeids = pack("mkdir_in", 0o755, 0), []
     for number in range(2 * LEADERS):
@@ -359,7 +318,7 @@ def test_more_threads_lead_where_one_is_stuck(
     wait_until(lambda: LEADERS <= _leading(kernel) == _leaders(), "all take part")
     monkeypatch.setattr(leading, "STUCK", 0.0)
     count = _leading(kernel)  # on a busy machine they may be more by now
-    monkeypatch.setattr(os, "mkdir", stuck)
+    stuck = StuckMkdir(monkeypatch)
     uniques = [kernel.new_unique() for _ in range(count - 1)]
     sent: list[int] = []
     try:
@@ -367,11 +326,11 @@ def test_more_threads_lead_where_one_is_stuck(
             body = made + b"below\0"
             kernel.send(request(Opcode.MKDIR, body, unique=unique, nodeid=nodeid, uid=os.geteuid()))
             sent.append(unique)
-            wait_until(lambda: len(begun) == len(sent), "it is stuck")
+            stuck.wait_until_begun(len(sent))
         kernel.get(Opcode.SYMLINK, b"link\0target\0", nodeids[-1])
         wait_until(lambda: _leaders() > count, "one more leads")
     finally:
-        goes_on.set()
+        stuck.goes_on.set()
     for unique in uniques:
         assert kernel.answer(unique)[0] == 0
     kernel.settle()

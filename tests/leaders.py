@@ -1,0 +1,76 @@
+"""What tests of leader and followers share: a session led in turn, messages, a call that is stuck.
+
+A module has the fixture `driver` by importing it, beside one of its own that is called `kernel`.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers_executor import passed
+from mounting import wait_until
+from wire_kernel import Kernel, serving
+from wire_messages import pack
+
+from ninefuse.executor import LeadingModel
+
+SIZE = 4096
+
+
+@contextmanager
+def led_in_turn(directory: Path, files: dict[str, bytes]) -> Iterator[Kernel]:
+    """A session whose threads lead in turn, on a directory with these files."""
+    for name, content in files.items():
+        (directory / name).write_bytes(content)
+    with serving(directory, "role") as kernel:
+        kernel.init()
+        kernel.wait_for_leaders()
+        yield kernel
+
+
+@pytest.fixture
+def driver(kernel: Kernel) -> LeadingModel:
+    assert isinstance(kernel.driver, LeadingModel)
+    return kernel.driver
+
+
+def writing(handle: int, data: bytes, offset: int = 0) -> bytes:
+    return pack("write_in", handle, offset, len(data), 0, 0, 0, 0) + data
+
+
+def reading(handle: int, size: int, offset: int = 0) -> bytes:
+    return pack("read_in", handle, offset, size, 0, 0, 0, 0)
+
+
+def syncing(handle: int) -> bytes:
+    return pack("fsync_in", handle, 1, 0)
+
+
+def count_of(count: int) -> bytes:
+    """As a write answers it."""
+    return count.to_bytes(8, "little")
+
+
+class StuckMkdir:
+    """mkdir(2) that does not come back until `goes_on` is set."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.goes_on = threading.Event()
+        self.begun = 0
+
+        def stuck(*args: Any, mkdir: Any = os.mkdir, **how: Any) -> None:
+            self.begun += 1
+            passed(self.goes_on)
+            mkdir(*args, **how)
+
+        monkeypatch.setattr(os, "mkdir", stuck)
+
+    def wait_until_begun(self, count: int = 1) -> None:
+        """Wait until so many calls are stuck."""
+        wait_until(lambda: self.begun >= count, "calls that do not come back")

@@ -239,7 +239,7 @@ def test_a_shared_mapping_is_written_back_to_the_source(place: Place) -> None:
 
 
 def test_a_time_that_is_set_after_msync_stays(place: Place) -> None:
-    """Without msync it does not, nor does a store move it at once: README, limitations."""
+    """Without msync it does not, nor does a store move it at once: docs/limitations.md."""
     path = place.path / "file"
     path.write_bytes(b"data")
     with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as memory:

@@ -1,4 +1,4 @@
-"""What README's limitations name as a way round: idmapped sources, terminals, durability."""
+"""What docs/limitations.md names as a way round: idmapped sources, terminals, durability."""
 
 from __future__ import annotations
 

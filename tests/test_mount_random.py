@@ -120,7 +120,7 @@ class Client:
     Here is all that is known to differ between the two, and why; everything else must not.
 
     * What is open for writing with O_SYNC or O_DSYNC, or with O_RDWR and O_APPEND, cannot be
-      mapped shared through a mount (README): `map` looks that it cannot be.
+      mapped shared through a mount (docs/limitations.md): `map` looks that it cannot be.
     * The data of a FIFO never reaches the daemon, so the FIFO's times in the source do not
       move: `shown` leaves them out.
     * The size of a directory, and the positions in it, are the file system's own affair:

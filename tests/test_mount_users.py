@@ -244,7 +244,7 @@ def test_a_mount_that_must_not_be_served_is_not() -> None:
 
 @needs_namespace
 def test_a_program_that_the_user_may_not_read_does_not_start() -> None:
-    """Of a daemon of root it does (tests/test_mount_rights.py); README, limitations."""
+    """Of a daemon of root it does (tests/test_mount_rights.py); docs/limitations.md."""
     done = script_apart(
         opened_to_users()
         + BEFORE

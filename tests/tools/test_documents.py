@@ -1,4 +1,4 @@
-"""Every block of commands in README.md and docs/ is run, or it is said here why it is not.
+"""Every block of commands in README.md, beside it and in docs/ is run, or it is said why it is not.
 
 A block is what is indented by four blanks or stands between fences. Each runs in a directory of its
 own, with the paths that the pages use (/tmp/src, /tmp/mnt) below it, and with what it needs to find
@@ -51,6 +51,9 @@ RUN: dict[Key, Run] = {
     ("README.md", "mkdir -p /tmp/src /tmp/mnt"): Run(
         (r"1000\+0 records out",), after="test $(stat -c %s /tmp/src/file) = 4096000"
     ),
+    ("docs/index.md", "mkdir -p /tmp/src /tmp/mnt"): Run(
+        after="cmp /etc/hostname /tmp/src/hostname"
+    ),
     ("docs/architecture.md", "from ninefuse import ops"): Run((r"^b'[^']+\\n'$",)),
     ("docs/adding-an-operation.md", "import errno"): Run((r"^1048576$",)),
     ("docs/observing.md", "ninefuse-stat /tmp/mnt"): Run(
@@ -92,8 +95,7 @@ NOT_RUN: dict[Key, str] = {
     ("README.md", "make demo "): "takes a minute: test_demo.py; and make test is running this",
     ("README.md", "dd if=/dev/zero of=/tmp/mnt/file     "): PICTURE,
     ("README.md", "source         none"): TABLE,
-    ("README.md", "ninefuse [options] SRC MNT"): "how the command is written",
-    ("README.md", "bin/ninefuse-serve"): "goes on for ever: test_serve_command.py",
+    ("docs/index.md", "make demo"): "takes a minute: test_demo.py",
     ("docs/options.md", "ninefuse [options] SRC MNT"): "how the command is written",
     ("docs/architecture.md", "dd if=/dev/zero of=/mnt/file     "): PICTURE,
     ("docs/architecture.md", "echo 16000 > /sys/fs/fuse/"): "test_mount_slow.py writes there",
@@ -131,7 +133,7 @@ NOT_RUN: dict[Key, str] = {
 
 
 def pages() -> list[str]:
-    paths = [REPO / "README.md", *(REPO / "docs").glob("*.md")]
+    paths = [*REPO.glob("*.md"), *(REPO / "docs").glob("*.md")]
     return sorted(str(path.relative_to(REPO)) for path in paths)
 
 

@@ -51,7 +51,7 @@ def test_a_page_is_up_to_date(made: Path, name: str) -> None:
 
 
 def test_the_options_are_listed_once() -> None:
-    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
     listed = [
         path.name for path in pages if re.search(r"^\| `(-o )?cache=", path.read_text(), re.M)
     ]

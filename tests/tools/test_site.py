@@ -44,14 +44,17 @@ def shown(page: Path) -> str:
     return " ".join(html.unescape(re.sub("<[^>]*>", "", page.read_text())).split())
 
 
-def test_readmes_sections_are_in_their_places(site: Path) -> None:
-    index = shown(site / "index.html")
-    assert "make demo # mount a directory" in index
-    assert "bin/ninefuse /tmp/src /tmp/mnt" in index
+def test_every_page_is_there_with_its_text(site: Path) -> None:
+    assert "make demo # mount a directory" in shown(site / "readme-page.html")
+    assert "bin/ninefuse /tmp/src /tmp/mnt" in shown(site / "index.html")
     assert "--engine auto|threads|uring" in shown(site / "options.html")
-    assert "These are Linux's, or FUSE's." in shown(site / "limitations.html")
-    for page in site.glob("*.html"):
-        assert "README:" not in page.read_text(), page
+    assert "Nearly all of it is Linux's or FUSE's." in shown(site / "limitations.html")
+    assert "How to report" in shown(site / "security.html")
+
+
+def test_a_page_leads_to_those_beside_readme_and_back(site: Path) -> None:
+    assert 'href="readme-page.html"' in (site / "index.html").read_text()
+    assert 'href="reliability.html#the-rule"' in (site / "security.html").read_text()
 
 
 def test_a_page_needs_nothing_from_elsewhere(site: Path) -> None:
@@ -59,16 +62,31 @@ def test_a_page_needs_nothing_from_elsewhere(site: Path) -> None:
         assert not re.findall(r'(?:src|<link [^>]*href)="(?:https?:)?//', page.read_text()), page
 
 
-def test_a_link_that_leads_nowhere_is_an_error(tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "docs", tmp_path / "docs")
-    for name in ("mkdocs.yml", "README.md", "tools/site.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy2(ROOT / name, tmp_path / name)
-    with open(tmp_path / "docs/caching.md", "a") as page:
-        page.write("\n[nowhere](models.md#no-such-heading)\n")
+@pytest.mark.parametrize(
+    ("page", "added", "told"),
+    [
+        ("docs/caching.md", "[nowhere](models.md#no-such-heading)", "no-such-heading"),
+        ("docs/caching.md", "[nowhere](../ninefuse/no_such_module.py)", "no_such_module.py"),
+        ("CONTRIBUTING.md", "[nowhere](docs/models.md#no-such-heading)", "no-such-heading"),
+        ("README.md", "[nowhere](docs/no-such-page.md)", "no-such-page.md"),
+        ("CHANGELOG.md", "[nowhere](README.md#no-such-heading)", "no-such-heading"),
+        ("docs/caching.md", None, "caching.md is blank"),
+    ],
+)
+def test_a_dead_link_and_a_blank_page_are_errors(
+    page: str, added: str | None, told: str, tmp_path: Path
+) -> None:
+    for name in ("ninefuse", "tests"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for name in ("docs", "share", "tools"):  # the hook looks from where it stands
+        shutil.copytree(ROOT / name, tmp_path / name)
+    for path in (ROOT / "mkdocs.yml", ROOT / "LICENSE", *ROOT.glob("*.md")):
+        shutil.copy2(path, tmp_path)
+    text = (tmp_path / page).read_text()
+    (tmp_path / page).write_text("# Caching\n" if added is None else f"{text}\n{added}\n")
     done = build(tmp_path, tmp_path / "site")
     assert done.returncode != 0
-    assert "no-such-heading" in done.stdout + done.stderr
+    assert told in done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -126,7 +126,7 @@ class Client:
     * The size of a directory, and the positions in it, are the file system's own affair:
       `shown` and `lseek` leave them out.
     * What root writes to keeps its set-user-id bit, but a daemon has laid down the capability for
-      that (docs/architecture.md): so does the child that makes the calls, if it is root's.
+      that (docs/rights.md): so does the child that makes the calls, if it is root's.
     * A page of a shared mapping is written back by the daemon, with a write like any other, which
       takes set-user-id and set-group-id bits away; a write to a mapping of a plain file does
       not. `map` leaves alone what has such a bit.

@@ -82,35 +82,37 @@ class Picture:
         return "\n".join([*self._parts, "</svg>\n"])
 
 
-# Stretches of one request: lane, kind, width, words. A change of lane is a crossing.
+# Stretches of one request: lane, kind, width, words. A change of lane is a crossing, but to what
+# runs beside it ("wait"), which takes no time of the request's.
+_MKDIR = (
+    ("call", 90, "mkdirat"),
+    ("body", 60, "body"),
+    ("call", 90, "statx"),
+    ("body", 60, "body"),
+)
+_BEGIN = ("dispatcher", "body", 60, "body")
 _WAYS = {
-    "none: the dispatcher makes every call itself": (
-        ("dispatcher", "body", 60, "body"),
-        ("dispatcher", "call", 90, "chmod"),
-        ("dispatcher", "body", 60, "body"),
-        ("dispatcher", "call", 90, "truncate"),
-        ("dispatcher", "body", 60, "body"),
+    "none: a mkdir. The dispatcher makes every call itself": (
+        _BEGIN,
+        *(("dispatcher", *stretch) for stretch in _MKDIR),
     ),
     "first: each call goes to a worker, and its result comes back": (
-        ("dispatcher", "body", 60, "body"),
-        ("worker", "call", 90, "chmod"),
-        ("dispatcher", "body", 60, "body"),
-        ("worker", "call", 90, "truncate"),
-        ("dispatcher", "body", 60, "body"),
+        _BEGIN,
+        *(("worker" if one[0] == "call" else "dispatcher", *one) for one in _MKDIR),
     ),
-    "second: the rest of the body goes to a worker, from the first call that blocks": (
-        ("dispatcher", "body", 60, "body"),
-        ("worker", "call", 90, "chmod"),
-        ("worker", "body", 60, "body"),
-        ("worker", "call", 90, "truncate"),
-        ("worker", "body", 60, "body"),
+    "second, as in 2010: the rest of the body goes to a worker": (
+        _BEGIN,
+        *(("worker", *stretch) for stretch in _MKDIR),
     ),
-    "second, where io_uring or the dispatcher makes the calls": (
-        ("dispatcher", "body", 60, "body"),
-        ("io_uring", "call", 90, "write"),
-        ("dispatcher", "body", 60, "body"),
-        ("dispatcher", "call", 60, "statx"),
-        ("dispatcher", "body", 60, "body"),
+    "second, by default: the role changes threads, not the request": (
+        ("leader-0", "body", 60, "body"),
+        ("leader-1", "wait", 200, "reads the next request"),
+        *(("leader-0", *stretch) for stretch in _MKDIR),
+    ),
+    "second, with --engine uring: a write, whose call io_uring makes": (
+        _BEGIN,
+        ("io_uring", "call", 90, "pwrite"),
+        _BEGIN,
     ),
 }
 _GAP = 26  # for the arrow of a crossing
@@ -122,20 +124,24 @@ def way() -> str:
     picture = Picture(700, 10 + high * len(_WAYS), "A request's way through none, first and second")
     for n, (title, stretches) in enumerate(_WAYS.items()):
         top = 10 + n * high
-        other = "io_uring" if any(one[0] == "io_uring" for one in stretches) else "worker"
-        lanes = {"dispatcher": top + 28, other: top + 80}
-        crossings = sum(a[0] != b[0] for a, b in zip(stretches, stretches[1:], strict=False))
-        changes = crossings if other == "worker" else 0
+        home = stretches[0][0]
+        other = next((one[0] for one in stretches if one[0] != home), "worker")
+        lanes = {home: top + 28, other: top + 80}
+        threads = [lane for lane, kind, *_ in stretches if kind != "wait" and lane != "io_uring"]
+        changes = sum(a != b for a, b in zip(threads, threads[1:], strict=False))
         count = f"{changes} change{'s' * (changes != 1)} of thread"
         picture.text(10, top + 14, title, "title")
         picture.text(690, top + 14, count, "note", "end")
         for name, y in lanes.items():
             picture.text(82, y + 18, name, "note", "end")
             picture.line(90, y + 13, 690, y + 13)
-        x, before = 100.0, "dispatcher"
+        x, before = 100.0, home
         for lane, kind, wide, words in stretches:
             if lane != before:
                 picture.arrow((x, lanes[before] + 13), (x + _GAP, lanes[lane] + 13))
+                if kind == "wait":
+                    picture.box(kind, x + _GAP, lanes[lane], wide, words)
+                    continue
                 x += _GAP
             picture.box(kind, x, lanes[lane], wide, words)
             x, before = x + wide, lane
@@ -208,13 +214,10 @@ def locks() -> str:
         picture.text(118, top + 24, name, "note", "end")
         picture.line(124, top + 68, 710, top + 68)
         for begin, end, kind, words in spans:
-            inner = kind == "call" and len(spans) > 1
-            picture.box(kind, 130 + begin, top + (36 if inner else 4), end - begin, words)
-        # The table's lock: for dictionary work, never while a call is under way.
-        for begin, end, kind, _ in spans:
-            if kind == "call":
-                for x in (130 + begin - 8, 130 + end + 2):
-                    picture.tick(x, top + 52)
+            picture.box(kind, 130 + begin, top + 4, end - begin, words)
+            # A lookup looks into the table, for dictionary work, with the outer lock in hand.
+            if kind == "state" and name.startswith("lookup"):
+                picture.tick(130 + (begin + end) / 2, top + 56)
     picture.arrow((370, 38), (370, 108))
     picture.arrow((570, 112), (570, 182))
     picture.tick(14, 348)

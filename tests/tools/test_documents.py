@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,11 +98,12 @@ NOT_RUN: dict[Key, str] = {
     ("README.md", "source         none"): TABLE,
     ("docs/index.md", "make demo"): "takes a minute: test_demo.py",
     ("docs/options.md", "ninefuse [options] SRC MNT"): "how the command is written",
+    ("docs/architecture.md", "programs "): PICTURE,
     ("docs/architecture.md", "dd if=/dev/zero of=/mnt/file     "): PICTURE,
     ("docs/architecture.md", "echo 16000 > /sys/fs/fuse/"): "test_mount_slow.py writes there",
     ("docs/conformance.md", "make conformance"): "needs pjdfstest, built: test_conformance.py",
-    ("docs/models.md", "async def setattr("): "a body in outline",
-    ("docs/models.md", "dispatcher  ──body──[chmod]"): PICTURE,
+    ("docs/models.md", "async def mkdir("): "a body in outline",
+    ("docs/models.md", "dispatcher  ──body──[mkdir]"): PICTURE,
     ("docs/models.md", "dispatcher  ──body──┐         ┌"): PICTURE,
     ("docs/models.md", "dispatcher  ──body──┐\n"): PICTURE,
     ("docs/models.md", "leader-0 "): PICTURE,
@@ -226,3 +228,14 @@ def test_the_table_of_operations_is_that_of_the_callbacks() -> None:
     assert documented == written
     for name in documented:
         assert inspect.iscoroutinefunction(vars(Adapter).get(name)) == hasattr(Operations, name)
+
+
+def test_every_module_is_among_the_rooms() -> None:
+    """By its name in code; one that stands in several districts, once for each."""
+    named = Counter(re.findall(r"`(\w+\.pyx?)`", (REPO / "docs/rooms.md").read_text()))
+    there = Counter(
+        path.name for path in (REPO / "ninefuse").rglob("*.py*") if path.suffix in (".py", ".pyx")
+    )
+    del there["__init__.py"]
+    assert {name for name, times in there.items() if named[name] < times} == set()
+    assert named.keys() - there.keys() == set()

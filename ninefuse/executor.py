@@ -1,29 +1,76 @@
 """The threading models: three drivers of the same operation bodies.
 
-A body (ninefuse/ops/) is a coroutine that yields a command wherever it may block
-(calls.py). A driver decides on which thread each call is made:
+An operation (ninefuse/ops/) is a coroutine, a *body*, written as if it were alone in the world:
+look up a fid, make a system call, look at its result, make another. It holds no thread. Wherever
+it may block it stops, by ``await``, and hands out a command (calls.py): make this call, take this
+lock, wait for that. A *driver* takes the command, sees to it, and sends the result back in. Which
+thread it uses for that the body never learns. That is the one thing in which the models differ:
 
-* `NoThreading`: the dispatcher makes every call itself, one request at a time. Put aside is
-  only what waits for a lock of a file, which another request may have to give back.
-* `FirstModel`: each call goes to a worker, its result comes back to the dispatcher,
-  which runs the body on to its next call: two crossings for each blocking call.
-* `SecondModel`: the dispatcher runs the body to its first blocking call and hands the rest to
-  a worker, which makes every later call in place: one crossing, whatever the body does.
-  `LeadingModel` hands over the dispatcher's role instead: no crossing.
+* `NoThreading`: the thread that took the request makes every call itself, one request at a time.
+* `FirstModel`: each call goes to a worker, and its result comes back before the body goes on.
+  With b calls a request changes threads 2b times.
+* `SecondModel`: the body runs here up to its first call that blocks. The *rest of the body* goes
+  to a worker, which makes every later call in place: one change of thread, whatever the body does.
+* `LeadingModel`, the second one's default: not the request changes threads but the *role* of
+  taking requests. Whoever took one lets another thread take the next, and then makes the call.
 
-``driver.start(name, body, done)`` starts a body; ``done(request)`` is called where it ends, on
-whatever thread that is, and ``request.result()`` returns what it returned or raises what it
-raised. A driver knows nothing of trio or FUSE: whoever runs the dispatcher tells it when that is
-about to sleep and when it has slept (driving/dispatcher.py); awaiting.py does that for trio.
+So a request is a body and the place where it stopped, and a driver a few lines around the loop
+that any of them has: ``step = self.advance(request)`` runs the body to its next command. `CALL`
+says that a call is to be made (``request.perform()``), `PARKED` that the body waits for something
+and is nobody's until `resume`, `DONE` that it has ended. The loop is in driving/driver.py.
 
-The dispatcher is the thread that starts requests. Of a threading model it makes only calls that
-have a form which waits for nobody (`Call.quick`), however short others were before: one caller
-can keep the lock of an inode for as long as he likes, and all would wait with the dispatcher.
-A started body always runs to its end. A body that has to wait for a lock is put aside and
-occupies no thread; whoever lets the lock go resumes it. No operation makes a call while it holds
-one (the tests check).
+**The dispatcher** is the thread that starts requests. Others may become it in turn, but there is
+one at a time. So bodies start in the order in which requests came, and what a body says before its
+first call (which bytes it is going to change) is said in that order. Were it otherwise, a read
+could overtake a write of the same bytes, and the kernel would keep the old page for good.
 
-The base of all three, which runs a body to its next command, is driving/driver.py.
+What is guaranteed
+------------------
+
+1. A body that has started runs to its end, whatever becomes of its caller. ``done(request)`` is
+   called there, once, on whatever thread that is. If a body were dropped half-way, a descriptor
+   would stay open, or a fid half opened, and no one would be left to notice.
+2. One thread at a time runs a body. From the moment that `advance` says PARKED, no driver touches
+   the request: the thread that resumes it may be faster than the one that has put it aside. What
+   waits is in one place, and goes on with whoever takes it out of there, in one step.
+3. No call is made while the body holds a lock that others want. A call may be stuck for as long as
+   some caller likes, and all who want the lock would be stuck with it. A body that waits for a lock
+   is put aside on no thread, and whoever gives the lock back resumes it. So a pool of one thread
+   gets through any number of renames. (Locks inside the tables are held for microseconds.)
+4. A call takes no more than its share. Each names the inode that it may get stuck on, and each
+   request its user. At most half of the workers are in one inode's calls. So a file on a disk
+   that hangs stops those who ask for that file, and nobody else.
+5. An exception ends a request, never a driver: what a call raises is thrown into the body, what
+   the body raises is the request's result.
+
+What may run where
+------------------
+
+* **On the dispatcher**: bodies between their calls, and calls that have a form which waits for
+  nobody (`Call.quick`). Nothing else, however short it was so far. An ordinary user can hold the
+  lock of a file for ever: by a write from memory that a FUSE server of his own never brings. If
+  the dispatcher made a chmod of that file, it would wait for this lock, and all requests with it,
+  perhaps the very one that would end it. Of the past nothing can be concluded.
+* **On a worker, or on a thread that has passed the role on**: any call; under the second model the
+  body around it, too. There is always one thread left to lead: `LeadingModel` asks the crew
+  (fuse/leading.py) before it keeps a request, and gives it to a worker if nobody would be left.
+* **Without Python's interpreter lock**: *plain* calls, whose good outcome is the answer itself (a
+  read, a write, a sync). They are made and answered in compiled code, and `finish` runs what is
+  left of the body afterwards. An error, or a short count, goes on in the body, which answers then.
+* **In io_uring** (`SecondModel.uring`): reads, writes and syncs of local files, queued and taken
+  back by the dispatcher.
+* **Nowhere here**: closing files. A last close may take seconds, so a body leaves it behind
+  (driving/deferred.py), and `left_behind` has it made by whoever has time after the answer.
+
+Under `NoThreading` all of this is one thread. It can promise neither 4 nor that others go on during
+a call: that is what it is there to show. Even there a body that waits for a lock of a *file* is put
+aside, since it is another request that will give that back.
+
+Who runs the dispatcher (the FUSE session, or trio by awaiting.py) tells the driver when it is about
+to sleep (`before_wait`) and when it has slept (`after_wait`). What other threads have for it is
+posted (driving/dispatcher.py) and run there. A driver knows nothing else of its surroundings: no
+FUSE, no 9P, no trio, no operation. So the tests drive bodies without a mount, and a model of one's
+own is a class of some thirty lines (docs/new-model.md).
 
 Locks touched: whatever bodies ask for, and the pool's mutex.
 """

@@ -1,19 +1,65 @@
 """A FUSE session of our own: requests straight from the device, answers straight to it.
 
-One thread, the dispatcher, reads the device and starts what it reads; a request's answer is
-written by the thread where its body ended. So under the second model a request crosses threads
-once, and nobody waits for the dispatcher to have it answered.
+FUSE is a queue. When a program opens a file on the mount, Linux puts a message into the queue:
+LOOKUP, OPEN, with a number of its own (`unique`). The program sleeps. A daemon reads the message
+from the device /dev/fuse with read(2), does what it asks, and writes an answer with the same number
+by writev(2). The program goes on. There is nothing more to it. But for as long as a message is not
+answered its program sleeps, and Linux may hold locks for it: of the directory in which it looks a
+name up, of the page that it reads. A daemon that answers late stops more than one program.
 
-What is relied on:
+The way of a message here:
 
-* The dispatcher alone reads. So requests are started in the order in which the kernel sent them,
-  and an INTERRUPT is never read before what it is about.
-* The device does not block (O_NONBLOCK): a request that is withdrawn between the moment it is
-  announced and the read costs a try. The dispatcher sleeps in poll(2) alone, without the
-  interpreter's lock, and is woken by the device, by an eventfd, or by the engine.
-* An answer that nobody took (its caller is gone) is taken back: a lookup that was counted is
-  counted no more, a file that was opened is closed.
-* No exception leaves a request. What fails unexpectedly is answered with EIO.
+    Device.receive (_wire.pyx)    read(2), lengths checked, decoded to a `Message`
+    NativeSession.take            the row of its opcode (rows.py); the row makes the body
+    Executor.admit, drive         the driver runs the body (executor.py), on whichever threads
+    NativeSession._answer         where the body ended: the row encodes the result, writev(2)
+
+The first step and the last hold no interpreter lock. The session takes no decision about files:
+callbacks.py has what each request means, executor.py where it is done. Here is what lies between.
+
+What is guaranteed
+------------------
+
+* **One thread reads at a time**: the dispatcher, here in `run`, or whoever leads, in leading.py and
+  _role.pyx. So requests start in the order in which Linux sent them, and an INTERRUPT is never read
+  before what it is about.
+* **Any thread answers**: the one where the body ended. Nobody waits for the dispatcher to have a
+  request answered, so under the second model it crosses threads once, or never. A writev to the
+  device is one message, whole or not at all, so answers need no lock among each other.
+* **Each message has one answer**, if it wants one. A body that fails is answered with its errno. A
+  failure that nobody thought of is logged and answered with EIO. No exception leaves a request,
+  since it would end the loop, and with it the mount: every program on it would get ENOTCONN.
+  FORGET, BATCH_FORGET and INTERRUPT want none; an answer to them would be one to nobody.
+* **What nobody took is taken back.** An answer gives things away: a lookup is counted by Linux, an
+  open has a handle. If the caller was killed meanwhile, writev(2) says ENOENT. Linux has not got
+  the answer then, and will never send the FORGET or the RELEASE. Without `undo` the node or the
+  open file would stay for as long as the mount.
+* **Counted before it is told.** `_answer` counts a request and takes it out of what is under way
+  before it writes. A program that has its answer may look at the counters at once. (Plain calls are
+  answered first, in _role.pyx: for these the counters are behind by a moment.)
+
+What would go wrong otherwise
+-----------------------------
+
+* If the device blocked: a request may be withdrawn between the moment that poll(2) announces it and
+  the read. The read would then sleep until the next request, with all that the thread has to do.
+  So the device has O_NONBLOCK, and such a request costs a try. The dispatcher sleeps in poll(2)
+  alone, and is woken by the device, by an eventfd (`_be_woken`, any thread), or by the engine.
+* If the device were read without a bound: 20,000 requests stuck on a dead disk would take the
+  memory. At that the device is read no more (`is_full`). Those that wait for a lock of a file or
+  a lease do not count. What they wait for may have to come by the device, and it would never be
+  read.
+* If one user could have all these: `has_too_many` refuses, with an errno that the program and the
+  kernel can bear (`refusal`). Never a release, a forget or an unlock: they give something back.
+* If the descriptor were closed when the mount ends: its number could be given to another file, and
+  a worker that is about to answer would write into that. `leave` puts /dev/null in its place, and
+  `close` gives the number back when nothing is under way any more.
+* If an INTERRUPT ended a request that has had an effect: the program would repeat it. A request
+  that only waits is withdrawn. Any other goes on, as a system call on a disk does (`_interrupt`).
+
+INIT is the first message, and nothing else is served before it: it says which of the protocol's
+features both sides have (handshake.py). An opcode that is not known is answered with ENOSYS, upon
+which Linux does something of its own and asks no more.
 
 Locks touched: none but the driver's.
 """

@@ -47,7 +47,8 @@ help:
 	@echo '             pjdfstest, built there, on mounts of each model and engine; as root'
 	@echo '             ARGS="--rows second --only chmod/*.t": further arguments'
 	@echo 'make check   ruff check, ruff format --check, mypy --strict, lint-imports (which district imports'
-	@echo '             which: setup.cfg), and the site of docs/ in build/site'
+	@echo '             which: setup.cfg), and the site of the pages in build/site, with dead links and'
+	@echo '             blank pages as errors'
 	@echo 'make pages   write anew what follows from the options: man pages, completions; and pictures'
 	@echo 'make clean   remove .venv, caches and build leftovers'
 

@@ -234,6 +234,11 @@ def test_the_oldest_python_is_the_same_everywhere() -> None:
     )
 
 
+def test_the_classifiers_name_each_python_and_none_else() -> None:
+    named = re.findall(r"Python :: (3\.\d+)$", setup_cfg()["metadata"]["classifiers"], re.M)
+    assert named == list(PYTHONS)
+
+
 # ---- the wheel ----------------------------------------------------------------------------------
 
 

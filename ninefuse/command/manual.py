@@ -52,13 +52,14 @@ COMMAND_LINE = (
     Text(
         "--engine auto|threads|uring",
         "what makes calls beneath the model (auto)",
-        ", if it is the second and hands over requests: [io_uring](models.md#io_uring) where there "
-        "is one (`auto`; not with `inline=off`), or workers only",
+        ", where the second model hands over requests. `auto`: [io_uring](models.md#io_uring) if "
+        "there is one, but not with `inline=off`. `threads`: workers only. `uring`: io_uring, or "
+        "an error if there is none",
     ),
     Text(
         "--session auto|native|pyfuse3",
         "who speaks with the kernel (auto)",
-        ": `native`, or where that was not built `pyfuse3`, "
+        ". `auto`: `native`, or where that was not built `pyfuse3`, "
         "which knows [less](mounting.md#the-session-of-pyfuse3)",
     ),
     Text(
@@ -116,7 +117,7 @@ MOUNT = (
         "ro, rw, dev, nodev, suid, nosuid, exec, noexec, sync, async, dirsync, atime, noatime, "
         "diratime, nodiratime",
         "as in mount(8), but `nodev` and `nosuid` unless told otherwise",
-        "; and what the mount that the source lies on forbids, is forbidden whatever is said",
+        ". What the mount forbids that the source lies on, is forbidden whatever is said",
     ),
     Text(
         "allow_other",
@@ -136,9 +137,9 @@ MOUNT = (
     Text(
         "cache=none|auto|loose",
         "[what the kernel may remember](caching.md)",
-        ": nothing, for 1 second (default), or for a day (for exclusive use of the source). "
-        "v9fs's names for these are taken too: `readahead` and `mmap` for `auto`, "
-        "`fscache` for `loose`",
+        ". `none`: nothing. `auto` (default): for 1 second. `loose`: for a day, for exclusive use "
+        "of the source. v9fs's names are taken too: `readahead` and `mmap` for `auto`, `fscache` "
+        "for `loose`",
     ),
     Text("attr_timeout=, entry_timeout=, negative_timeout=", "seconds, each for itself"),
     Text(
@@ -149,41 +150,40 @@ MOUNT = (
     Text(
         "osync=direct|cached",
         "writes of O_SYNC and O_DSYNC opens",
-        ": one durable write past the page cache (default), or a cached write and an fsync "
-        "(default with `cache=none`), for programs that map such a file shared before Linux 6.6, "
-        "or with `--session pyfuse3`",
+        ". `direct` (default): one durable write past the page cache. `cached` (default with "
+        "`cache=none`): a cached write and an fsync, for programs that map such a file shared "
+        "before Linux 6.6, or with `--session pyfuse3`",
     ),
     Text(
         "data=daemon|kernel",
         "[who reads and writes files](operations.md#files-that-the-kernel-reads-and-writes)",
-        ": the daemon (default), or the kernel itself, which then reads, writes and maps the "
-        "source's files and asks the daemon for names and attributes alone; as root, from Linux "
-        "6.9 on, not with noatime",
+        ". `daemon` is the default. `kernel`: the kernel reads, writes and maps the source's files "
+        "itself, and asks the daemon for names and attributes alone; as root, from Linux 6.9 on, "
+        "not with noatime",
     ),
     Text(
         "inline=auto|off",
         "whether the dispatcher makes calls itself",
-        " that wait for nobody, under the second model (default), "
-        "[or not](models.md#until-it-would-block)",
+        " that [wait for nobody](models.md#until-it-would-block), under the second model. `auto` "
+        "(default): it does. `off`: workers make all calls",
     ),
     Text(
         "handover=auto|role|request",
         "what changes threads under the second model (auto)",
-        ": the [role](models.md#leader-and-followers) of the dispatcher, or the request, as in "
-        "2010; the role where the native session serves (`auto`), but with `--engine uring` or "
-        "`inline=off`",
+        ". `role`: the [role](models.md#leader-and-followers) of the dispatcher. `request`: the "
+        "request, as in 2010. `auto`: the role where the native session serves, but the request "
+        "with `--engine uring` or `inline=off`",
     ),
     Text(
         "cpus=one|all",
         "keep the daemon's threads on one processor",
-        ", which is faster where requests are handed to workers (default there), or not",
+        ", or on all. `one` is faster, and the default, where requests are handed to workers",
     ),
     Text(
         "max_inodes=",
-        "how many files the kernel may know",
-        " before it is asked to forget those long unused, from Linux 6.18 on "
-        f"({DEFAULT_MAX_INODES:,}; each takes some 500 bytes in the daemon, and more in the "
-        "kernel); 0: no limit",
+        f"how many files the kernel may know ({DEFAULT_MAX_INODES:,})",
+        " before it is asked to forget those long unused, from Linux 6.18 on. Each takes some 500 "
+        "bytes in the daemon, and more in the kernel. 0: no limit",
     ),
     *CLIENTS,
     Text("fsname=, subtype=, auto_unmount", "as in mount.fuse3(8)"),

@@ -53,7 +53,7 @@ What may run where
   perhaps the very one that would end it. Of the past nothing can be concluded.
 * **On a worker, or on a thread that has passed the role on**: any call; under the second model the
   body around it, too. There is always one thread left to lead: `LeadingModel` asks the crew
-  (fuse/leading.py) before it keeps a request, and gives it to a worker if nobody would be left.
+  (driving/crew.py) before it keeps a request, and gives it to a worker if nobody would be left.
 * **Without Python's interpreter lock**: *plain* calls, whose good outcome is the answer itself (a
   read, a write, a sync). They are made and answered in compiled code, and `finish` runs what is
   left of the body afterwards. An error, or a short count, goes on in the body, which answers then.

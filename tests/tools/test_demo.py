@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from blocks import block_of
 from mounting import wait_until
 
 import ninefuse
@@ -313,3 +314,14 @@ def test_without_repetitions_nothing_is_said_of_them() -> None:
     once = {x: {name: runs[:1] for name, runs in row.items()} for x, row in results(1).items()}
     assert "one run each" in demo.table(once)[0]
     assert len(demo.summary(once)) == 1
+
+
+def test_readme_shows_such_a_table() -> None:
+    """Its heading and the width of its columns are what the demo prints now."""
+    _, text = block_of(("README.md", "source         none"))
+    shown, printed = text.splitlines(), demo.table(results(1))
+    assert shown[:2] == printed[-4:-2]
+    assert [int(row.split()[0]) for row in shown[2:]] == [1, 2, 5, 10]
+    for row in shown[2:]:
+        assert len(row) == len(printed[-3]), row
+        assert len(row.split()) == len(printed[-2].split()), row

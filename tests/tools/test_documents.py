@@ -239,3 +239,8 @@ def test_every_module_is_among_the_rooms() -> None:
     del there["__init__.py"]
     assert {name for name, times in there.items() if named[name] < times} == set()
     assert named.keys() - there.keys() == set()
+
+
+def test_readme_is_two_screens() -> None:
+    """What is more has its page in docs/."""
+    assert len((REPO / "README.md").read_text().splitlines()) <= 110

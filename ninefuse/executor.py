@@ -50,7 +50,7 @@ What may run where
   nobody (`Call.quick`). Nothing else, however short it was so far. An ordinary user can hold the
   lock of a file for ever: by a write from memory that a FUSE server of his own never brings. If
   the dispatcher made a chmod of that file, it would wait for this lock, and all requests with it,
-  perhaps the very one that would end it. Of the past nothing can be concluded.
+  perhaps the very one that would end it. That it was quick before proves nothing.
 * **On a worker, or on a thread that has passed the role on**: any call; under the second model the
   body around it, too. There is always one thread left to lead: `LeadingModel` asks the crew
   (driving/crew.py) before it keeps a request, and gives it to a worker if nobody would be left.

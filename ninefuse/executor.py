@@ -85,7 +85,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
-from ninefuse.calls import Body, Fsync, Later, Pwrite
+from ninefuse.calls import Body, Call, Fsync, Later, Pwrite
 from ninefuse.driving import plugin
 from ninefuse.driving.clock import STUCK
 from ninefuse.driving.crew import Crew
@@ -379,11 +379,14 @@ class LeadingModel(SecondModel):
         call = request.call
         assert call is not None
         if request.is_plain and self.crew.reserve(request):
+            if call.on is not None and self.crew.sets_aside(call.on):
+                request.is_counted, request.is_aside = False, True
             if self.crew.hand(request):
                 return
             if self.crew.pass_on():
                 request.in_place = True
                 return
+            self._comes_back(request, call, goes_on=True)
             self.crew.free(request.user, call.on)
         request.plain = None  # it has no place as such
         job = partial(self._rest, request)
@@ -412,6 +415,16 @@ class LeadingModel(SecondModel):
             request.call, request.error = None, error(errno.EIO)
             self._hand_over(request, self.advance(request))
         return False
+
+    def wait_a_while(self, request: Request, later: Later) -> bool:
+        """As of an `Executor`. Calls may be made ahead meanwhile: it holds no lock, and no turn."""
+        is_counted, request.is_counted = request.is_counted, False
+        if is_counted:
+            self.crew.ends()
+        waits = super().wait_a_while(request, later)
+        if is_counted and not waits:
+            self._goes_on(request)
+        return waits
 
     def rest(self, request: Request) -> None:
         """Make the call of a request that is in place, and all later ones, on this thread."""
@@ -449,10 +462,32 @@ class LeadingModel(SecondModel):
                 request.is_answered = is_answered
             request.call = None
             step = self.advance(request)
+        self._comes_back(request, call, goes_on=step is not Step.DONE)
         self._hand_over(request, step)
+
+    def _rest(self, request: Request) -> None:
+        if isinstance(request.waits, Later) and request.done is not None:
+            self._goes_on(request)
+        super()._rest(request)
+
+    def _goes_on(self, request: Request) -> None:
+        request.is_counted = True
+        self.crew.goes_on()
+
+    def _comes_back(self, request: Request, call: Call[Any], *, goes_on: bool) -> None:
+        """A body that was set aside goes on, or has ended."""
+        if request.is_aside:
+            request.is_aside = False
+            goes_on = goes_on and not request.is_counted
+            if goes_on:
+                request.is_counted = True
+            assert call.on is not None
+            self.crew.comes_back(call.on, goes_on=goes_on)
 
     def leave_to_workers(self, request: Request) -> None:
         """Have a worker make a request's call. Any thread."""
+        assert request.call is not None
+        self._comes_back(request, request.call, goes_on=True)
         self._hand_over(request, Step.CALL)
 
     def slow_requests(self, older_than: float) -> list[str]:
@@ -489,6 +524,7 @@ class LeadingModel(SecondModel):
     def _unqueue(self, request: Request) -> bool:
         if self.crew.take_back(request):
             assert request.call is not None
+            self._comes_back(request, request.call, goes_on=True)
             self.crew.free(request.user, request.call.on)
             return True
         return super()._unqueue(request)

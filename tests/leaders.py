@@ -1,13 +1,14 @@
 """What tests of leader and followers share: a session led in turn, messages, a call that is stuck.
 
-A module has the fixture `driver` by importing it, beside one of its own that is called `kernel`.
+A module has the fixtures `driver` and `foreseen` by importing them, beside one of its own that is
+called `kernel`.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from mounting import wait_until
 from wire_kernel import Kernel, serving
 from wire_messages import pack
 
+from ninefuse.driving.request import Request
 from ninefuse.executor import LeadingModel
+from ninefuse.fuse.opcodes import Opcode
 
 SIZE = 4096
 
@@ -40,6 +43,19 @@ def driver(kernel: Kernel) -> LeadingModel:
     return kernel.driver
 
 
+@pytest.fixture
+def foreseen(driver: LeadingModel, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the callbacks whose calls were made ahead."""
+    names: list[str] = []
+
+    def foresee(request: Request, real: Callable[[Request], bool] = driver.foresee) -> bool:
+        names.append(request.name)
+        return real(request)
+
+    monkeypatch.setattr(driver, "foresee", foresee)
+    return names
+
+
 def writing(handle: int, data: bytes, offset: int = 0) -> bytes:
     return pack("write_in", handle, offset, len(data), 0, 0, 0, 0) + data
 
@@ -55,6 +71,16 @@ def syncing(handle: int) -> bytes:
 def count_of(count: int) -> bytes:
     """As a write answers it."""
     return count.to_bytes(8, "little")
+
+
+def nodeid_of(kernel: Kernel, name: bytes) -> int:
+    return int.from_bytes(kernel.get(Opcode.LOOKUP, name + b"\0")[:8], "little")
+
+
+def opened(kernel: Kernel, name: bytes, flags: int = os.O_RDWR) -> int:
+    said = kernel.get(Opcode.OPEN, pack("open_in", flags, 0), nodeid_of(kernel, name))
+    kernel.settle()  # so that the next call may be made ahead
+    return int.from_bytes(said[:8], "little")
 
 
 class StuckMkdir:

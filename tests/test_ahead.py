@@ -12,8 +12,19 @@ from types import SimpleNamespace
 
 import pytest
 from helpers_executor import passed
-from leaders import SIZE, StuckMkdir, count_of, led_in_turn, reading, syncing, writing
+from leaders import (
+    SIZE,
+    StuckMkdir,
+    count_of,
+    led_in_turn,
+    nodeid_of,
+    opened,
+    reading,
+    syncing,
+    writing,
+)
 from leaders import driver as driver
+from leaders import foreseen as foreseen
 from mounting import SOAK, wait_until
 from wire_kernel import Kernel
 from wire_messages import pack, request
@@ -34,31 +45,8 @@ def kernel(tmp_path: Path) -> Iterator[Kernel]:
         yield kernel
 
 
-@pytest.fixture
-def foreseen(driver: LeadingModel, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the callbacks whose calls were made ahead."""
-    names: list[str] = []
-
-    def foresee(request: Request, real: Callable[[Request], bool] = driver.foresee) -> bool:
-        names.append(request.name)
-        return real(request)
-
-    monkeypatch.setattr(driver, "foresee", foresee)
-    return names
-
-
 def appending(handle: int, data: bytes) -> bytes:
     return pack("write_in", handle, 0, len(data), 0, 0, os.O_APPEND, 0) + data
-
-
-def nodeid_of(kernel: Kernel, name: bytes) -> int:
-    return int.from_bytes(kernel.get(Opcode.LOOKUP, name + b"\0")[:8], "little")
-
-
-def opened(kernel: Kernel, name: bytes, flags: int = os.O_RDWR) -> int:
-    said = kernel.get(Opcode.OPEN, pack("open_in", flags, 0), nodeid_of(kernel, name))
-    kernel.settle()  # so that the next call may be made ahead
-    return int.from_bytes(said[:8], "little")
 
 
 def write_until_ahead(kernel: Kernel, handle: int, foreseen: list[str]) -> None:

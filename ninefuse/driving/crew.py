@@ -37,8 +37,20 @@ class Crew(Protocol):
     def begins(self) -> None:
         """A body is about to be run by the leader, with which no call is to be made ahead."""
 
+    def goes_on(self) -> None:
+        """Such a body goes on, which stood still: first those whose calls were made ahead."""
+
     def ends(self) -> None:
-        """Such a body has ended."""
+        """Such a body has ended, or stands still."""
+
+    def sets_aside(self, inode: int) -> bool:
+        """Such a body waits for a plain call: those on other inodes may be made ahead meanwhile.
+
+        False: they may not, there are too many such bodies.
+        """
+
+    def comes_back(self, inode: int, *, goes_on: bool) -> None:
+        """A body that was set aside goes on, or has ended."""
 
     def came_back(self) -> None:
         """The calls are over for which this thread has passed the role on, if it has."""

@@ -78,6 +78,7 @@ class Request:
         is_answered: whether it was.
         is_counted: whether it is among those that are waited for before a call is made ahead of its
             body (`LeadingModel`).
+        is_aside: whether it is not, as long as it waits for a plain call.
         in_place: whether the thread that started it is to make its call.
         is_withdrawn: whether somebody has withdrawn it (`Executor.withdraw`).
         is_interrupted: whether it is to wait for nothing any more (`Executor.interrupt`).
@@ -96,6 +97,7 @@ class Request:
         "holds",
         "in_place",
         "is_answered",
+        "is_aside",
         "is_begun",
         "is_counted",
         "is_interrupted",
@@ -138,6 +140,7 @@ class Request:
         self.has_waited = False  # a while, to try again: it is counted as one that waits
         self.is_begun = False
         self.is_counted = False
+        self.is_aside = False
         self.plain: type[Call[Any]] | None = None
         self.is_answered = False
         self.in_place = False

@@ -15,7 +15,9 @@ interpreter's lock:
 A write or sync by a handle on which nothing else is under way needs not even its body: which call
 that is going to ask for is known from the message. So the call is made *ahead*, and answered, and
 the body is run afterwards, up to this call, and on with what came of it. It is run before any
-other body, so that whatever comes later finds it under way, or over.
+other body, so that whatever comes later finds it under way, or over. Where several writers go
+side by side, it may wait for more of them: who runs one then runs all, and the interpreter's lock
+changes hands once for many.
 
 What is left of a body after its answer is table work. It is done by a thread that has the
 interpreter's lock anyway: before it looks at another request, and before it waits. So that it
@@ -117,6 +119,10 @@ cdef enum:
     KNOWN_HANDLES = 256  # of which it is known what calls they make; the newest
     MOST_AHEAD = 64  # calls made ahead whose bodies are still to be run
     LARGEST_AHEAD = 65536  # bytes of a message, which is copied
+    MOST_ASIDE = 64  # plain calls under way, not made ahead, beside which others are
+    CROWD = 2  # calls that others are in: so many come back soon, and a body may wait for them
+    BATCH = 32  # calls made ahead, the bodies of which are run at the latest when there are as many
+    BATCH_TIME = 10  # milliseconds after which they are, if nothing else comes
 
 cdef uint64_t LAST_BYTE = 0x7FFFFFFFFFFFFFFF
 cdef uint64_t BEYOND = LAST_BYTE + 1
@@ -169,6 +175,7 @@ cdef struct Job:
     uint64_t end
     uint32_t user
     int64_t began  # as of time.monotonic_ns()
+    bint is_made  # it went well, and nothing is left but to say so
     bint is_over
     Job *next_ahead
 
@@ -253,13 +260,18 @@ cdef void do(Job *job) noexcept nogil:
             return
 
 
+cdef bint is_plain(Job *job) noexcept nogil:
+    """Whether a call went well, in whole."""
+    return job.result >= (<ssize_t> job.size if job.kind == WRITE else 0)
+
+
 cdef void answer(Job *job, Device device) noexcept nogil:
     """Answer a request whose call went well; else Python has more to do with it."""
     cdef OutHeader header
     cdef iovec parts[2]
     cdef uint32_t out[2]
     cdef int count = 2
-    if job.result < 0 or (job.kind == WRITE and <size_t> job.result < job.size):
+    if not is_plain(job):
         return
     header.error = 0
     header.unique = job.unique
@@ -345,6 +357,8 @@ cdef class Role:
     cdef Plain handles[KNOWN_HANDLES]
     cdef Job *ahead  # calls made ahead, until their bodies have gone on after them
     cdef readonly int count_ahead
+    cdef uint64_t aside[MOST_ASIDE]  # inodes of plain calls under way that were not made ahead
+    cdef int count_aside
     cdef object foresee
     cdef object set_id
     cdef int for_user
@@ -620,7 +634,7 @@ cdef class Role:
     cdef void take(self) noexcept nogil:
         """Wait until there may be a request, and nobody leads; then lead. Not if it is over."""
         cdef epoll_event event
-        cdef int count
+        cdef int count, patience
         while not self.is_over:
             if self.is_taken:
                 self.followers += 1
@@ -632,11 +646,16 @@ cdef class Role:
                 return
             else:
                 self.waiting += 1
+                patience = BATCH_TIME if self.is_any_left() else -1
                 pthread_mutex_unlock(&self.mutex)
-                count = epoll_wait(self.epoll, &event, 1, -1)
+                count = epoll_wait(self.epoll, &event, 1, patience)
                 pthread_mutex_lock(&self.mutex)
                 self.waiting -= 1
-                if count > 0:
+                if count == 0:
+                    pthread_mutex_unlock(&self.mutex)
+                    self.see_that_one_finishes()
+                    pthread_mutex_lock(&self.mutex)
+                elif count > 0:
                     self.told += 1
                     self.may_be_more = True
                     if event.data.fd == self.wake:
@@ -692,15 +711,47 @@ cdef class Role:
         self.foresee = foresee
 
     def begins(self):
-        """A body is about to be run by the leader, beside which no call is made ahead."""
+        """A body is about to be run, beside which no call is made ahead."""
         pthread_mutex_lock(&self.mutex)
         self.busy += 1
         pthread_mutex_unlock(&self.mutex)
 
     def ends(self):
-        """Such a body has ended."""
+        """Such a body has ended, or stands still."""
         pthread_mutex_lock(&self.mutex)
         self.busy -= 1
+        pthread_mutex_unlock(&self.mutex)
+
+    def sets_aside(self, uint64_t inode):
+        """A body has come to a plain call on an inode: those on others may be made ahead again.
+
+        Returns:
+            False if there are too many of these; then they may not.
+        """
+        cdef bint is_aside
+        pthread_mutex_lock(&self.mutex)
+        is_aside = self.count_aside < MOST_ASIDE
+        if is_aside:
+            self.aside[self.count_aside] = inode
+            self.count_aside += 1
+            self.busy -= 1
+        pthread_mutex_unlock(&self.mutex)
+        return is_aside
+
+    def comes_back(self, uint64_t inode, bint goes_on):
+        """Such a body goes on after its call, or has ended.
+
+        Args:
+            inode: that of its call.
+            goes_on: whether it goes on, so that none is made ahead beside it.
+        """
+        cdef int i = 0
+        pthread_mutex_lock(&self.mutex)
+        self.busy += goes_on
+        while self.aside[i] != inode:
+            i += 1
+        self.count_aside -= 1
+        self.aside[i] = self.aside[self.count_aside]
         pthread_mutex_unlock(&self.mutex)
 
     def knows(
@@ -814,14 +865,20 @@ cdef class Role:
 
     cdef void make_ahead(self, Job *job) noexcept nogil:
         """Make a call ahead, and answer it; see that its body is run if nobody else does."""
+        cdef bint can_wait
         self.perform(job)
         pthread_mutex_lock(&self.mutex)
         job.is_over = True
+        can_wait = (
+            job.state == RAW and job.is_answered and self.in_calls >= CROWD
+            and self.count_ahead < BATCH
+        )
         if job.state == READY:
             job.next, self.done = self.done, job
         # Else who runs its body finishes it; or whoever runs Python claims it, before it waits.
         pthread_mutex_unlock(&self.mutex)
-        self.see_that_one_finishes()
+        if not can_wait:
+            self.see_that_one_finishes()
 
     def made_ahead(self):
         """Of each call made ahead that is not over: what it is, its inode, and when it was begun."""
@@ -835,6 +892,10 @@ cdef class Role:
             job = job.next_ahead
         pthread_mutex_unlock(&self.mutex)
         return found
+
+    def catches_up(self):
+        """Run the bodies of all calls made ahead, up to these. Any thread that runs Python."""
+        self.catch_up()
 
     cdef catch_up(self):
         """Run the bodies of all calls made ahead, up to these: another body is about to begin."""
@@ -880,17 +941,20 @@ cdef class Role:
     cdef bint is_quiet_for(self, Job *wanted, Plain *known) noexcept nogil:
         """Whether nothing is under way that a call could meet, and one may be made."""
         cdef Job *job = self.ahead
-        cdef int count = 0
+        cdef int i, count = 0
         if self.busy or self.count_ahead >= MOST_AHEAD or self.in_calls + 1 >= self.threads:
             return False
         if self.is_over or PySet_GET_SIZE(<PyObject *> self.set_id):
             return False
+        for i in range(self.count_aside):
+            if self.aside[i] == known.inode:
+                return False
         while job != NULL:
             if not job.is_over and known.user and job.user == known.user:
                 count += 1
             if job.inode == known.inode:
-                # One that was not answered goes on in its body, perhaps with another call.
-                if not (job.is_over and job.is_answered):
+                # One that did not go well goes on in its body, perhaps with another call.
+                if not job.is_made:
                     return False
                 # Its body may still say that it changes these bytes, and another would wait for it.
                 if job.begin < wanted.end and wanted.begin < job.end:
@@ -925,6 +989,15 @@ cdef class Role:
                 return job
             job = job.next_ahead
         return NULL
+
+    cdef bint is_any_left(self) noexcept nogil:
+        """Whether a call made ahead is over, and nobody has begun with its body."""
+        cdef Job *job = self.ahead
+        while job != NULL:
+            if job.state == RAW and job.is_over:
+                return True
+            job = job.next_ahead
+        return False
 
     cdef bint is_any_claimed(self) noexcept nogil:
         cdef Job *job = self.ahead
@@ -984,6 +1057,7 @@ cdef class Role:
             # Before the answer: who has it may ask at once.
             pthread_mutex_lock(&self.mutex)
             self.in_calls -= 1
+            job.is_made = job.is_back and is_plain(job)
             pthread_mutex_unlock(&self.mutex)
         if job.is_back:
             answer(job, self.device)

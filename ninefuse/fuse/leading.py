@@ -39,7 +39,7 @@ from ninefuse.settings import LEADERS
 from ninefuse.tree.kernel import FIRST_HANDLE
 from ninefuse.tree.table import FidTable
 
-_MOST_LEADERS = 16
+_MOST_LEADERS = 24
 _MOST_HANDS = 8  # or as many as there are workers to begin with
 _UNBOUNDED = 1 << 30
 _MOST_QUEUED = 24  # calls that wait for one
@@ -185,9 +185,22 @@ class Leading:
         """As of a `Crew`."""
         self._role.begins()
 
+    def goes_on(self) -> None:
+        """As of a `Crew`."""
+        self._role.begins()
+        self._role.catches_up()
+
     def ends(self) -> None:
         """As of a `Crew`."""
         self._role.ends()
+
+    def sets_aside(self, inode: int) -> bool:
+        """As of a `Crew`."""
+        return self._role.sets_aside(inode)
+
+    def comes_back(self, inode: int, *, goes_on: bool) -> None:
+        """As of a `Crew`."""
+        self._role.comes_back(inode, goes_on)
 
     def came_back(self) -> None:
         """As of a `Crew`."""

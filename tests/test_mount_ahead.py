@@ -1,0 +1,128 @@
+"""Calls that are made ahead of their bodies while others are stuck: nobody else is slower for it.
+
+The session is at a socket in place of the device. What is stuck is a read of a file system that
+never answers (stuckfs.py).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from leaders import SIZE, count_of, led_in_turn, opened, reading, writing
+from leaders import driver as driver
+from leaders import foreseen as foreseen
+from mounting import Watchdog, wait_until
+from stuck import Memory, memory_that_never_comes
+from wire_kernel import Kernel
+from wire_messages import pack, request
+
+from ninefuse.executor import LeadingModel
+from ninefuse.fuse.leading import Leading
+from ninefuse.fuse.opcodes import Opcode
+from ninefuse.tree.kernel import FIRST_HANDLE
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts without a helper")
+
+STUCK, FILE = b"stuck", b"file"
+WRITES = 40  # more calls than bodies may wait for each other
+
+
+@pytest.fixture
+def kernel(tmp_path: Path) -> Iterator[Kernel]:
+    source = tmp_path / "source"
+    source.mkdir()
+    with led_in_turn(source, {"stuck": b"0" * SIZE, "file": b"0" * SIZE}) as kernel:
+        yield kernel
+
+
+@pytest.fixture
+def memory(kernel: Kernel, guard: Watchdog, tmp_path: Path) -> Iterator[Memory]:
+    """What never answers; it does with an error in the end, before the session does."""
+    with memory_that_never_comes(guard, tmp_path / "memory", tmp_path / "log") as memory:
+        yield memory
+
+
+def stuck_reads(kernel: Kernel, memory: Memory, count: int) -> list[int]:
+    """Have so many reads of a file get stuck; their numbers."""
+    handle = opened(kernel, STUCK)
+    found = kernel.session.fids.plain_file_of(FIRST_HANDLE + handle)
+    assert found is not None
+    there = os.open(memory.path / "0", os.O_RDONLY)
+    os.dup2(there, found[1].fd, inheritable=False)
+    os.close(there)
+    uniques = [kernel.new_unique() for _ in range(count)]
+    for number, unique in enumerate(uniques):
+        body = reading(handle, SIZE, number * SIZE)
+        kernel.send(request(Opcode.READ, body, unique=unique, uid=os.geteuid()))
+    role = leading(kernel)._role
+    wait_until(lambda: role.in_calls + role.handed - role.queued >= count, "reads are stuck")
+    return uniques
+
+
+def leading(kernel: Kernel) -> Leading:
+    assert isinstance(kernel.driver, LeadingModel)
+    assert isinstance(kernel.driver.crew, Leading)
+    return kernel.driver.crew
+
+
+def write_until_ahead(kernel: Kernel, handle: int, foreseen: list[str]) -> None:
+    """Write many times, and until several calls were made ahead: where nobody ran Python then."""
+    count = 0
+    while count < WRITES or foreseen.count("write") < 2:
+        assert count < SIZE, "no call was made ahead"
+        assert kernel.get(Opcode.WRITE, writing(handle, b"x", count)) == count_of(1)
+        count += 1
+    wait_until(lambda: leading(kernel).is_idle, "all bodies have been run, with nothing after them")
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_read_that_is_stuck_leaves_the_writes_of_another_file_ahead(
+    kernel: Kernel, memory: Memory, foreseen: list[str], tmp_path: Path, count: int
+) -> None:
+    """With three, bodies wait for each other, and for no message that may never come."""
+    handle = opened(kernel, FILE)
+    uniques = stuck_reads(kernel, memory, count)
+    write_until_ahead(kernel, handle, foreseen)
+    assert (tmp_path / "source/file").read_bytes()[:WRITES] == b"x" * WRITES
+    memory.release()
+    for unique in uniques:
+        assert kernel.answer(unique)[0] in (errno.ECONNABORTED, errno.EIO, errno.ENOTCONN)
+    kernel.settle()
+    assert leading(kernel)._role.busy == 0
+
+
+def test_a_read_that_is_stuck_leaves_no_write_of_its_file_ahead(
+    kernel: Kernel, memory: Memory, foreseen: list[str]
+) -> None:
+    """Their bodies have an order."""
+    handle = opened(kernel, STUCK)
+    uniques = stuck_reads(kernel, memory, 1)
+    for number in range(1, WRITES):
+        assert kernel.get(Opcode.WRITE, writing(handle, b"x", number * SIZE)) == count_of(1)
+    assert not foreseen
+    memory.release()
+    assert kernel.answer(uniques[0])[0] != 0
+    kernel.settle()
+
+
+def test_who_waits_for_a_lock_leaves_writes_ahead(
+    kernel: Kernel, foreseen: list[str], tmp_path: Path
+) -> None:
+    """Those of the locked file, too: a lock is advice."""
+    handle = opened(kernel, FILE)
+    with (tmp_path / "source/file").open("r+b") as other:
+        fcntl.lockf(other, fcntl.LOCK_EX)
+        unique = kernel.new_unique()
+        lock = pack("lk_in", handle, 1, 0, (1 << 63) - 1, fcntl.F_WRLCK, 1, 0, 0)
+        kernel.send(request(Opcode.SETLKW, lock, unique=unique, uid=os.geteuid()))
+        wait_until(lambda: kernel.driver.waiting == 1, "it waits")
+        wait_until(lambda: leading(kernel)._role.busy == 0, "and stands still")
+        write_until_ahead(kernel, handle, foreseen)
+    assert kernel.answer(unique) == (0, b"")
+    kernel.settle()
+    assert leading(kernel)._role.busy == 0

@@ -447,27 +447,22 @@ def write_in_place(path: Path, data: bytes, flags: int = 0) -> None:
 # What ends it before its time
 
 
-def test_a_listing_shows_all_but_what_has_gone(new_mount: Callable[..., Mount]) -> None:
+def test_a_listing_shows_names_that_lead_to_others_now_and_asks_for_nothing_else(
+    new_mount: Callable[..., Mount],
+) -> None:
     mount = new_mount("-o", "cache=loose")
     with ExitStack() as stack:
-        cases = prepared(
-            mount,
-            stack,
-            attributes,
-            name_replaced,
-            directory_moved,
-            name_made_after_a_look,
-            data_of_an_open_file,
-            data_opened_anew,
-            data_beyond_the_end,
-            mapped_data,
-        )
+        cases = prepared(mount, stack, name_replaced, directory_moved, name_made_after_a_look)
         left = prepared(
             mount,
             stack,
             name_removed,
+            data_of_an_open_file,
             data_of_an_open_file_and_no_new_time,
+            data_opened_anew,
             data_opened_anew_and_no_new_time,
+            data_beyond_the_end,
+            mapped_data,
         )
         assert all(stale(cases + left))
         for case in cases + left:

@@ -3,6 +3,9 @@
 9P has no such message: it is a readdir, and a walk and a getattr of each entry. The nodes
 that it finds have no descriptor until they are used.
 
+Of a client that believes for long what it was told (cache=loose), names that it knows are not
+looked at again: it asks by itself when it wants to know more.
+
 Locks touched: the rename lock, read, where names that were found are remembered; the fid
 table's.
 """
@@ -38,7 +41,7 @@ class EntryPlus(NamedTuple):
     offset: int  # cookie of the entry after this one
     ino: int  # as the directory gives it
     type: int  # DT_*
-    attributes: Attributes | None  # None for ``..``, and where there are none to be had
+    attributes: Attributes | None  # None for ``..``, what is believed, and where none can be had
     fid: Fid | None  # the kernel's, a lookup counted; None for ``.``, ``..`` and such a one
 
 
@@ -112,12 +115,14 @@ async def _entries_plus(
             piece = found[at : at + _AT_ONCE]
             for _ in range(MOST_TRIES - 1):
                 moves = session.rename_lock.moves
-                looks = [await look_at(session, use, directory, entry) for entry in piece]
+                looks: list[Look | EntryPlus | None] = [
+                    await _seen(session, use, directory, entry) for entry in piece
+                ]
                 async with session.rename_lock.reading:
                     # Else names were moved since they were looked at: perhaps these.
                     if moves == session.rename_lock.moves:
-                        for look in filter(None, looks):
-                            entries.append(_entry_plus(session, use, look))  # noqa: PERF401
+                        # One by one: should one fail, those before it are taken back.
+                        entries.extend(_entry_plus(session, use, look) for look in looks if look)
                         break
             else:
                 # Names are being moved all the time; while it is taken, one of these is not.
@@ -134,8 +139,21 @@ async def _entries_plus(
     return entries
 
 
-def _entry_plus(session: Session, use: Fid, look: Look) -> EntryPlus:
+async def _seen(
+    session: Session, use: Fid, directory: OpenDirectory, entry: DirectoryEntry
+) -> Look | EntryPlus | None:
+    """See what an entry leads to, unless the client believes that it knows; None: it has gone."""
+    if session.is_believed and entry.name not in (b".", b".."):
+        number = session.fids.number_listed(use.node, entry.ino, entry.type << 12)
+        if session.kernel.knows(number, (use.node, entry.name)):
+            return EntryPlus(entry.name, entry.offset, number, entry.type, None, None)
+    return await look_at(session, use, directory, entry)
+
+
+def _entry_plus(session: Session, use: Fid, look: Look | EntryPlus) -> EntryPlus:
     """What the reply says of an entry that was seen; a lookup is counted."""
+    if isinstance(look, EntryPlus):
+        return look
     (ino, offset, kind, name), attributes, mark = look
     if name in (b".", b".."):
         return EntryPlus(name, offset, own_number(use, look.entry), kind, attributes, None)

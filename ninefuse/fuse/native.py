@@ -104,6 +104,7 @@ _IN_A_ROW = 16  # requests read before what else the dispatcher has to do is loo
 # Requests under way at which the device is read no more: well above what comes when every thread
 # of a busy machine is stuck in one file. Those that wait for a lock or a lease do not count.
 _MOST_REQUESTS = 20_000
+_LONG = 3600.0  # seconds
 _A_WHILE = 50  # milliseconds until it is looked at again whether there are fewer
 
 # Nobody waits for an answer to these, whatever they say.
@@ -133,6 +134,7 @@ class NativeSession:
         self._session = session
         self._driver = driver
         self._settings = settings
+        session.is_believed = min(settings.attr_timeout, settings.entry_timeout) >= _LONG
         self._device: Device
         self._backings = Backings(session, settings) if settings.data == "kernel" else None
         self._files: Files = callbacks if self._backings is None else self._backings

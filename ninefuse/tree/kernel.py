@@ -95,6 +95,12 @@ class KernelTable(FidTable):
             self.on_change()
         return fid
 
+    def knows(self, number: int, place: tuple[Node, bytes]) -> bool:
+        """Whether the kernel knows a file by a number, that was found at this parent and name."""
+        with self.lock.reading:
+            fid = self._fids.get(number)
+            return fid is not None and fid.lookups > 0 and fid.node.place == place
+
     def forget(self, forgets: Iterable[tuple[int, int]]) -> int:
         """Take lookups back; a nodeid that has none left leaves the table (FUSE_FORGET).
 

@@ -107,6 +107,8 @@ class Session:
         # Has them changed where the mount that the requests come by was changed.
         self.look_at_mount: Callable[[], object] = bool
         self.own_mount: OwnMount | None = None  # by which the requests come, if by one
+        # Whether the client believes for long what it was told, and is to be told nothing twice.
+        self.is_believed = False
         # Tells the client that the attributes of a fid's file are others than it believes. For
         # a fid that a request under way was made with: then it waits for nobody.
         self.attributes_changed: Callable[[int], object] = _nobody_believes

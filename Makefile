@@ -59,7 +59,7 @@ demo:
 bench:
 	@tools/setup bench
 	@exec .venv/bin/python -m ninefuse.bench.command $(if $(filter-out 0,$(FULL)),--full) \
-	  $(if $(SRC),--source "$$SRC") $(if $(OUT),--out "$$OUT")
+	  $(if $(SRC),--source "$$SRC") $(if $(OUT),--out "$$OUT") $(ARGS)
 
 # Last those that measure what others wait for, with nothing beside them.
 test:

@@ -21,6 +21,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -175,6 +176,18 @@ def become(uid: int, groups: Sequence[int] = ()) -> None:
     os.setgroups(groups)
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
+
+
+@contextlib.contextmanager
+def open_directory() -> Iterator[Path]:
+    """A directory that other users get through to, gone at the end.
+
+    Not in tmp_path: a pytest that starts meanwhile closes what is above that.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name).resolve()
+        path.chmod(0o755)
+        yield path
 
 
 def run(

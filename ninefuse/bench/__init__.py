@@ -46,7 +46,8 @@ class Ended:
     """How a process ended.
 
     returncode: its exit status, or minus the signal that killed it. user_seconds,
-    system_seconds: its CPU time. output, errors: what it wrote to stdout and stderr.
+    system_seconds: its CPU time. output, errors: what it wrote to stdout and stderr. voluntary,
+    forced: its context switches, by waiting and by the scheduler.
     """
 
     returncode: int
@@ -54,6 +55,8 @@ class Ended:
     system_seconds: float
     output: bytes
     errors: str
+    voluntary: int
+    forced: int
 
     @property
     def complaint(self) -> str:
@@ -113,6 +116,24 @@ class Process:
         ticks = os.sysconf("SC_CLK_TCK")
         return int(fields[11]) / ticks, int(fields[12]) / ticks
 
+    def threads(self) -> list[str]:
+        """Return the ids of the running process's threads. Raises OSError when it has ended."""
+        return os.listdir(f"/proc/{self.pid}/task")
+
+    def switches(self) -> dict[str, tuple[int, int]]:
+        """Return the context switches so far of the running process, by its threads' ids.
+
+        Of each the voluntary ones and the forced ones. Raises OSError when it has ended.
+        """
+        found = {}
+        for thread in self.threads():
+            # One may end just now.
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                with open(f"/proc/{self.pid}/task/{thread}/status", "rb") as file:
+                    words = file.read().partition(b"\nvoluntary_ctxt_switches:")[2].split()
+                found[thread] = int(words[0]), int(words[2])
+        return found
+
     def collect(self) -> Ended:
         """Wait for the end without a limit, and return how it was; Processes.wait calls this."""
         if self.ended is None:
@@ -123,6 +144,8 @@ class Process:
                 usage.ru_stime,
                 _contents(self._output),
                 _contents(self._errors).decode(errors="replace"),
+                usage.ru_nvcsw,
+                usage.ru_nivcsw,
             )
             os.close(self._output)
             os.close(self._errors)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ninefuse.bench.trees import Tree
+from ninefuse.bench.users import Users
 from ninefuse.bench.workloads import (
     FioRead,
     Listing,
@@ -21,6 +22,8 @@ from ninefuse.bench.workloads import (
 )
 
 HEADLINE = "sync-write"
+# Those that read or write files, beside the headline.
+DATA_KEYS = frozenset(("write-4k", "write-1m", "write-user", "read-1m", "read-cached", "read-4k"))
 
 _PYTHON = "the Python client"
 _MEBI = 1 << 20
@@ -72,7 +75,7 @@ def _data(amount: Amount, fio: bool) -> list[Workload]:
         Write(
             *("write-user", "4k write, other user", "MB/s", "dd", amount(32 * _MEBI, 1 << 16)),
             note="as 4k write, by clients of another user than root, who mounted",
-            by_other=True,
+            users=Users(1),
         ),
         Read(
             *("read-1m", "1M read, cold", "MB/s", "dd", amount(64 * _MEBI, 4 * _MEBI)),

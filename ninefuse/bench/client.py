@@ -1,10 +1,12 @@
 """The measuring client: metadata operations on a mount, counted and timed. A program.
 
-    python -I -S client.py --at SECONDS WORKLOAD COUNT PREFIX
+    python -I -S client.py --at SECONDS [--user UID] WORKLOAD COUNT PREFIX
 
 It waits for an instant of CLOCK_MONOTONIC, so that several clients begin together, does its
 operations, and prints one line of JSON: done, begin, end (seconds of that clock), user, system
-(CPU seconds in between). Only the standard library: it must start quickly, and alone.
+(CPU seconds in between), voluntary, forced (context switches likewise). Only the standard library:
+it must start quickly, and alone. With --user it becomes that user first, and so need not be one
+who may read the interpreter.
 """
 
 from __future__ import annotations
@@ -126,15 +128,25 @@ WORKLOADS: dict[str, Callable[[str, int], Callable[[], int]]] = {
 }
 
 
+def become(user: int) -> None:
+    """Be another user, with a group of the same number and no other. Raises OSError."""
+    os.setgroups([])
+    os.setresgid(user, user, user)
+    os.setresuid(user, user, user)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one client. Returns 0, or 1 with a line on stderr when an operation fails."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--at", type=float, default=0.0)
+    parser.add_argument("--user", type=int)
     parser.add_argument("workload", choices=WORKLOADS)
     parser.add_argument("count", type=int)
     parser.add_argument("prefix")
     options = parser.parse_args(argv)
     try:
+        if options.user is not None:
+            become(options.user)
         run = WORKLOADS[options.workload](options.prefix, options.count)
         time.sleep(max(0.0, options.at - time.monotonic()))
         before = resource.getrusage(resource.RUSAGE_SELF)
@@ -147,6 +159,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     user, system = after.ru_utime - before.ru_utime, after.ru_stime - before.ru_stime
     report = {"done": done, "begin": begin, "end": end, "user": user, "system": system}
+    report["voluntary"] = after.ru_nvcsw - before.ru_nvcsw
+    report["forced"] = after.ru_nivcsw - before.ru_nivcsw
     print(json.dumps(report))
     return 0
 

@@ -14,13 +14,13 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
 import ninefuse
 from ninefuse.bench import BenchError, Interrupted, Processes, plots, tables
-from ninefuse.bench.catalogue import HEADLINE, workloads
+from ninefuse.bench.catalogue import DATA_KEYS, HEADLINE, workloads
 from ninefuse.bench.common import (
     Progress,
     complain,
@@ -31,8 +31,10 @@ from ninefuse.bench.common import (
     say,
     scratch_directory,
 )
+from ninefuse.bench.counters import why_not_calls
 from ninefuse.bench.results import Results
 from ninefuse.bench.rows import (
+    DATA_ROWS,
     NULL,
     SOURCE,
     Maker,
@@ -47,16 +49,19 @@ from ninefuse.bench.rows import (
 )
 from ninefuse.bench.schedule import Served, Task, measure, task
 from ninefuse.bench.trees import make_original
+from ninefuse.bench.users import MOST, Users
 
 PROGRAM = "ninefuse-bench"
 
 _EPILOG = """\
 rows: source, the directory itself; none, first, second, ninefuse under each model;
 second-thr, the second without io_uring; second-off, also without calls of the
-dispatcher's own, as it was in 2010; bindfs, bindfs-mt (--multithreaded); pt_ll
-(libfuse's passthrough_ll, compiled here); example (pyfuse3's passthroughfs.py,
-fetched by pip and kept in ~/.cache/ninefuse-bench); null (a server that answers
-from memory). One that cannot be had here is left out, and the reason told.
+dispatcher's own, as it was in 2010; kernel, the second with -o data=kernel; bindfs,
+bindfs-mt (--multithreaded); pt_ll (libfuse's passthrough_ll, compiled here); example
+(pyfuse3's passthroughfs.py, fetched by pip and kept in ~/.cache/ninefuse-bench);
+null, null-native (servers that answer from memory); pt_hp, pt_hp-kernel (libfuse's
+passthrough_hp with all data through it, and with data by the kernel, from PATH or
+given by --peer). One that cannot be had here is left out, and the reason told.
 
 a short run, of half a minute:
   ninefuse-bench --rows source,none,second --workload sync-write,create --repeat 1 \\
@@ -80,7 +85,8 @@ class Options:
     source: the directory to make the scratch directory in, None to choose one. clients: the
     headline's values of X. repeat: rounds of everything, None for the usual. workload, rows:
     names, None for all. peer: further rows. out: where results go. full: the long form. scale:
-    factor on all amounts.
+    factor on all amounts. users: as how many other users clients come, 0 for the own one. calls:
+    whether system calls are counted.
     """
 
     source: Path | None
@@ -92,6 +98,8 @@ class Options:
     out: Path
     full: bool
     scale: float
+    users: int
+    calls: bool
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -169,6 +177,18 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help=f"{ROUNDS} rounds of everything on all rows, larger amounts",
     )
+    add(
+        "--users",
+        type=_users,
+        default=0,
+        metavar="N",
+        help="clients come as N other users in turn, where the workload can (root only)",
+    )
+    add(
+        "--calls",
+        action="store_true",
+        help="one more round, whose times are not told, counts system calls (root)",
+    )
     add("--scale", type=_factor, default=1.0, metavar="F", help="factor on all amounts (1)")
     return parser
 
@@ -200,6 +220,13 @@ def _peer(text: str) -> Peer:
         return parse_peer(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _users(text: str) -> int:
+    number = parse_number(text)
+    if number > MOST:
+        raise argparse.ArgumentTypeError(f"at most {MOST} users")
+    return number
 
 
 def _factor(text: str) -> float:
@@ -241,6 +268,7 @@ def _bench(processes: Processes, options: Options, results: Results, progress: P
 
         served = _serve(stack, Site(processes, scratch, source), options, results, progress)
         tasks = _tasks(options, source / "original", bool(results.versions["fio"]))
+        results.not_counted = why_not_calls() if options.calls else ""
 
         def save() -> None:
             results.seconds = time.monotonic() - begin
@@ -248,7 +276,8 @@ def _bench(processes: Processes, options: Options, results: Results, progress: P
 
         try:
             _, seconds = _sizes(options)
-            measure(processes, served, tasks, seconds, results, progress, save)
+            calls = options.calls and not results.not_counted
+            measure(processes, served, tasks, seconds, results, progress, save, calls)
             results.complete = True
         finally:
             results.seconds = time.monotonic() - begin
@@ -266,6 +295,8 @@ def _recorded(options: Options) -> dict[str, object]:
         "scale": options.scale,
         "workload": list(options.workload or ()),
         "rows": list(options.rows or ()),
+        "users": options.users,
+        "calls": options.calls,
     }
 
 
@@ -316,14 +347,16 @@ def _tasks(options: Options, original: Path, fio: bool) -> list[Task]:
         main = MAIN_ROWS | {peer.name for peer in options.peer}
         scale *= QUICK_SCALE
     tasks = []
-    for workload in workloads(original, scale, fio):
-        if options.workload is not None and workload.key not in options.workload:
+    for found in workloads(original, scale, fio and not options.users):
+        if options.workload is not None and found.key not in options.workload:
             continue
+        workload = replace(found, users=Users(options.users)) if options.users else found
         if workload.key == HEADLINE:
             rounds = options.repeat or ROUNDS
             tasks += [task(workload, x, rounds, seconds) for x in options.clients]
         else:
-            tasks += [task(workload, x, few, _WEIGHT * scale, main) for x in OTHER_CLIENTS]
+            rows = main | DATA_ROWS if main and workload.key in DATA_KEYS else main
+            tasks += [task(workload, x, few, _WEIGHT * scale, rows) for x in OTHER_CLIENTS]
     return tasks
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ninefuse.bench import BenchError, Process, Processes
+from ninefuse.bench.counters import Both, Meter
 
 BLOCK = 4096  # bytes: dd's bs=4k
 
@@ -32,13 +33,19 @@ class Place:
 
     name: for messages. directory: what dd writes to, perhaps on a mount. backing: the same
     directory as the source file system has it, where sizes are looked up; None if nowhere.
-    server: whose CPU time is measured, if there is one.
+    server: whose CPU time is measured, if there is one. calls: whether system calls are counted,
+    which makes a run slower.
     """
 
     name: str
     directory: Path
     backing: Path | None
     server: Process | None = None
+    calls: bool = False
+
+    def meter(self) -> Meter:
+        """Return what measures a run here."""
+        return Meter(self.name, self.server, self.calls)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +53,13 @@ class Result:
     """What one run took.
 
     clients: how many dd at a time. count: blocks that each wrote. seconds: from the start of
-    the first until the end of the last. user_seconds, system_seconds: CPU time of all dd
-    together, without the daemon's. server: the daemon's, user and system.
+    the first until the end of the last. spent: by all dd together, and by the daemon.
     """
 
     clients: int
     count: int
     seconds: float
-    user_seconds: float = 0.0
-    system_seconds: float = 0.0
-    server: tuple[float, float] = (0.0, 0.0)
+    spent: Both = Both()
 
     @property
     def rate(self) -> float:
@@ -63,9 +67,16 @@ class Result:
         return self.clients * self.count * BLOCK / self.seconds / 1e6
 
 
-def run(processes: Processes, place: Place, clients: int, count: int) -> Result:
+def run(
+    processes: Processes,
+    place: Place,
+    clients: int,
+    count: int,
+    starts: Sequence[Sequence[str]] = ((),),
+) -> Result:
     """Run that many dd at once, each writing count blocks to a new file, and remove the files.
 
+    Argument: starts, the words before each client's dd, in turn.
     Raises BenchError when a dd fails or does not end in time, or a file has not the size it
     should have.
     """
@@ -74,26 +85,26 @@ def run(processes: Processes, place: Place, clients: int, count: int) -> Result:
     limit = _SECONDS_MORE + _SECONDS_A_BLOCK * clients * count
     environment = {**os.environ, "LC_ALL": "C"}
     running = []
-    before = server_seconds(place)
-    begin = time.perf_counter()
-    try:
-        for name in names:
-            command = ["dd", "if=/dev/zero", f"of={place.directory / name}", "bs=4k"]
-            command += [f"count={count}", "oflag=sync"]
-            running.append(processes.start(command, environment))
-        in_time = processes.wait(running, limit)
-        seconds = time.perf_counter() - begin
-    finally:
-        if not all(process.ended for process in running):
-            processes.kill(running)
     where = f"{clients} dd on {place.name}"
-    if not in_time:
-        raise BenchError(f"{where}: did not end within {limit:g} s")
-    ended = [process.collect() for process in running]
-    for one in ended:
-        if one.returncode != 0:
-            raise BenchError(f"{where}: one failed: {one.complaint}")
-    after = server_seconds(place)
+    with place.meter() as meter:
+        begin = time.perf_counter()
+        try:
+            for name, start in zip(names, itertools.cycle(starts), strict=False):
+                command = [*start, "dd", "if=/dev/zero", f"of={place.directory / name}", "bs=4k"]
+                command += [f"count={count}", "oflag=sync"]
+                running.append(processes.start(command, environment))
+            in_time = processes.wait(running, limit)
+            seconds = time.perf_counter() - begin
+        finally:
+            if not all(process.ended for process in running):
+                processes.kill(running)
+        if not in_time:
+            raise BenchError(f"{where}: did not end within {limit:g} s")
+        ended = [process.collect() for process in running]
+        for one in ended:
+            if one.returncode != 0:
+                raise BenchError(f"{where}: one failed: {one.complaint}")
+        spent = meter.read(ended)
     for name in names:
         # Not asked of the mount: it might believe what it was told.
         size = (place.backing / name).stat().st_size if place.backing else count * BLOCK
@@ -101,27 +112,7 @@ def run(processes: Processes, place: Place, clients: int, count: int) -> Result:
             raise BenchError(f"{where}: {name} has {size} bytes instead of {count * BLOCK}")
     # Removed where they were written, or the daemon would hold on to them and to their space.
     processes.run(["rm", "--", *(str(place.directory / name) for name in names)], limit)
-    return Result(
-        clients,
-        count,
-        seconds,
-        sum(one.user_seconds for one in ended),
-        sum(one.system_seconds for one in ended),
-        (after[0] - before[0], after[1] - before[1]),
-    )
-
-
-def server_seconds(place: Place) -> tuple[float, float]:
-    """Return the CPU time so far of the place's server: user and system, in seconds.
-
-    Raises BenchError when it has ended.
-    """
-    if place.server is None:
-        return 0.0, 0.0
-    try:
-        return place.server.cpu_seconds()
-    except OSError as error:
-        raise BenchError(f"{place.name}: the server has ended") from error
+    return Result(clients, count, seconds, spent)
 
 
 def choose_count(

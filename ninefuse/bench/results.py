@@ -21,8 +21,8 @@ FORMAT = 1
 class Cell:
     """One workload at one number of clients: a line of the tables, a run of each row a round.
 
-    workload: its key. rounds: how many are planned. command: as the first row ran it. The rest
-    as in workloads.Workload.
+    workload: its key. rounds: how many are planned. one: what counts are told for. command: as
+    the first row ran it. The rest as in workloads.Workload.
     """
 
     workload: str
@@ -35,15 +35,17 @@ class Cell:
     note: str
     rounds: int
     command: str = ""
+    one: str = "operation"
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
     """One run of one cell on one row.
 
-    value: in the cell's unit. seconds: real time. client_…, daemon_…: CPU seconds. error: why
-    there are no figures, in which case they are None. unsupported: whether the row cannot do it,
-    and did not try.
+    value: in the cell's unit. seconds: real time. client_…, daemon_…: CPU seconds, user and
+    system; context switches, voluntary and forced; system calls, None where they were not counted.
+    operations: how many blocks, names or other things were done. error: why there are no figures,
+    in which case they are None. unsupported: whether the row cannot do it, and did not try.
     """
 
     workload: str
@@ -57,6 +59,13 @@ class Run:
     client_system: float | None = None
     daemon_user: float | None = None
     daemon_system: float | None = None
+    operations: int | None = None
+    client_voluntary: int | None = None
+    client_forced: int | None = None
+    client_calls: int | None = None
+    daemon_voluntary: int | None = None
+    daemon_forced: int | None = None
+    daemon_calls: int | None = None
     error: str = ""
     unsupported: bool = False
 
@@ -79,8 +88,10 @@ class Results:
     """All of one benchmark.
 
     machine, versions, options: what the figures depend on, by name. rows: as measured. missing:
-    rows that are not. cells: in the tables' order. runs: as they were made. dead: what became
-    of a row's server, by the row's name. complete: whether all planned runs were made.
+    rows that are not. cells: in the tables' order. runs: as they were made. counted: further
+    runs, in which system calls were counted; their times are those of a slower machine.
+    not_counted: why there are none, "" if there are. dead: what became of a row's server, by the
+    row's name. complete: whether all planned runs were made.
     """
 
     machine: dict[str, str] = field(default_factory=dict)
@@ -90,6 +101,8 @@ class Results:
     missing: list[Missing] = field(default_factory=list)
     cells: list[Cell] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
+    counted: list[Run] = field(default_factory=list)
+    not_counted: str = ""
     dead: dict[str, str] = field(default_factory=dict)
     complete: bool = False
     seconds: float = 0.0
@@ -103,6 +116,22 @@ class Results:
         """Return the statistics of a field of the runs, None without one that succeeded."""
         values = [getattr(run, field) for run in self.of(cell, row) if run.value is not None]
         return Figures.of(values) if values else None
+
+    def each(self, cell: Cell, row: str, field: str) -> float | None:
+        """Return the median of a count for each operation, None without one.
+
+        Argument: field, of Run; calls are those of the counted runs.
+        """
+        runs = self.counted if field.endswith("_calls") else self.runs
+        counts = [
+            getattr(run, field) / run.operations
+            for run in runs
+            if self._is_of(run, cell)
+            and run.row == row
+            and run.operations
+            and getattr(run, field) is not None
+        ]
+        return statistics.median(counts) if counts else None
 
     def rounds(self, cell: Cell) -> str:
         """Return how many rounds there were, in words: fewer than planned if interrupted."""
@@ -162,6 +191,8 @@ class Results:
             "missing": [asdict(row) for row in self.missing],
             "workloads": [asdict(cell) for cell in self.cells],
             "runs": [asdict(run) for run in self.runs],
+            "counted": [asdict(run) for run in self.counted],
+            "not_counted": self.not_counted,
         }
 
     def save(self, directory: Path) -> None:

@@ -27,9 +27,12 @@ SOURCE = "source"
 NULL = "null"
 NULL_NATIVE = "null-native"
 
-# The second model with nothing but hand-overs, as it was in 2010; with calls of the
-# dispatcher's own; and with io_uring; and as it is, which hands over the role.
 PLAIN_SECOND = "second-off"
+KERNEL = "kernel"
+
+# The second model with nothing but hand-overs, as it was in 2010; with calls of the
+# dispatcher's own; and with io_uring; as it is, which hands over the role; and where the kernel
+# reads and writes the files itself.
 NINEFUSE = {
     "none": ("--model", "none"),
     "first": ("--model", "first"),
@@ -37,7 +40,14 @@ NINEFUSE = {
     "second-thr": ("--model", "second", "--engine", "threads", "-o", "handover=request"),
     "second-req": ("--model", "second", "-o", "handover=request"),
     "second": ("--model", "second"),
+    KERNEL: ("--model", "second", "-o", "data=kernel"),
 }
+
+# libfuse's passthrough_hp, with all data through it, and where the kernel has the files.
+PASSTHROUGH_HP = {"pt_hp": ("--nopassthrough", "--direct-io"), "pt_hp-kernel": ()}
+
+# Of interest where files are read and written, and nowhere else.
+DATA_ROWS = frozenset((KERNEL, *PASSTHROUGH_HP))
 
 # Where Debian's libfuse3-dev has libfuse's examples.
 EXAMPLES = Path("/usr/share/doc/libfuse3-dev/examples")
@@ -116,7 +126,8 @@ Maker = Callable[[Site, str], Row]
 def makers(peers: Sequence[Peer]) -> dict[str, Maker]:
     """Return what makes each row, by its name, in the order of the tables.
 
-    Raises ValueError when two have the same name.
+    A peer may stand for passthrough_hp, of another version or with other options. Raises
+    ValueError when two have the same name.
     """
     found: dict[str, Maker] = {SOURCE: _source}
     found.update((name, _ninefuse) for name in NINEFUSE)
@@ -127,9 +138,10 @@ def makers(peers: Sequence[Peer]) -> dict[str, Maker]:
         "example": _example,
         NULL: _null,
         NULL_NATIVE: _null_native,
+        **dict.fromkeys(PASSTHROUGH_HP, _passthrough_hp),
     }
     for peer in peers:
-        if peer.name in found:
+        if found.get(peer.name) not in (None, _passthrough_hp):
             raise ValueError(f"there is a row {peer.name} already")
         found[peer.name] = _given(peer)
     return found
@@ -220,6 +232,18 @@ def _passthrough_ll(site: Site, name: str) -> Row:
     version = run(["pkg-config", "--modversion", "fuse3"], _VERSION_SECONDS).output.decode()
     note = "libfuse's passthrough_ll -o xattr, cc -O2"
     return Row(name, "peer", command, f"libfuse {version.strip()}", note)
+
+
+def _passthrough_hp(site: Site, name: str) -> Row:
+    program = "passthrough_hp"
+    _find(program, " (an example of libfuse 3.17 or later, built from its sources)")
+    known = site.processes.run([program, "--help"], _VERSION_SECONDS, check=False)
+    if b"--nopassthrough" not in known.output + known.errors.encode():
+        raise BenchError(f"this {program} is older than the kernel's passthrough (libfuse 3.17)")
+    options = PASSTHROUGH_HP[name]
+    places = str(site.source), str(site.mountpoint(name))
+    note = " ".join(("libfuse's", program, *options))
+    return Row(name, "peer", (program, "--foreground", *options, *places), "", note)
 
 
 def _example(site: Site, name: str) -> Row:

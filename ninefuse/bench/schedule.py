@@ -17,10 +17,12 @@ from ninefuse.bench.common import Progress
 from ninefuse.bench.mounted import Limits, Mounted
 from ninefuse.bench.results import Cell, Results, Run
 from ninefuse.bench.rows import Row, Site
-from ninefuse.bench.workloads import Measured, Unsupported, Workload
+from ninefuse.bench.users import Unsupported
+from ninefuse.bench.workloads import Measured, Workload
 
 _ALIVE_SECONDS = 5.0  # how long a server may take to answer after a run that failed
 _LIMITS = Limits(start=20.0, unmount=10.0, end=5.0)
+COUNTED = 0  # the number of the round in which system calls are counted
 _UNCHOSEN = 100  # blocks for the headline, when nothing can be found out
 
 
@@ -123,6 +125,7 @@ def task(
         workload.more_is_better,
         workload.note,
         rounds,
+        one=workload.one,
     )
     return Task(cell, workload, weight, rows)
 
@@ -168,15 +171,19 @@ def measure(
     results: Results,
     progress: Progress,
     save: Callable[[], None],
+    calls: bool = False,
 ) -> None:
     """Run all tasks on all rows, as often as their cells say, and note each run in results.
 
     Arguments: headline_seconds, what a run of the headline is to take on average over the rows.
-    save, called after each cell. Raises Interrupted; all runs that ended are in results then.
+    save, called after each cell. calls, whether a last round of all counts system calls. Raises
+    Interrupted; all runs that ended are in results then.
     """
     tasks = list(tasks)
     results.cells = [one.cell for one in tasks]
     order = steps(tasks)
+    if calls:
+        order += [(COUNTED, position) for position in range(len(tasks))]
     left = TimeLeft(sum(tasks[at].weight * len(tasks[at].on(rows)) for _, at in order))
     for number, position in order:
         one = tasks[position]
@@ -187,7 +194,8 @@ def measure(
             tasks[position] = one = replace(one, workload=replace(one.workload, amount=count))
         for served in one.on(rows):
             progress(f"{left}  {one.cell.title} x{one.cell.clients}: {served.row.name}")
-            results.runs.append(run_once(processes, served, one, number))
+            runs = results.counted if number == COUNTED else results.runs
+            runs.append(run_once(processes, served, one, number))
             if served.dead:
                 results.dead[served.row.name] = served.dead
             left.done(one.weight)
@@ -211,7 +219,8 @@ def run_once(processes: Processes, served: Served, one: Task, number: int) -> Ru
     if served.dead:
         return replace(blank, error=served.dead)
     try:
-        measured = one.workload.run(processes, served.place, cell.clients)
+        place = replace(served.place, calls=number == COUNTED)
+        measured = one.workload.run(processes, place, cell.clients)
     except Unsupported as reason:
         return replace(blank, error=str(reason), unsupported=True)
     except Interrupted:
@@ -224,13 +233,21 @@ def run_once(processes: Processes, served: Served, one: Task, number: int) -> Ru
 
 
 def _filled(blank: Run, measured: Measured, unit: str) -> Run:
+    clients, server = measured.spent.clients, measured.spent.server
     return replace(
         blank,
         value=measured.value,
         unit=unit,
         seconds=measured.seconds,
-        client_user=measured.user_seconds,
-        client_system=measured.system_seconds,
-        daemon_user=measured.server_user_seconds,
-        daemon_system=measured.server_system_seconds,
+        client_user=clients.user,
+        client_system=clients.system,
+        daemon_user=server.user,
+        daemon_system=server.system,
+        operations=measured.operations,
+        client_voluntary=clients.voluntary,
+        client_forced=clients.forced,
+        client_calls=clients.calls,
+        daemon_voluntary=server.voluntary,
+        daemon_forced=server.forced,
+        daemon_calls=server.calls,
     )

@@ -302,6 +302,43 @@ def others(results: Results) -> list[Table]:
     ]
 
 
+# Counts.
+
+
+def _counts(results: Results, cell: Cell, row: str, what: str) -> str:
+    """Return the daemon's count for each operation, and the clients'."""
+    daemon, clients = (results.each(cell, row, f"{who}_{what}") for who in ("daemon", "client"))
+    shown = "-" if clients is None else figure(clients)
+    return shown if row == SOURCE or daemon is None else f"{figure(daemon)} + {shown}"
+
+
+def counts(results: Results) -> list[Table]:
+    """Return what was counted for each operation: a line for each cell, a column for each row."""
+    cells = [cell for cell in results.cells if _begun(results, cell)]
+    names = results.names()
+
+    def table(what: str, field: str, note: str) -> Table:
+        lines = [
+            [
+                f"{cell.title} x{cell.clients}",
+                cell.one,
+                *(_counts(results, cell, row, field) for row in names),
+            ]
+            for cell in cells
+        ]
+        title = f"{what} for each operation, the daemon's + the clients'"
+        return Table(title, ["x: clients", "for each", *names], lines, [note], labels=2)
+
+    found = []
+    if any(run.operations for run in results.runs):
+        note = "By waiting, in the timed rounds; forced ones are in tables.txt."
+        found.append(table("Context switches", "voluntary", note))
+    if any(run.operations for run in results.counted):
+        note = "In a round of its own; with what dd, fio and others take to start and to end."
+        found.append(table("System calls", "calls", note))
+    return found
+
+
 def details(results: Results) -> list[Table]:
     """Return a table for each cell, with all that was measured: a line for each row."""
     return [_detail(results, cell) for cell in results.cells if _begun(results, cell)]
@@ -311,6 +348,7 @@ def _detail(results: Results, cell: Cell) -> Table:
     peer = results.best_peer(cell)
     heads = ["", "median", "least", "most", "/ source", "/ best peer", "real s"]
     heads += ["daemon sys", "daemon user", "client sys", "client user"]
+    heads += [f"{count} / {cell.one}" for count in ("waits", "forced", "calls")]
     fields = ("seconds", "daemon_system", "daemon_user", "client_system", "client_user")
     lines = [
         [
@@ -321,6 +359,7 @@ def _detail(results: Results, cell: Cell) -> Table:
             _ratio(results, cell, row, SOURCE),
             _ratio(results, cell, row, peer),
             *(_shown(results, cell, row, field, _median) for field in fields),
+            *(_counts(results, cell, row, what) for what in ("voluntary", "forced", "calls")),
         ]
         for row in results.names()
     ]
@@ -348,6 +387,8 @@ def remarks(results: Results) -> list[str]:
     if not results.complete:
         lines.append("INCOMPLETE: not all planned runs were made.")
     lines += [f"missing: {row.name}: {row.reason}" for row in results.missing]
+    if results.not_counted:
+        lines.append(f"system calls: not counted: {results.not_counted}")
     lines += [f"dead: {name}: {reason}" for name, reason in results.dead.items()]
     for cell in results.cells:
         for row in results.names():
@@ -371,7 +412,7 @@ def describe(results: Results) -> list[str]:
 
 
 def _sections(results: Results) -> list[list[Table]]:
-    return [headline(results), seed(results), others(results)]
+    return [headline(results), seed(results), others(results), counts(results)]
 
 
 def terminal(results: Results) -> list[str]:

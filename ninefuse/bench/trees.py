@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ninefuse.bench import Processes, dd
+from ninefuse.bench.users import Unsupported
 from ninefuse.bench.workloads import (
     LIMIT,
     Measured,
-    Unsupported,
     Workload,
     fresh,
     measured,
@@ -27,12 +27,15 @@ class Tree(Workload):
     before), {original} for the original's native path, {copy} for a new name in the row.
     """
 
+    one: str = "tree"
     words: tuple[str, ...] = ()
     original: Path = Path()
 
     def run(self, processes: Processes, place: dd.Place, clients: int) -> Measured:
         if place.backing is None:
             raise Unsupported("it holds no tree")
+        if self.users:
+            raise Unsupported("its trees are of the user who mounted")
         with fresh(processes, place) as here:
             assert here.backing is not None
             commands = []
@@ -48,7 +51,7 @@ class Tree(Workload):
                 commands.append([names.get(word, word) for word in self.words])
             together = parallel(processes, here, commands)
         command = [names.get(word, word) for word in self.words]
-        return measured(together.seconds, together, command, here)
+        return measured(together.seconds, together, clients, command, here)
 
 
 TREE_PACKAGES = (

@@ -21,43 +21,31 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ninefuse.bench import BenchError, Ended, Processes, dd
+from ninefuse.bench.counters import Both, Spent
+from ninefuse.bench.users import Unsupported, Users
 
 CLIENT = Path(__file__).with_name("client.py")
 
 LIMIT = 60.0  # how long the programs of one run may take, in seconds
-OTHER_USER = 54321  # uid and gid of a client that is not the one who mounted
-_AS_OTHER = (
-    "setpriv",
-    f"--reuid={OTHER_USER}",
-    f"--regid={OTHER_USER}",
-    "--clear-groups",
-    "--",
-)
 _START_SECONDS = 0.12  # what a client takes to be ready, and what each further one adds
 _START_MORE = 0.03
 
 _serial = itertools.count(1)
 
 
-class Unsupported(Exception):
-    """The row cannot do the workload. The message says why."""
-
-
 @dataclass(frozen=True, slots=True)
 class Measured:
     """What one run took.
 
-    seconds: real time. value: in the workload's unit. user_seconds, system_seconds: CPU time of
-    the clients. server_user_seconds, server_system_seconds: of the server meanwhile, to a clock
-    tick. command: of the first client, with DIR for the directory it worked in.
+    seconds: real time. value: in the workload's unit. spent: by the clients, and by the server
+    meanwhile, whose CPU time is to a clock tick. operations: how many there were, which counts
+    are told for. command: of the first client, with DIR for the directory it worked in.
     """
 
     seconds: float
     value: float
-    user_seconds: float
-    system_seconds: float
-    server_user_seconds: float
-    server_system_seconds: float
+    spent: Both
+    operations: int
     command: str
 
 
@@ -67,7 +55,8 @@ class Workload:
 
     key: for --workload and results.json. title: for tables. unit: of the values. tool: the
     program that does it. amount: of operations, bytes or blocks, of all clients together.
-    more_is_better: False for seconds. note: what else the reader must know.
+    more_is_better: False for seconds. note: what else the reader must know. one: what
+    system calls and context switches are told for one of. users: as whom the clients come.
     """
 
     key: str
@@ -77,6 +66,8 @@ class Workload:
     amount: int = 1
     more_is_better: bool = True
     note: str = ""
+    one: str = "block"
+    users: Users = Users()
 
     def run(self, processes: Processes, place: dd.Place, clients: int) -> Measured:
         """Run once. Raises BenchError, and Unsupported when the row cannot do it."""
@@ -91,14 +82,11 @@ class Workload:
 class Together:
     """How commands run at once ended; see parallel.
 
-    seconds: until the last had ended. user_seconds, system_seconds: CPU time of all together.
-    server: of the server, user and system.
+    seconds: until the last had ended. spent: by all of them, and by the server.
     """
 
     seconds: float
-    user_seconds: float
-    system_seconds: float
-    server: tuple[float, float]
+    spent: Both
     ended: tuple[Ended, ...]
 
 
@@ -111,31 +99,24 @@ def parallel(
     """
     environment = {**os.environ, "LC_ALL": "C"}
     running = []
-    before = dd.server_seconds(place)
-    begin = time.perf_counter()
-    try:
-        for command in commands:
-            process = processes.start(command, environment)
-            running.append(process)  # at once: to be killed should the next one not start
-        in_time = processes.wait(running, limit)
-        seconds = time.perf_counter() - begin
-    finally:
-        if not all(process.ended for process in running):
-            processes.kill(running)
-    if not in_time:
-        raise BenchError(f"{commands[0][0]}: did not end within {limit:g} s")
-    ended = tuple(process.collect() for process in running)
-    for one in ended:
-        if one.returncode != 0:
-            raise BenchError(f"{commands[0][0]}: failed: {one.complaint}")
-    after = dd.server_seconds(place)
-    return Together(
-        seconds,
-        sum(one.user_seconds for one in ended),
-        sum(one.system_seconds for one in ended),
-        (after[0] - before[0], after[1] - before[1]),
-        ended,
-    )
+    with place.meter() as meter:
+        begin = time.perf_counter()
+        try:
+            for command in commands:
+                process = processes.start(command, environment)
+                running.append(process)  # at once: to be killed should the next one not start
+            in_time = processes.wait(running, limit)
+            seconds = time.perf_counter() - begin
+        finally:
+            if not all(process.ended for process in running):
+                processes.kill(running)
+        if not in_time:
+            raise BenchError(f"{commands[0][0]}: did not end within {limit:g} s")
+        ended = tuple(process.collect() for process in running)
+        for one in ended:
+            if one.returncode != 0:
+                raise BenchError(f"{commands[0][0]}: failed: {one.complaint}")
+        return Together(seconds, meter.read(ended), ended)
 
 
 @contextlib.contextmanager
@@ -159,6 +140,7 @@ def fresh(processes: Processes, place: dd.Place) -> Iterator[dd.Place]:
 def measured(
     value: float,
     together: Together,
+    operations: int,
     command: Sequence[str],
     place: dd.Place,
     seconds: float | None = None,
@@ -167,9 +149,8 @@ def measured(
     return Measured(
         together.seconds if seconds is None else seconds,
         value,
-        together.user_seconds,
-        together.system_seconds,
-        *together.server,
+        together.spent,
+        operations,
         shlex.join(command).replace(str(place.directory), "DIR"),
     )
 
@@ -182,61 +163,44 @@ class SyncWrite(Workload):
     """The headline: X dd of 4 KiB blocks with O_SYNC. amount: blocks of each, set per X."""
 
     def run(self, processes: Processes, place: dd.Place, clients: int) -> Measured:
-        result = dd.run(processes, place, clients, self.amount)
+        if not self.users:
+            result = dd.run(processes, place, clients, self.amount)
+        else:
+            with fresh(processes, place) as here:
+                self.users.open(processes, here)
+                starts = [self.users.start(client) for client in range(clients)]
+                result = dd.run(processes, here, clients, self.amount, starts)
         command = f"dd if=/dev/zero of=DIR/FILE bs=4k count={self.amount} oflag=sync"
-        return Measured(
-            result.seconds,
-            result.rate,
-            result.user_seconds,
-            result.system_seconds,
-            *result.server,
-            command,
-        )
+        operations = clients * self.amount
+        return Measured(result.seconds, result.rate, result.spent, operations, command)
 
 
 @dataclass(frozen=True)
 class Write(Workload):
-    """dd to a new file for each client. amount: bytes. block: of one write; words: for dd.
-
-    by_other: whether by clients of another user than the one who mounted.
-    """
+    """dd to a new file for each client. amount: bytes. block: of one write; words: for dd."""
 
     block: int = 4096
     words: tuple[str, ...] = ()
-    by_other: bool = False
 
     def run(self, processes: Processes, place: dd.Place, clients: int) -> Measured:
         count = max(1, self.share(clients) // self.block)
         with fresh(processes, place) as here:
-            start = _as_other(processes, here) if self.by_other else ()
+            self.users.open(processes, here)
             files = [here.directory / f"out-{number}" for number in range(clients)]
             numbers = [f"bs={self.block}", f"count={count}", *self.words]
-            commands = [[*start, "dd", "if=/dev/zero", f"of={file}", *numbers] for file in files]
+            commands = [
+                [*self.users.start(client), "dd", "if=/dev/zero", f"of={file}", *numbers]
+                for client, file in enumerate(files)
+            ]
             together = parallel(processes, here, commands)
             for file in files if here.backing else ():
                 size = (here.backing / file.name).stat().st_size if here.backing else 0
                 if size != count * self.block:
                     raise BenchError(f"{file.name} has {size} bytes instead of what was written")
             processes.run(["rm", "--", *map(str, files)], LIMIT)
-        megabytes = clients * count * self.block / 1e6
-        return measured(megabytes / together.seconds, together, commands[0], here)
-
-
-def _as_other(processes: Processes, place: dd.Place) -> tuple[str, ...]:
-    """Open a place's directory to another user, and return how to start programs as one.
-
-    Raises Unsupported when that user cannot be had, or does not get there.
-    """
-    if os.geteuid() != 0:
-        raise Unsupported("only root can have clients of another user")
-    if shutil.which(_AS_OTHER[0]) is None:
-        raise Unsupported(f"no {_AS_OTHER[0]} in PATH")
-    if place.backing is not None:
-        place.backing.chmod(0o777)
-    look = [*_AS_OTHER, "test", "-x", str(place.directory)]
-    if processes.run(look, LIMIT, check=False).returncode != 0:
-        raise Unsupported("other users do not get there")
-    return _AS_OTHER
+        blocks = clients * count
+        rate = blocks * self.block / 1e6 / together.seconds
+        return measured(rate, together, blocks, commands[0], here)
 
 
 def _make_files(processes: Processes, place: dd.Place, clients: int, size: int) -> list[Path]:
@@ -262,19 +226,24 @@ class Read(Workload):
     def run(self, processes: Processes, place: dd.Place, clients: int) -> Measured:
         size = self.share(clients)
         with fresh(processes, place) as here:
+            self.users.open(processes, here)
             files = _make_files(processes, here, clients, size)
             for file in files if here.backing and not self.cached else ():
                 # The mount has never seen it; this drops it from the source's cache.
                 drop = ["dd", f"if={here.backing}/{file.name}", "iflag=nocache", "count=0"]
                 processes.run(drop, LIMIT)
             past = ["iflag=direct"] if self.cached and here.backing != here.directory else []
-            commands = [["dd", f"if={file}", "of=/dev/null", "bs=1M", *past] for file in files]
+            commands = [
+                [*self.users.start(client), "dd", f"if={file}", "of=/dev/null", "bs=1M", *past]
+                for client, file in enumerate(files)
+            ]
             together = parallel(processes, here, commands)
             for one in together.ended:
                 if f"\n{size} bytes" not in f"\n{one.errors}":
                     raise BenchError(f"dd did not read {size} bytes: {one.complaint}")
         rate = clients * size / 1e6 / together.seconds
-        return measured(rate, together, commands[0], here)
+        blocks = clients * max(1, size // 1_048_576)
+        return measured(rate, together, blocks, commands[0], here)
 
 
 # Random reads.
@@ -285,6 +254,8 @@ class FioRead(Workload):
     """fio, random 4 KiB reads, one job for each client. amount: reads."""
 
     def run(self, processes: Processes, place: dd.Place, clients: int) -> Measured:
+        if self.users:
+            raise Unsupported("fio is one user's process")
         count = self.share(clients)
         size = readable_bytes(count)
         with fresh(processes, place) as here:
@@ -305,7 +276,7 @@ class FioRead(Workload):
             raise BenchError(f"fio: its output is not as expected: {error!r}") from error
         if done != clients * count:
             raise BenchError(f"fio read {done} blocks instead of {clients * count}")
-        return measured(rate, together, command, here, seconds)
+        return measured(rate, together, done, command, here, seconds)
 
 
 # The measuring client.
@@ -321,6 +292,7 @@ class Metadata(Workload):
     directory.
     """
 
+    one: str = "operation"
     operation: str = ""
     prepare: Callable[[Path, int], object] | None = None
     prefix: str = "name-"
@@ -329,6 +301,7 @@ class Metadata(Workload):
     def run(self, processes: Processes, place: dd.Place, clients: int) -> Measured:
         count = self.share(clients)
         with fresh(processes, place) as here:
+            self.users.open(processes, here)
             prefixes = []
             for number in range(clients):
                 parent = f"dir-{'all' if self.shared else number}"
@@ -336,21 +309,26 @@ class Metadata(Workload):
                 prefix = f"{parent}/{start}{number}-"
                 if here.backing is not None:
                     (here.backing / parent).mkdir(exist_ok=True)
+                    if self.users:
+                        (here.backing / parent).chmod(0o777)
                     if self.prepare is not None:
                         self.prepare(here.backing / prefix, count)
+                        self.users.give(here.backing / prefix, number)
                 prefixes.append(str(here.directory / prefix))
-            return run_clients(processes, self.operation, count, prefixes, here)
+            return run_clients(processes, self.operation, count, prefixes, here, users=self.users)
 
 
 @dataclass(frozen=True)
 class Listing(Workload):
     """The measuring client lists directories. amount: directories; each: names in one."""
 
+    one: str = "name"
     each: int = 200
 
     def run(self, processes: Processes, place: dd.Place, clients: int) -> Measured:
         count = self.share(clients)
         with fresh(processes, place) as here:
+            self.users.open(processes, here)
             prefixes = []
             for number in range(clients):
                 prefix = f"dir-{self.each}-{number}-"
@@ -359,8 +337,9 @@ class Listing(Workload):
                     path.mkdir()
                     make_files(path / "file-0-", self.each)
                 prefixes.append(str(here.directory / prefix))
+            names = count * self.each
             return run_clients(
-                processes, "readdir", count, prefixes, here, expected=count * self.each
+                processes, "readdir", count, prefixes, here, expected=names, users=self.users
             )
 
 
@@ -392,26 +371,46 @@ def run_clients(
     prefixes: Sequence[str],
     place: dd.Place,
     expected: int | None = None,
+    users: Users | None = None,
 ) -> Measured:
     """Run a client for each prefix, all beginning at one instant.
 
-    Argument: expected, what each must have done, count by default.
+    Arguments: expected, what each must have done, count by default; users, as whom they come.
     Raises BenchError when one fails or did less.
     """
     at = time.monotonic() + _START_SECONDS + _START_MORE * len(prefixes)
-    words = [sys.executable, "-I", "-S", str(CLIENT), f"--at={at:.6f}", operation, str(count)]
-    together = parallel(processes, place, [[*words, prefix] for prefix in prefixes])
+    words = [sys.executable, "-I", "-S", str(CLIENT), f"--at={at:.6f}"]
+
+    def all_do(operation: str, count: int) -> Together:
+        commands = []
+        for number, prefix in enumerate(prefixes):
+            user = [f"--user={users.of(number)}"] if users else []
+            commands.append([*words, *user, operation, str(count), prefix])
+        return parallel(processes, place, commands)
+
+    together = all_do(operation, count)
+    calls = together.spent.clients.calls
+    if calls is not None:  # less those of as many clients that only start and end
+        calls -= all_do("missing", 0).spent.clients.calls or 0
     reports = [json.loads(one.output) for one in together.ended]
     for report in reports:
         if report["done"] != (expected or count):
             raise BenchError(f"{operation}: {report['done']} done instead of {expected or count}")
     seconds = max(report["end"] for report in reports) - min(report["begin"] for report in reports)
-    command = ["python", "-I", "-S", "client.py", "--at=INSTANT", *words[5:], prefixes[0]]
-    return Measured(
-        seconds,
-        sum(report["done"] for report in reports) / seconds,
+    done = sum(report["done"] for report in reports)
+    command = ["python", "-I", "-S", "client.py", "--at=INSTANT"]
+    command += [operation, str(count), prefixes[0]]
+    clients = Spent(
         sum(report["user"] for report in reports),
         sum(report["system"] for report in reports),
-        *together.server,
+        sum(report["voluntary"] for report in reports),
+        sum(report["forced"] for report in reports),
+        calls,
+    )
+    return Measured(
+        seconds,
+        done / seconds,
+        Both(clients, together.spent.server),
+        done,
         shlex.join(command).replace(str(place.directory), "DIR"),
     )

@@ -74,7 +74,8 @@ def _run(bench: Bench, guest: Guest, server: Process | None, name: str, cell: Ce
     if name == SOURCE:
         place = dd.Place(name, bench.source, bench.source)
         one = dd.run(bench.processes, place, cell.clients, cell.amount)
-        return Measured(one.rate, one.seconds, one.user_seconds, one.system_seconds, (0.0, 0.0))
+        spent = one.spent.clients
+        return Measured(one.rate, one.seconds, spent.user, spent.system, (0.0, 0.0))
     before = server.cpu_seconds() if server is not None else (0.0, 0.0)
     words = (f"/tmp/{name}", cell.clients, cell.amount)
     seconds, user, system = guest.call("parallel_dd", *words, seconds=_RUN_SECONDS)

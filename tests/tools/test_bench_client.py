@@ -6,12 +6,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from mounting import open_directory
 from ops_helpers import needs_root
 
-from ninefuse.bench import BenchError, Processes, catalogue, dd, trees, workloads
+from ninefuse.bench import BenchError, Processes, catalogue, dd, trees, users, workloads
+from ninefuse.bench.counters import Spent
+from ninefuse.bench.users import Unsupported, Users
 from ninefuse.bench.workloads import CLIENT, Workload
 
 
@@ -24,7 +28,7 @@ def report(*words: object) -> dict[str, float]:
     done = client(*words)
     assert (done.returncode, done.stderr) == (0, "")
     found = json.loads(done.stdout)
-    assert sorted(found) == ["begin", "done", "end", "system", "user"]
+    assert sorted(found) == ["begin", "done", "end", "forced", "system", "user", "voluntary"]
     assert found["begin"] <= found["end"]
     return dict(found)
 
@@ -94,6 +98,12 @@ def test_its_own_start_is_not_its_cpu_time(tmp_path: Path) -> None:
 
 
 @pytest.fixture
+def opened() -> Iterator[Path]:
+    with open_directory() as path:
+        yield path
+
+
+@pytest.fixture
 def processes() -> Iterator[Processes]:
     with Processes() as processes:
         yield processes
@@ -104,7 +114,7 @@ ALL = [workload.key for workload in catalogue.workloads(Path(), 1, False)]
 
 def small(tmp_path: Path, fio: bool) -> dict[str, Workload]:
     original = tmp_path / "original"
-    original.mkdir()
+    original.mkdir(parents=True)
     for number in range(3):
         (original / f"{number}.py").write_text("yield\n")
     found = {one.key: one for one in catalogue.workloads(original, 0.001, fio)}
@@ -112,26 +122,51 @@ def small(tmp_path: Path, fio: bool) -> dict[str, Workload]:
     return found
 
 
-def open_to_others(path: Path) -> None:
-    """Let other users through to a test's directory."""
-    for above in (path, *path.parents):
-        if above.owner() == "root" and not above.stat().st_mode & 0o001:
-            above.chmod(above.stat().st_mode | 0o011)
+@needs_root
+def test_it_becomes_another_user(opened: Path) -> None:
+    for number, owner in enumerate((users.FIRST, 0)):
+        make(opened, f"n{number}-", 1)
+        os.chown(opened / f"n{number}-0", owner, owner)
+    as_other = ("--user", users.FIRST, "chmod", 2)
+    assert report(*as_other, opened / "n0-0")["done"] == 2
+    done = client(*as_other, opened / "n1-0")
+    assert done.returncode == 1
+    assert "Operation not permitted" in done.stderr
+
+
+@needs_root
+@pytest.mark.parametrize("key", ALL)
+def test_each_workload_by_several_users(processes: Processes, opened: Path, key: str) -> None:
+    workload = replace(small(opened, False)[key], users=Users(2))
+    here = opened / "here"
+    here.mkdir()
+    place = dd.Place("here", here, here)
+    if key.startswith("tree-"):
+        with pytest.raises(Unsupported, match="of the user who mounted"):
+            workload.run(processes, place, 3)
+    else:
+        assert workload.run(processes, place, 3).value > 0
+    assert list(here.iterdir()) == []
+
+
+def test_fio_is_one_users(processes: Processes, tmp_path: Path) -> None:
+    workload = replace(small(tmp_path, True)["read-4k"], users=Users(2))
+    with pytest.raises(Unsupported, match="one user's process"):
+        workload.run(processes, dd.Place("here", tmp_path, tmp_path), 2)
 
 
 @pytest.mark.parametrize("key", ALL)
-def test_each_workload_on_a_plain_directory(processes: Processes, tmp_path: Path, key: str) -> None:
-    if key == "write-user":
-        if os.geteuid() != 0:
-            pytest.skip("only root has clients of another user")
-        open_to_others(tmp_path)
-    workload = small(tmp_path, False)[key]
-    here = tmp_path / "here"
+def test_each_workload_on_a_plain_directory(processes: Processes, opened: Path, key: str) -> None:
+    if key == "write-user" and os.geteuid() != 0:
+        pytest.skip("only root has clients of another user")
+    workload = small(opened, False)[key]
+    here = opened / "here"
     here.mkdir()
     found = workload.run(processes, dd.Place("here", here, here), 2)
     assert found.seconds > 0
     assert found.value > 0
-    assert (found.server_user_seconds, found.server_system_seconds) == (0, 0)
+    assert found.spent.server == Spent()
+    assert found.operations >= 2
     assert str(here) not in found.command
     assert "DIR/" in found.command
     assert list(here.iterdir()) == [], "all is removed"
@@ -145,41 +180,47 @@ def test_rates_are_of_all_clients_from_the_first_begin_to_the_last_end(
         "import sys\n"
         "last = sys.argv[-1].endswith('b')\n"
         "begin, end = (12.0, 15.0) if last else (11.0, 13.0)\n"
-        'print(\'{"done": 8, "begin": %f, "end": %f, "user": 1, "system": 2}\' % (begin, end))\n'
+        'words = \'"done": 8, "begin": %f, "end": %f, "user": 1, "system": 2, \'\n'
+        'words += \'"voluntary": 3, "forced": 4\'\n'
+        "print('{' + words % (begin, end) + '}')\n"
     )
     monkeypatch.setattr(workloads, "CLIENT", fake)
     place = dd.Place("here", tmp_path, tmp_path)
     found = workloads.run_clients(processes, "stat", 8, ["a", "b"], place)
     assert (found.seconds, found.value) == (4.0, 4.0)
-    assert (found.user_seconds, found.system_seconds) == (2, 4)
+    assert found.spent.clients == Spent(2, 4, 6, 8)
+    assert found.operations == 16
     with pytest.raises(BenchError, match="stat: 8 done instead of 9"):
         workloads.run_clients(processes, "stat", 9, ["a", "b"], place)
 
 
 @needs_root
-def test_a_client_of_another_user_is_one(processes: Processes, tmp_path: Path) -> None:
+def test_a_client_of_another_user_is_one(processes: Processes, opened: Path) -> None:
     """Who may not get there is told of."""
-    log = tmp_path / "log"
-    program = tmp_path / "dd"
+    log = opened / "log"
+    program = opened / "dd"
     program.write_text(
         f'#!/bin/sh\necho "$(id -u) $(id -g) $(id -G)" >>"{log}"\nexec /bin/dd "$@"\n'
     )
     program.chmod(0o755)
     log.touch()
     log.chmod(0o666)
-    here = tmp_path / "here"
+    here = opened / "here"
     here.mkdir()
     path = os.environ["PATH"]
-    workload = small(tmp_path, False)["write-user"]
-    tmp_path.chmod(0o700)
-    with pytest.raises(workloads.Unsupported, match="other users do not get there"):
+    workload = small(opened, False)["write-user"]
+    opened.chmod(0o700)
+    with pytest.raises(Unsupported, match="other users do not get there"):
         workload.run(processes, dd.Place("here", here, here), 2)
-    open_to_others(tmp_path)
+    opened.chmod(0o755)
+    sync = replace(small(opened / "sync", False)["sync-write"], users=Users(2))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PATH", f"{tmp_path}:{path}")
+        patch.setenv("PATH", f"{opened}:{path}")
         workload.run(processes, dd.Place("here", here, here), 2)
-    user = workloads.OTHER_USER
-    assert log.read_text() == f"{user} {user} {user}\n" * 2
+        sync.run(processes, dd.Place("here", here, here), 3)
+    user, other = users.FIRST, users.FIRST + 1
+    lines = [f"{user} {user} {user}\n"] * 4 + [f"{other} {other} {other}\n"]
+    assert sorted(log.read_text().splitlines(keepends=True)) == lines
     assert list(here.iterdir()) == []
 
 
@@ -189,11 +230,11 @@ def test_another_user_takes_root_and_setpriv(
     workload = small(tmp_path, False)["write-user"]
     place = dd.Place("here", tmp_path, tmp_path)
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    with pytest.raises(workloads.Unsupported, match="only root"):
+    with pytest.raises(Unsupported, match="only root"):
         workload.run(processes, place, 1)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    monkeypatch.setattr(workloads, "_AS_OTHER", ("no-such-program",))
-    with pytest.raises(workloads.Unsupported, match="no no-such-program in PATH"):
+    monkeypatch.setattr(users, "_PROGRAM", "no-such-program")
+    with pytest.raises(Unsupported, match="no no-such-program in PATH"):
         workload.run(processes, place, 1)
 
 

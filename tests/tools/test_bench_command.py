@@ -9,10 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from mounting import wait_until
+from mounting import open_directory, wait_until
+from ops_helpers import needs_root
 
 import ninefuse
 from ninefuse.bench import command, plots
+from ninefuse.bench.catalogue import DATA_KEYS
+from ninefuse.bench.counters import why_not_calls
 from ninefuse.bench.mounted import mounts_below
 
 LIMIT = 60.0
@@ -106,6 +109,36 @@ def test_a_run_writes_all_its_files_and_leaves_nothing(bench: Bench) -> None:
     assert rows[1]["command"][-5:-3] == ["--model", "second"]
 
 
+@needs_root
+@pytest.mark.skipif(bool(why_not_calls()), reason=f"system calls: {why_not_calls()}")
+def test_calls_are_counted_and_clients_are_several_users() -> None:
+    with open_directory() as directory:
+        bench = Bench(directory)
+        code, out, err = bench.run(
+            *("--rows", "source,second", "--workload", "sync-write,missing,tree-find", "--calls"),
+            *("--scale", "0.01", "--clients", "2", "--repeat", "1", "--users", "2"),
+        )
+        assert (code, err) == (0, "")
+        assert bench.left() == []
+        found = bench.results()
+    counted = found["counted"]
+    assert isinstance(counted, list)
+    assert {run["round"] for run in counted} == {0}
+    runs = [run for run in counted if not run["unsupported"]]
+    assert [run["row"] for run in runs] == ["source", "second"] * 3
+    for run in runs:
+        assert run["client_calls"] > 0
+        # A request is read and answered at least.
+        if run["row"] == "second":
+            assert run["daemon_calls"] >= 2 * run["operations"]
+            assert run["daemon_voluntary"] > 0
+        else:
+            assert run["daemon_calls"] is None
+    trees = [run for run in counted if run["workload"] == "tree-find"]
+    assert {run["error"] for run in trees} == {"its trees are of the user who mounted"}
+    assert "System calls for each operation, the daemon's + the clients'" in out
+
+
 def test_without_matplotlib_one_line_says_how_to_get_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,6 +209,7 @@ def test_a_directory_that_cannot_be_written(bench: Bench) -> None:
         (["--rows", ","], "no name"),
         (["--clients", "1,x"], "'x' is not a number from 1"),
         (["--repeat", "0"], "'0' is not a number from 1"),
+        (["--users", "1001"], "at most 1000 users"),
         (["--scale", "nan"], "'nan' is not a factor"),
         (["--peer", "x=serve {src}"], "must say where the mount point goes: {mnt}"),
         (["--peer", "none=serve {mnt}"], "there is a row none already"),
@@ -222,10 +256,21 @@ def test_clients_and_amounts() -> None:
     assert amounts["stat"] == 6 * usual["stat"] / command.QUICK_SCALE
 
 
+def test_all_clients_come_as_other_users_where_that_is_asked_for() -> None:
+    several = command._tasks(parse("--users", "3"), Path(), True)
+    assert {one.workload.users.number for one in several} == {3}
+    usual = command._tasks(parse(), Path(), True)
+    assert {one.cell.workload for one in usual if one.workload.users} == {"write-user"}
+
+
 def test_the_quick_form_measures_main_rows_beside_the_headline() -> None:
     """Unless rows are asked for; a peer that was given is measured everywhere."""
     quick = command._tasks(parse("--peer", "mine=x {mnt}"), Path(), False)
     assert {one.rows for one in quick[:5]} == {None}
-    assert {one.rows for one in quick[5:]} == {command.MAIN_ROWS | {"mine"}}
+    main = command.MAIN_ROWS | {"mine"}
+    data = {one.rows for one in quick[5:] if one.cell.workload in DATA_KEYS}
+    others = {one.rows for one in quick[5:] if one.cell.workload not in DATA_KEYS}
+    assert others == {main}
+    assert data == {main | {"kernel", "pt_hp", "pt_hp-kernel"}}
     for words in (("--full",), ("--rows", "source,bindfs")):
         assert {one.rows for one in command._tasks(parse(*words), Path(), False)} == {None}

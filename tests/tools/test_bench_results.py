@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,9 @@ def made_up() -> Results:
             for number, value in enumerate(values, 1):
                 cpu = (0.01, 0.02, 0.03, 0.04)
                 run = Run("sync-write", clients, name, number, value, "MB/s", 1 / value, *cpu)
+                # Of 10 blocks: the clients' switches and the daemon's.
+                run = replace(run, operations=10, client_voluntary=number, client_forced=2)
+                run = replace(run, daemon_voluntary=30 * number, daemon_forced=5)
                 results.runs.append(run)
     for name, seconds in (
         ("source", 0.5),
@@ -139,6 +143,31 @@ def test_the_tables_of_the_others() -> None:
     assert peers.lines == [["find x4", "0.80", "0.20", "-", "quick"]]
 
 
+def test_the_tables_of_what_was_counted() -> None:
+    results = made_up()
+    (switches,) = tables.counts(results)
+    assert switches.heads[1:4] == ["for each", "source", "none"]
+    assert switches.lines[0][:4] == ["sync-write x1", "operation", "0.20", "6.00 + 0.20"]
+    assert switches.lines[2][2:] == ["-"] * 7, "nothing is known of how many operations"
+    counted = Run("sync-write", 1, "none", 0, 7.0, operations=20)
+    for mine, theirs in ((100, 40), (120, 60), (500, 41)):
+        results.counted.append(replace(counted, daemon_calls=mine, client_calls=theirs))
+    (_, calls) = tables.counts(results)
+    assert calls.title.startswith("System calls for each operation")
+    assert calls.lines[0][:4] == ["sync-write x1", "operation", "-", "6.00 + 2.05"]
+    assert results.figures(results.cells[0], "none") == Figures(9, 8, 10), "they were not timed"
+    detail = tables.details(results)[0]
+    line = next(line for line in detail.lines if line[0] == "none")
+    assert list(line[-3:]) == ["6.00 + 0.20", "0.50 + 0.20", "6.00 + 2.05"]
+
+
+def test_calls_that_could_not_be_counted_are_told() -> None:
+    results = made_up()
+    assert not any("not counted" in line for line in tables.terminal(results))
+    results.not_counted = "Permission denied"
+    assert "system calls: not counted: Permission denied" in tables.terminal(results)
+
+
 def test_what_is_missing_dead_or_left_out_is_named() -> None:
     results = made_up()
     results.complete = False
@@ -215,9 +244,17 @@ def test_results_json_has_all_that_was_measured(tmp_path: Path) -> None:
         "client_system": 0.02,
         "daemon_user": 0.03,
         "daemon_system": 0.04,
+        "operations": 10,
+        "client_voluntary": 1,
+        "client_forced": 2,
+        "client_calls": None,
+        "daemon_voluntary": 30,
+        "daemon_forced": 5,
+        "daemon_calls": None,
         "error": "",
         "unsupported": False,
     }
+    assert (found["counted"], found["not_counted"]) == ([], "")
     failed = next(run for run in found["runs"] if run["error"])
     assert (failed["value"], failed["seconds"]) == (None, None)
 
@@ -233,7 +270,7 @@ def test_tables_are_written_as_text_and_markdown(tmp_path: Path) -> None:
     marked = (tmp_path / "tables.md").read_text()
     assert "| source | 20.0 (10.0-30.0) | 90.0 (80.0-100) |\n" in marked
     grids = re.findall(r"(?:^\|.*\n)+", marked, re.MULTILINE)
-    assert len(grids) == 4 + 1 + 3 + 3
+    assert len(grids) == 4 + 1 + 3 + 1 + 3
     for grid in grids:
         assert len({line.count("|") for line in grid.splitlines()}) == 1
 

@@ -28,7 +28,9 @@ def made(site: Site, name: str, *peers: Peer) -> Row | Missing:
 def test_the_rows_in_order() -> None:
     assert list(makers([Peer("mine", ("x",))])) == [
         *("source", "none", "first", "second-off", "second-thr", "second-req", "second"),
-        *("bindfs", "bindfs-mt", "pt_ll", "example", "null", "null-native", "mine"),
+        "kernel",
+        *("bindfs", "bindfs-mt", "pt_ll", "example", "null", "null-native"),
+        *("pt_hp", "pt_hp-kernel", "mine"),
     ]
     with pytest.raises(ValueError, match="there is a row null already"):
         makers([Peer("null", ("x",))])
@@ -87,7 +89,7 @@ def test_a_peers_words_are_filled_in_without_a_shell(site: Site) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["bindfs", "bindfs-mt", "x"])
+@pytest.mark.parametrize("name", ["bindfs", "bindfs-mt", "pt_hp", "pt_hp-kernel", "x"])
 def test_a_program_that_is_not_there_is_missing(
     site: Site, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,8 +97,8 @@ def test_a_program_that_is_not_there_is_missing(
     row = made(site, name, Peer("x", ("nothing", "{mnt}")))
     assert isinstance(row, Missing)
     assert row.name == name
-    program = "nothing" if name == "x" else "bindfs"
-    assert row.reason.startswith(f"no {program} in PATH")
+    programs = {"x": "nothing", "pt_hp": "passthrough_hp", "pt_hp-kernel": "passthrough_hp"}
+    assert row.reason.startswith(f"no {programs.get(name, 'bindfs')} in PATH")
 
 
 def test_bindfs_is_run_with_and_without_threads(
@@ -113,6 +115,36 @@ def test_bindfs_is_run_with_and_without_threads(
     assert "--multithreaded" not in one.command
     assert "--multithreaded" in many.command
     assert "-f" in one.command
+
+
+def test_passthrough_hp_with_and_without_the_kernels_data(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = site.scratch / "passthrough_hp"
+    program.write_text("#!/bin/sh\necho '      --nopassthrough    Do not'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(site.scratch))
+    through, kernel = made(site, "pt_hp"), made(site, "pt_hp-kernel")
+    assert isinstance(through, Row)
+    assert isinstance(kernel, Row)
+    places = (str(site.source), str(site.mountpoint("pt_hp")))
+    options = ("--foreground", "--nopassthrough", "--direct-io")
+    assert through.command == ("passthrough_hp", *options, *places)
+    assert kernel.command[:2] == ("passthrough_hp", "--foreground")
+    assert len(kernel.command) == 4
+    # One that does not know the option has all data through it, whatever its row is called.
+    program.write_text("#!/bin/sh\necho '      --nosplice'\n")
+    old = made(site, "pt_hp-kernel")
+    assert isinstance(old, Missing)
+    assert "older than the kernel's passthrough" in old.reason
+
+
+def test_a_peer_may_stand_for_passthrough_hp_alone(site: Site) -> None:
+    row = made(site, "pt_hp", Peer("pt_hp", (sys.executable, "{mnt}")))
+    assert isinstance(row, Row)
+    assert row.command == (sys.executable, str(site.mountpoint("pt_hp")))
+    with pytest.raises(ValueError, match="there is a row kernel already"):
+        makers([Peer("kernel", ("x", "{mnt}"))])
 
 
 def test_passthrough_ll_without_its_source_is_missing(

@@ -10,10 +10,12 @@ import pytest
 
 from ninefuse.bench import BenchError, Interrupted, Processes, dd
 from ninefuse.bench.common import Progress
+from ninefuse.bench.counters import Both, Spent
 from ninefuse.bench.results import Results
 from ninefuse.bench.rows import Row, Site, make_row, makers
 from ninefuse.bench.schedule import Served, TimeLeft, measure, steps, task
-from ninefuse.bench.workloads import Measured, Unsupported, Workload
+from ninefuse.bench.users import Unsupported
+from ninefuse.bench.workloads import Measured, Workload
 
 Call = tuple[str, str, int]
 
@@ -28,7 +30,9 @@ class Noted(Workload):
     def run(self, processes: Processes, place: dd.Place, clients: int) -> Measured:
         self.calls.append((self.key, place.name, clients))
         self.before(place)
-        return Measured(0.5, 7.0, 0.1, 0.2, 0.3, 0.4, f"{self.key} DIR")
+        counted = 9 if place.calls else None
+        spent = Both(Spent(0.1, 0.2, 5, 6, counted), Spent(0.3, 0.4, 7, 8, counted))
+        return Measured(0.5, 7.0, spent, 2, f"{self.key} DIR")
 
 
 @pytest.fixture
@@ -77,6 +81,23 @@ def test_in_every_round_each_row_runs_once_in_turn(
     assert results.cells[2].command == "once DIR"
 
 
+def test_a_last_round_counts_calls_and_its_times_are_kept_apart(
+    processes: Processes, rows: list[Served]
+) -> None:
+    calls: list[Call] = []
+    tasks = [task(Noted("w", "w", "1/s", "", calls=calls), 1, 2)]
+    results = Results(rows=[served.row for served in rows])
+    measure(processes, rows, tasks, 1, results, Progress(), lambda: None, calls=True)
+    assert calls == [("w", row, 1) for row in "abc"] * 3
+    assert [(run.row, run.round) for run in results.runs] == [(a, n) for n in (1, 2) for a in "abc"]
+    assert {(run.client_calls, run.daemon_calls) for run in results.runs} == {(None, None)}
+    assert [run.row for run in results.counted] == ["a", "b", "c"]
+    run = results.counted[0]
+    assert (run.client_calls, run.daemon_calls, run.operations) == (9, 9, 2)
+    switches = (run.client_voluntary, run.client_forced, run.daemon_voluntary, run.daemon_forced)
+    assert switches == (5, 6, 7, 8)
+
+
 def test_the_order_of_rounds() -> None:
     workload = Noted("w", "w", "s", "")
     tasks = [task(workload, 1, 2), task(workload, 2, 1), task(workload, 3, 3)]
@@ -119,7 +140,7 @@ def test_a_dead_row_is_noted_and_not_asked_again(processes: Processes, tmp_path:
         if place.server is not None:
             os.kill(place.server.pid, signal.SIGKILL)
             processes.wait([place.server], 10)
-            dd.server_seconds(place)
+            place.meter().__enter__()
 
     results = Results(rows=[served.row for served in rows])
     tasks = [task(Noted("w", "w", "s", "", calls=calls, before=die), 1, 3)]

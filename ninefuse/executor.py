@@ -412,6 +412,7 @@ class LeadingModel(SecondModel):
             log.error("%s was answered before its time", request.describe())
             request.is_answered = request.is_withdrawn = True
         if step is Step.CALL:  # which is not to be made a second time
+            request.is_begun = True
             request.call, request.error = None, error(errno.EIO)
             self._hand_over(request, self.advance(request))
         return False

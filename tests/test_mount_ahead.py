@@ -9,10 +9,13 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from helpers_executor import passed
 from leaders import SIZE, count_of, led_in_turn, opened, reading, writing
 from leaders import driver as driver
 from leaders import foreseen as foreseen
@@ -21,9 +24,11 @@ from stuck import Memory, memory_that_never_comes
 from wire_kernel import Kernel
 from wire_messages import pack, request
 
+from ninefuse.driving.patience import Patience, Ticket
 from ninefuse.executor import LeadingModel
 from ninefuse.fuse.leading import Leading
 from ninefuse.fuse.opcodes import Opcode
+from ninefuse.ops import locking
 from ninefuse.tree.kernel import FIRST_HANDLE
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts without a helper")
@@ -126,3 +131,53 @@ def test_who_waits_for_a_lock_leaves_writes_ahead(
     assert kernel.answer(unique) == (0, b"")
     kernel.settle()
     assert leading(kernel)._role.busy == 0
+
+
+def test_who_ends_others_bodies_is_in_his_own_call_all_the_same(
+    kernel: Kernel,
+    driver: LeadingModel,
+    memory: Memory,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Who waits for a lock that is given back at once runs the bodies of writes that came then.
+
+    Were he taken for one who has come back, all others could get stuck, and nobody would lead.
+    """
+    (tmp_path / "source/other").write_bytes(b"0")
+    handle, other = opened(kernel, FILE), opened(kernel, b"other")
+    crew = leading(kernel)
+    uniques = stuck_reads(kernel, memory, 2)  # so that bodies are left
+    driver.is_near = None  # so that he makes the tries himself
+    in_calls: list[int] = []
+    is_back = threading.Event()
+
+    def take(*args: Any, real: Callable[..., Any] = locking._try) -> Any:
+        in_calls.append(crew._role.in_calls)
+        return real(*args)
+
+    with (tmp_path / "source/file").open("r+b") as holder:
+
+        def queue(self: Patience, ticket: Ticket, pause: float, real: Any = Patience.queue) -> bool:
+            if len(in_calls) == 1:
+                assert kernel.get(Opcode.WRITE, writing(other, b"x")) == count_of(1)
+                fcntl.lockf(holder, fcntl.LOCK_UN)
+                self.end(ticket)
+                is_back.set()
+            return bool(real(self, ticket, pause))
+
+        fcntl.lockf(holder, fcntl.LOCK_EX)
+        monkeypatch.setattr(locking, "_try", take)
+        monkeypatch.setattr(Patience, "queue", queue)
+        unique = kernel.new_unique()
+        lock = pack("lk_in", handle, 1, 0, (1 << 63) - 1, fcntl.F_WRLCK, 1, 0, 0)
+        kernel.send(request(Opcode.SETLKW, lock, unique=unique, uid=os.geteuid()))
+        passed(is_back)  # one thread at a time takes answers
+        assert kernel.answer(unique) == (0, b"")
+    memory.release()
+    for number in uniques:
+        assert kernel.answer(number)[0] != 0
+    kernel.settle()
+    assert len(in_calls) == 2
+    assert in_calls[0] == in_calls[1]
+    assert crew._role.in_calls == 0

@@ -652,6 +652,9 @@ cdef class Role:
                 pthread_mutex_lock(&self.mutex)
                 self.waiting -= 1
                 if count == 0:
+                    if not self.waiting and self.followers:  # somebody is to wait meanwhile
+                        self.may_be_more = True
+                        pthread_cond_signal(&self.is_free)
                     pthread_mutex_unlock(&self.mutex)
                     self.see_that_one_finishes()
                     pthread_mutex_lock(&self.mutex)
@@ -680,7 +683,8 @@ cdef class Role:
         cdef pollfd fds[1]
         if self.waiting:
             fds[0].fd, fds[0].events, fds[0].revents = self.device.fd, POLLIN, 0
-            if poll(fds, 1, 0) == 0:
+            # Who is woken for a body that is left finds no message, and waits with a time.
+            if poll(fds, 1, 0) == 0 and not self.is_any_left():
                 self.may_be_more = False
                 return
         if self.followers:
@@ -745,13 +749,14 @@ cdef class Role:
             inode: that of its call.
             goes_on: whether it goes on, so that none is made ahead beside it.
         """
-        cdef int i = 0
+        cdef int i
         pthread_mutex_lock(&self.mutex)
         self.busy += goes_on
-        while self.aside[i] != inode:
-            i += 1
-        self.count_aside -= 1
-        self.aside[i] = self.aside[self.count_aside]
+        for i in range(self.count_aside):
+            if self.aside[i] == inode:
+                self.count_aside -= 1
+                self.aside[i] = self.aside[self.count_aside]
+                break
         pthread_mutex_unlock(&self.mutex)
 
     def knows(

@@ -188,7 +188,12 @@ class Leading:
     def goes_on(self) -> None:
         """As of a `Crew`."""
         self._role.begins()
+        me = threading.get_ident()
+        is_away = me in self._away
+        self._away.discard(me)  # others' requests that end in this are not what it is away for
         self._role.catches_up()
+        if is_away:
+            self._away.add(me)
 
     def ends(self) -> None:
         """As of a `Crew`."""

@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from ninefuse import executor, groundwork, ops
 from ninefuse.exitcodes import ExitCode, Failure
@@ -26,11 +27,13 @@ from ninefuse.linux.mountinfo import MountsBelow, OwnMount
 from ninefuse.process import logs, memory, signals
 from ninefuse.process.stopper import Stopper
 from ninefuse.settings import LEADERS, Settings
-from ninefuse.sockets import Beside
 from ninefuse.tree.leaving import Leaver
 from ninefuse.tree.qids import ROOT_NODEID, is_on_own_device
 from ninefuse.tree.session import Session
 from ninefuse.watching import report
+
+if TYPE_CHECKING:
+    from ninefuse.sockets import Beside
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +55,8 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
     """
     if not settings.listen:
         return _prepare(settings, ready, None)
+    from ninefuse.sockets import Beside  # with trio, which takes as long to load as all the rest
+
     beside = Beside(settings)  # while the umask is what it was
     try:
         return _prepare(settings, ready, beside)

@@ -76,6 +76,44 @@ def test_writes_and_syncs_of_a_lone_client_are_made_ahead(
         assert (counted.count, counted.crossings) == (count, 0)
 
 
+def test_reads_of_a_lone_client_are_made_ahead(
+    kernel: Kernel, driver: LeadingModel, foreseen: list[str], tmp_path: Path
+) -> None:
+    """What is read is what there is, to the end of the file and beyond it."""
+    content = os.urandom(SIZE)
+    (tmp_path / "file").write_bytes(content)
+    handle, count = opened(kernel, FILE, os.O_RDONLY), 0
+    while len(foreseen) < 20:
+        assert count < SIZE, "no call was made ahead"
+        size, offset = count % 300 + 1, count * 7 % (SIZE + 200)
+        assert kernel.get(Opcode.READ, reading(handle, size, offset)) == content[offset:][:size]
+        kernel.settle()
+        count += 1
+    assert set(foreseen) == {"read"}
+    counted = driver.answered["read"]
+    assert (counted.count, counted.crossings) == (count, 0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "size", "offset", "code"),
+    [
+        (os.O_WRONLY, 10, 0, errno.EBADF),
+        (os.O_RDONLY, 10, 1 << 63, errno.EINVAL),
+        (os.O_RDONLY, 0, 0, 0),
+        (os.O_RDONLY, 128 << 10, 0, 0),
+    ],
+)
+def test_what_is_no_plain_read_is_not_made_ahead(
+    kernel: Kernel, foreseen: list[str], flags: int, size: int, offset: int, code: int
+) -> None:
+    handle = opened(kernel, FILE, flags)
+    for _ in range(20):
+        said = kernel.ask(Opcode.READ, reading(handle, size, offset))
+        assert said == (code, b"" if code or not size else b"0" * SIZE)
+        kernel.settle()
+    assert not foreseen
+
+
 def test_an_answer_does_not_wait_for_the_body_and_other_bodies_do(
     kernel: Kernel, driver: LeadingModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

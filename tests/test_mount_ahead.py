@@ -34,6 +34,7 @@ from ninefuse.tree.kernel import FIRST_HANDLE
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts without a helper")
 
 STUCK, FILE = b"stuck", b"file"
+LARGE = 128 << 10  # bytes of a read that is not made ahead itself
 WRITES = 40  # more calls than bodies may wait for each other
 
 
@@ -62,7 +63,7 @@ def stuck_reads(kernel: Kernel, memory: Memory, count: int) -> list[int]:
     os.close(there)
     uniques = [kernel.new_unique() for _ in range(count)]
     for number, unique in enumerate(uniques):
-        body = reading(handle, SIZE, number * SIZE)
+        body = reading(handle, LARGE, number * LARGE)
         kernel.send(request(Opcode.READ, body, unique=unique, uid=os.geteuid()))
     role = leading(kernel)._role
     wait_until(lambda: role.in_calls + role.handed - role.queued >= count, "reads are stuck")

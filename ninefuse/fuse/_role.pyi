@@ -48,6 +48,7 @@ class Role:
         handle: int,
         inode: int,
         fd: int,
+        is_readable: bool,
         is_writable: bool,
         appends: bool,
         writer: Caller | None,

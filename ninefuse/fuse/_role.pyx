@@ -12,8 +12,8 @@ interpreter's lock:
 * by a *hand*: a thread that does nothing else (`hand`, `work`). The leader goes on to read then,
   and keeps the interpreter's lock while requests stand in line.
 
-A write or sync by a handle on which nothing else is under way needs not even its body: which call
-that is going to ask for is known from the message. So the call is made *ahead*, and answered, and
+A read, write or sync by a handle on which nothing else is under way needs not even its body: which
+call that is going to ask for is known from the message. So the call is made *ahead*, and answered, and
 the body is run afterwards, up to this call, and on with what came of it. It is run before any
 other body, so that whatever comes later finds it under way, or over. Where several writers go
 side by side, it may wait for more of them: who runs one then runs all, and the interpreter's lock
@@ -43,6 +43,7 @@ from ninefuse.calls import Fsync, Pread, Pwrite
 from ninefuse.fuse._wire cimport (
     FSYNC_FDATASYNC,
     OP_FSYNC,
+    OP_READ,
     OP_WRITE,
     POLLIN,
     WRITE_CACHE,
@@ -118,7 +119,7 @@ cdef extern from "Python.h":
 cdef enum:
     KNOWN_HANDLES = 256  # of which it is known what calls they make; the newest
     MOST_AHEAD = 64  # calls made ahead whose bodies are still to be run
-    LARGEST_AHEAD = 65536  # bytes of a message, which is copied
+    LARGEST_AHEAD = 65536  # bytes of a message, which is copied, or of what is read
     MOST_ASIDE = 64  # plain calls under way, not made ahead, beside which others are
     CROWD = 2  # calls that others are in: so many come back soon, and a body may wait for them
     BATCH = 32  # calls made ahead, the bodies of which are run at the latest when there are as many
@@ -139,8 +140,8 @@ cdef enum State:
     READY  # its body waits for what comes of the call, as any other's
 
 cdef struct Plain:
-    # A handle, by which writes and syncs are plain calls.
-    bint is_known, is_writable, appends, for_caller
+    # A handle, by which reads, writes and syncs are plain calls.
+    bint is_known, is_readable, is_writable, appends, for_caller
     uint32_t user  # who opened it; 0: nobody whose share is bounded
     uint64_t handle
     uint64_t inode
@@ -170,8 +171,9 @@ cdef struct Job:
     State state
     char *message
     size_t message_size
+    char *buffer  # what is read
     uint64_t inode
-    uint64_t begin  # of the bytes that it changes
+    uint64_t begin  # of the bytes that it reads or changes
     uint64_t end
     uint32_t user
     int64_t began  # as of time.monotonic_ns()
@@ -286,6 +288,13 @@ cdef void answer(Job *job, Device device) noexcept nogil:
     # One that nobody waits for any more is answered, too. What the kernel refuses is said again
     # by Python, which tells of it.
     job.is_answered = device.send(parts, count) in (0, ENOENT, ENODEV)
+
+
+cdef str name_of(Job *job):
+    """What the request is called that asks for a call."""
+    if job.kind == READ:
+        return "read"
+    return "write" if job.kind == WRITE else "fsync"
 
 
 cdef int64_t now() noexcept nogil:
@@ -460,7 +469,14 @@ cdef class Role:
         cdef bint is_answered = job.is_answered
         cdef bint is_read = job.kind == READ
         cdef bint by_hand = job.by_hand
-        if is_read and 0 <= result < <ssize_t> job.size:
+        if is_read and job.data == NULL and result >= 0:
+            try:
+                data = PyBytes_FromStringAndSize(job.start, result)
+                Py_INCREF(data)
+                job.data = <PyObject *> data
+            except MemoryError:
+                result = -ENOMEM
+        elif is_read and 0 <= result < <ssize_t> job.size:
             if _PyBytes_Resize(&job.data, result) < 0:  # which has let the bytes go
                 PyErr_Clear()
                 result = -ENOMEM
@@ -485,6 +501,7 @@ cdef class Role:
             self.take_ahead(job)
             pthread_mutex_unlock(&self.mutex)
             free(job.message)
+            free(job.buffer)
         free(job)
 
     # ---- the role -----------------------------------------------------------------------------
@@ -760,22 +777,24 @@ cdef class Role:
         pthread_mutex_unlock(&self.mutex)
 
     def knows(
-        self, uint64_t handle, uint64_t inode, int fd, bint is_writable, bint appends, writer,
-        uint32_t user,
+        self, uint64_t handle, uint64_t inode, int fd, bint is_readable, bint is_writable,
+        bint appends, writer, uint32_t user,
     ):
-        """By this handle writes and syncs are plain calls, until `forgets`.
+        """By this handle reads, writes and syncs are plain calls, until `forgets`.
 
         Args:
             handle: the kernel's number of it.
             inode: its file's, as calls have it.
             fd: by which calls are made.
+            is_readable: whether it may be read.
             is_writable: whether it may be written to.
             appends: whether it was opened to append (fcntl(2) may have changed that).
             writer: a `Caller` for whom it is written; None: the daemon.
             user: the user id of who opened it.
         """
         cdef Plain known
-        known.is_known, known.is_writable, known.appends = True, is_writable, appends
+        known.is_known, known.is_readable = True, is_readable
+        known.is_writable, known.appends = is_writable, appends
         known.for_caller = writer is not None
         known.handle, known.inode, known.fd = handle, inode, fd
         known.user = user
@@ -803,11 +822,11 @@ cdef class Role:
     cdef Job *foreseen(self, ssize_t got) noexcept nogil:
         """As the leader: the call of the message just read, and the role passed on. Or NULL."""
         cdef InHeader header
-        cdef ReadIn write
+        cdef ReadIn write, read
         cdef FsyncIn sync
         cdef const char *start = self.device.buffer
         cdef Kind kind
-        cdef uint64_t handle, offset = 0
+        cdef uint64_t handle, offset = 0, size = 0
         cdef bint appends = False
         cdef Plain *known
         cdef Job *job
@@ -822,8 +841,13 @@ cdef class Role:
                 return NULL
             if write.size != <size_t> got - sizeof(header) - sizeof(write):
                 return NULL
-            kind, handle, offset = WRITE, write.fh, write.offset
+            kind, handle, offset, size = WRITE, write.fh, write.offset, write.size
             appends = write.flags & O_APPEND != 0
+        elif header.opcode == OP_READ and <size_t> got == sizeof(header) + sizeof(read):
+            memcpy(&read, start + sizeof(header), sizeof(read))
+            if not 0 < read.size <= LARGEST_AHEAD or read.offset > LAST_BYTE - read.size:
+                return NULL
+            kind, handle, offset, size = READ, read.fh, read.offset, read.size
         elif header.opcode == OP_FSYNC and <size_t> got == sizeof(header) + sizeof(sync):
             memcpy(&sync, start + sizeof(header), sizeof(sync))
             kind = SYNC_DATA if sync.flags & FSYNC_FDATASYNC else SYNC
@@ -838,21 +862,28 @@ cdef class Role:
         if job.message == NULL:
             free(job)
             return NULL
+        if kind == READ:
+            job.buffer = <char *> malloc(size)
+            if job.buffer == NULL:
+                free(job.message)
+                free(job)
+                return NULL
         job.kind, job.unique, job.offset, job.state = kind, header.unique, <int64_t> offset, RAW
         job.began = now()
-        if kind == WRITE:
-            # What is appended begins where the file ends: nobody here knows where that is.
-            job.begin = offset
-            job.end = BEYOND if appends else offset + write.size
+        # What is appended begins where the file ends: nobody here knows where that is.
+        job.begin = offset
+        job.end = BEYOND if appends else offset + size
         known = &self.handles[handle % KNOWN_HANDLES]
         pthread_mutex_lock(&self.mutex)
         if (
             not known.is_known
             or known.handle != handle
+            or (kind == READ and not known.is_readable)
             or (kind == WRITE and (not known.is_writable or appends != known.appends))
             or not self.is_quiet_for(job, known)
         ):
             pthread_mutex_unlock(&self.mutex)
+            free(job.buffer)
             free(job.message)
             free(job)
             return NULL
@@ -860,9 +891,10 @@ cdef class Role:
         job.for_caller, job.uid, job.gid = known.for_caller, known.uid, known.gid
         memcpy(job.message, start, <size_t> got)
         job.message_size = <size_t> got
+        job.size = size
+        job.start = job.buffer
         if kind == WRITE:
             job.start = job.message + sizeof(header) + sizeof(write)
-            job.size = write.size
         self.add_ahead(job)
         self.pass_it_on()
         pthread_mutex_unlock(&self.mutex)
@@ -893,7 +925,7 @@ cdef class Role:
         job = self.ahead
         while job != NULL:
             if not job.is_over and job.state == RAW:
-                found.append(("write" if job.kind == WRITE else "fsync", job.inode, job.began))
+                found.append((name_of(job), job.inode, job.began))
             job = job.next_ahead
         pthread_mutex_unlock(&self.mutex)
         return found
@@ -957,7 +989,8 @@ cdef class Role:
         while job != NULL:
             if not job.is_over and known.user and job.user == known.user:
                 count += 1
-            if job.inode == known.inode:
+            # Reads do not meet each other.
+            if job.inode == known.inode and not (job.kind == READ and wanted.kind == READ):
                 # One that did not go well goes on in its body, perhaps with another call.
                 if not job.is_made:
                     return False

@@ -18,6 +18,7 @@ cdef extern from "<poll.h>" nogil:
         POLLIN
 
 cdef enum:
+    OP_READ = 15
     OP_WRITE = 16
     OP_FSYNC = 20
     WRITE_CACHE = 1

@@ -233,7 +233,7 @@ class Leading:
     # What the session tells of handles
 
     def opened(self, handle: int) -> None:
-        """The kernel is about to be told of a handle. Writes by it may be plain calls.
+        """The kernel is about to be told of a handle. Reads and writes by it may be plain calls.
 
         Args:
             handle: the kernel's number of it.
@@ -243,7 +243,8 @@ class Leading:
             node, file = found
             appends = bool(file.flags & os.O_APPEND)
             whose = file.writer, file.owner or 0
-            self._role.knows(handle, node.number, file.fd, file.writable, appends, *whose)
+            may = file.readable, file.writable
+            self._role.knows(handle, node.number, file.fd, *may, appends, *whose)
             if self._front.fids.plain_file_of(FIRST_HANDLE + handle) is None:
                 self._role.forgets(handle)  # it was seen with set-id bits meanwhile
 

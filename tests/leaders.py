@@ -21,6 +21,7 @@ from wire_messages import pack
 
 from ninefuse.driving.request import Request
 from ninefuse.executor import LeadingModel
+from ninefuse.fuse.leading import Leading
 from ninefuse.fuse.opcodes import Opcode
 
 SIZE = 4096
@@ -54,6 +55,12 @@ def foreseen(driver: LeadingModel, monkeypatch: pytest.MonkeyPatch) -> list[str]
 
     monkeypatch.setattr(driver, "foresee", foresee)
     return names
+
+
+def leading(kernel: Kernel) -> Leading:
+    assert isinstance(kernel.driver, LeadingModel)
+    assert isinstance(kernel.driver.crew, Leading)
+    return kernel.driver.crew
 
 
 def writing(handle: int, data: bytes, offset: int = 0) -> bytes:

@@ -16,6 +16,7 @@ from leaders import (
     SIZE,
     StuckMkdir,
     count_of,
+    leading,
     led_in_turn,
     nodeid_of,
     opened,
@@ -92,6 +93,32 @@ def test_reads_of_a_lone_client_are_made_ahead(
     assert set(foreseen) == {"read"}
     counted = driver.answered["read"]
     assert (counted.count, counted.crossings) == (count, 0)
+
+
+def test_reads_of_what_is_in_memory_leave_the_role_where_it_is(
+    kernel: Kernel, driver: LeadingModel, foreseen: list[str], tmp_path: Path
+) -> None:
+    """Who leads makes them, where that waits for nobody; what ends sooner, he does not."""
+    with (tmp_path / "file").open("rb", buffering=0) as file:
+        try:
+            os.preadv(file.fileno(), [bytearray(SIZE)], 0, os.RWF_NOWAIT)
+        except OSError as e:
+            pytest.skip(f"this file system cannot tell what is in memory: {e}")
+    driver.is_near = lambda inode: True
+    role = leading(kernel)._role
+    handle, count = opened(kernel, FILE, os.O_RDONLY), 0
+    passed_on = role.passed
+    while len(foreseen) < 40:  # more than may be left to be run
+        assert count < SIZE, "no call was made ahead"
+        assert kernel.get(Opcode.READ, reading(handle, 10, count % SIZE // 2)) == b"0" * 10
+        count += 1
+    wait_until(lambda: leading(kernel).is_idle, "all bodies have been run")
+    assert role.passed == passed_on
+    while role.passed == passed_on:
+        assert count < 2 * SIZE, "none was made ahead"
+        assert kernel.get(Opcode.READ, reading(handle, 10, SIZE - 5)) == b"0" * 5
+        count += 1
+    assert driver.answered["read"].count <= count
 
 
 @pytest.mark.parametrize(

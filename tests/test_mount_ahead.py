@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from helpers_executor import passed
-from leaders import SIZE, count_of, led_in_turn, opened, reading, writing
+from leaders import SIZE, count_of, leading, led_in_turn, opened, reading, writing
 from leaders import driver as driver
 from leaders import foreseen as foreseen
 from mounting import Watchdog, wait_until
@@ -26,7 +26,6 @@ from wire_messages import pack, request
 
 from ninefuse.driving.patience import Patience, Ticket
 from ninefuse.executor import LeadingModel
-from ninefuse.fuse.leading import Leading
 from ninefuse.fuse.opcodes import Opcode
 from ninefuse.ops import locking
 from ninefuse.tree.kernel import FIRST_HANDLE
@@ -68,12 +67,6 @@ def stuck_reads(kernel: Kernel, memory: Memory, count: int) -> list[int]:
     role = leading(kernel)._role
     wait_until(lambda: role.in_calls + role.handed - role.queued >= count, "reads are stuck")
     return uniques
-
-
-def leading(kernel: Kernel) -> Leading:
-    assert isinstance(kernel.driver, LeadingModel)
-    assert isinstance(kernel.driver.crew, Leading)
-    return kernel.driver.crew
 
 
 def write_until_ahead(kernel: Kernel, handle: int, foreseen: list[str]) -> None:

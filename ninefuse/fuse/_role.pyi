@@ -48,6 +48,7 @@ class Role:
         handle: int,
         inode: int,
         fd: int,
+        is_near: bool,
         is_readable: bool,
         is_writable: bool,
         appends: bool,

@@ -85,6 +85,20 @@ cdef extern from "<unistd.h>" nogil:
     int fdatasync(int)
     int close(int)
 
+cdef extern from *:
+    """
+    #include <errno.h>
+    #include <sys/uio.h>
+
+    static ssize_t read_nowait(int fd, void *buffer, size_t count, off_t offset)
+    {
+        struct iovec part = { buffer, count };
+        ssize_t result = preadv2(fd, &part, 1, offset, RWF_NOWAIT);
+        return result < 0 ? -errno : result;
+    }
+    """
+    ssize_t read_nowait(int, void *, size_t, int64_t) nogil
+
 cdef extern from "<sys/epoll.h>" nogil:
     ctypedef union epoll_data_t:
         int fd
@@ -141,7 +155,7 @@ cdef enum State:
 
 cdef struct Plain:
     # A handle, by which reads, writes and syncs are plain calls.
-    bint is_known, is_readable, is_writable, appends, for_caller
+    bint is_known, is_near, is_readable, is_writable, appends, for_caller
     uint32_t user  # who opened it; 0: nobody whose share is bounded
     uint64_t handle
     uint64_t inode
@@ -172,6 +186,7 @@ cdef struct Job:
     char *message
     size_t message_size
     char *buffer  # what is read
+    bint is_near  # whether a read may be tried by who leads: it waits for nobody there
     uint64_t inode
     uint64_t begin  # of the bytes that it reads or changes
     uint64_t end
@@ -615,7 +630,11 @@ cdef class Role:
             job = self.foreseen(got)
             if job == NULL:
                 break
-            self.make_ahead(job)
+            if not (job.kind == READ and job.is_near and self.read_now(job)):
+                pthread_mutex_lock(&self.mutex)
+                self.pass_it_on()
+                pthread_mutex_unlock(&self.mutex)
+                self.make_ahead(job)
             got = self.next_message(False)
         pthread_mutex_lock(&self.mutex)
         self.in_python += 1
@@ -777,8 +796,8 @@ cdef class Role:
         pthread_mutex_unlock(&self.mutex)
 
     def knows(
-        self, uint64_t handle, uint64_t inode, int fd, bint is_readable, bint is_writable,
-        bint appends, writer, uint32_t user,
+        self, uint64_t handle, uint64_t inode, int fd, bint is_near, bint is_readable,
+        bint is_writable, bint appends, writer, uint32_t user,
     ):
         """By this handle reads, writes and syncs are plain calls, until `forgets`.
 
@@ -786,6 +805,7 @@ cdef class Role:
             handle: the kernel's number of it.
             inode: its file's, as calls have it.
             fd: by which calls are made.
+            is_near: whether a read of what is in memory waits for nobody.
             is_readable: whether it may be read.
             is_writable: whether it may be written to.
             appends: whether it was opened to append (fcntl(2) may have changed that).
@@ -793,7 +813,7 @@ cdef class Role:
             user: the user id of who opened it.
         """
         cdef Plain known
-        known.is_known, known.is_readable = True, is_readable
+        known.is_known, known.is_near, known.is_readable = True, is_near, is_readable
         known.is_writable, known.appends = is_writable, appends
         known.for_caller = writer is not None
         known.handle, known.inode, known.fd = handle, inode, fd
@@ -820,7 +840,7 @@ cdef class Role:
         pthread_mutex_unlock(&self.mutex)
 
     cdef Job *foreseen(self, ssize_t got) noexcept nogil:
-        """As the leader: the call of the message just read, and the role passed on. Or NULL."""
+        """As the leader: the call of the message just read, or NULL."""
         cdef InHeader header
         cdef ReadIn write, read
         cdef FsyncIn sync
@@ -888,6 +908,7 @@ cdef class Role:
             free(job)
             return NULL
         job.fd, job.inode, job.user = known.fd, known.inode, known.user
+        job.is_near = known.is_near
         job.for_caller, job.uid, job.gid = known.for_caller, known.uid, known.gid
         memcpy(job.message, start, <size_t> got)
         job.message_size = <size_t> got
@@ -896,9 +917,26 @@ cdef class Role:
         if kind == WRITE:
             job.start = job.message + sizeof(header) + sizeof(write)
         self.add_ahead(job)
-        self.pass_it_on()
         pthread_mutex_unlock(&self.mutex)
         return job
+
+    cdef bint read_now(self, Job *job) noexcept nogil:
+        """As the leader: make a read, and answer it, if all is in memory. It waits for nobody."""
+        cdef bint is_full
+        job.result = read_nowait(job.fd, job.start, job.size, job.offset)
+        if job.result != <ssize_t> job.size:
+            return False  # at the end of a file, too: it is read again
+        job.is_back = True
+        answer(job, self.device)
+        pthread_mutex_lock(&self.mutex)
+        job.is_made = job.is_over = True
+        is_full = self.count_ahead >= BATCH or not job.is_answered
+        if job.state == READY:
+            job.next, self.done = self.done, job
+        pthread_mutex_unlock(&self.mutex)
+        if is_full:
+            self.see_that_one_finishes()
+        return True
 
     cdef void make_ahead(self, Job *job) noexcept nogil:
         """Make a call ahead, and answer it; see that its body is run if nobody else does."""

@@ -243,7 +243,8 @@ class Leading:
             node, file = found
             appends = bool(file.flags & os.O_APPEND)
             whose = file.writer, file.owner or 0
-            may = file.readable, file.writable
+            is_near = self._driver.is_near
+            may = is_near is not None and is_near(node.number), file.readable, file.writable
             self._role.knows(handle, node.number, file.fd, *may, appends, *whose)
             if self._front.fids.plain_file_of(FIRST_HANDLE + handle) is None:
                 self._role.forgets(handle)  # it was seen with set-id bits meanwhile

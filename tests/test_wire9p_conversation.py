@@ -137,6 +137,19 @@ def test_a_flush_is_answered_after_what_it_is_for(c: Client, stuck: Stuck) -> No
     assert {frame.number for frame in found[1:]} == {NUMBER_OF["Rflush"]}
 
 
+def test_a_chain_of_flushes(source: Path, stuck: Stuck) -> None:
+    """Each is of the one before, as many as requests may be: all are answered, in that order."""
+    count = 2 * sys.getrecursionlimit()
+    with served(source, max_requests=count + 1) as server, server.client() as c:
+        c.send("Tstatfs", ROOT, tag=0)
+        stuck.wait()
+        for tag in range(1, count):
+            c.send("Tflush", tag - 1, tag=tag)
+        c.call("Tgetattr", ROOT, BASIC, tag=count)  # so all have come
+        stuck.free.set()
+        assert [c.receive().tag for _ in range(count)] == list(range(count))
+
+
 def test_a_request_that_has_not_begun_is_called_off(c: Client, stuck: Stuck) -> None:
     """It gets no answer, and does nothing: the workers that one file may have are stuck."""
     for tag in range(1, 31):

@@ -321,13 +321,15 @@ class Conversation:
             self._fids[newfid] = attached if is_attach else pending.caller
 
     def _ended(self, pending: _Pending) -> None:
-        """A request is over: so are the Tflush that wait for it."""
-        self._wire.ends(pending.cost)
-        for flush in pending.flushes:
-            if not self._is_over:
-                del self._pending[flush.tag]
-                self._wire.send(encode(_FLUSH + 1, flush.tag))
-            self._ended(flush)
+        """A request is over: so are the Tflush that wait for it, and those that wait for these."""
+        over = [pending]  # no call in a call: they may be a chain of a thousand
+        while over:
+            one = over.pop()
+            if one.number == _FLUSH and not self._is_over:
+                del self._pending[one.tag]
+                self._wire.send(encode(_FLUSH + 1, one.tag))
+            self._wire.ends(one.cost)
+            over.extend(reversed(one.flushes))
 
     def _refuse(self, tag: int, code: int) -> None:
         self._wire.send(encode(_ERROR, tag, code))

@@ -55,7 +55,7 @@ class Settings:
     changed; None: one is to be made. listen: addresses at which clients are served, as --listen
     has them. squashes: whether a client's root acts as nobody. max_connections: of
     such clients. max_fids, max_requests: that one of them may have. max_bytes: of its requests
-    and answers, likewise.
+    and answers, likewise, and again of extended attributes that its fids keep.
     """
 
     source: str

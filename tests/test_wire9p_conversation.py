@@ -345,6 +345,43 @@ def test_too_many_fids(source: Path) -> None:
             other.walk(1)
 
 
+def test_too_much_of_extended_attributes(source: Path) -> None:
+    """Fids keep the values that are read and written, and these are bounded, too."""
+    need_attributes(source)
+    os.setxattr(source / "f", "user.a", bytes(1000))
+    with served(source, max_bytes=133_500) as server, server.client() as c:
+        for fid in range(1, 6):
+            c.walk(fid, b"f")
+        for fid in (1, 2):
+            c.call("Txattrcreate", fid, b"user.b", 65_500, 0)
+        for fid in range(10, 13):
+            c.call("Txattrwalk", 5, fid, b"user.a")
+        for name, *values in (
+            ("Txattrcreate", 3, b"user.b", 1, 0),
+            ("Txattrwalk", 5, 13, b"user.a"),
+            ("Txattrwalk", 5, 13, b""),
+        ):
+            with fails(errno.ENOMEM):
+                c.call(name, *values)
+        with server.client() as other:
+            other.walk(1, b"f")
+            other.call("Txattrwalk", 1, 2, b"user.a")
+        # Those that failed have kept nothing, and their fids are free.
+        for fid in (10, 11, 12):
+            c.clunk(fid)
+        for fid in range(13, 100):
+            c.call("Txattrwalk", 5, fid, b"user.a")
+            c.clunk(fid)
+        for _ in range(4):
+            with fails(errno.ENODATA):
+                c.call("Txattrwalk", 5, 13, b"user.none")
+        with fails(errno.E2BIG):
+            c.call("Txattrcreate", 3, b"user.b", 65_537, 0)
+        c.call("Tremove", 1)
+        for fid in range(13, 70):
+            c.call("Txattrwalk", 5, fid, b"user.a")
+
+
 def test_too_many_connections(source: Path, caplog: pytest.LogCaptureFixture) -> None:
     with served(source, max_connections=3) as server, contextlib.ExitStack() as clients:
         first = [clients.enter_context(server.client()) for _ in range(3)]

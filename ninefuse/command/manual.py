@@ -108,7 +108,7 @@ CLIENTS = (
     Text(
         "max_bytes=",
         f"bytes of its requests and answers ({DEFAULT_BYTES >> 20} MiB)",
-        "; at that, likewise",
+        "; at that, likewise; and as many of extended attributes, beyond which it is told ENOMEM",
     ),
 )
 

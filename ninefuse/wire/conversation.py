@@ -29,6 +29,7 @@ from ninefuse.driving.driver import Executor
 from ninefuse.driving.request import Request
 from ninefuse.errors import error
 from ninefuse.linux.callers import Caller
+from ninefuse.ops.xattr import XATTR_SIZE_MAX
 from ninefuse.settings import Settings
 from ninefuse.tree.clients import number_in
 from ninefuse.tree.session import Session
@@ -52,6 +53,7 @@ _RENAME = NUMBER_OF["Trename"]  # whose second fid may be none: the file's own d
 _WALK = NUMBER_OF["Twalk"]
 # They end their fid, whatever becomes of them: so they are not withdrawn.
 _ENDS_FID = (NUMBER_OF["Tclunk"], NUMBER_OF["Tremove"])
+_XATTRWALK, _XATTRCREATE = NUMBER_OF["Txattrwalk"], NUMBER_OF["Txattrcreate"]
 _ASKS_FOR_BYTES = (NUMBER_OF["Tread"], NUMBER_OF["Treaddir"])
 
 
@@ -113,7 +115,17 @@ _FIDS = {number: _fids_of(number) for number in ROWS}
 class _Pending:
     """A request of the client's that has not been answered."""
 
-    __slots__ = ("caller", "cost", "flushes", "newfid", "number", "request", "tag", "wanted")
+    __slots__ = (
+        "attribute",
+        "caller",
+        "cost",
+        "flushes",
+        "newfid",
+        "number",
+        "request",
+        "tag",
+        "wanted",
+    )
 
     def __init__(self, number: int, tag: int, cost: int, caller: Caller | None = None) -> None:
         self.number = number
@@ -124,6 +136,8 @@ class _Pending:
         self.flushes: list[_Pending] = []  # Tflush that wait for its end
         self.newfid: int | None = None  # that it makes, if all goes well
         self.wanted = 0  # names of a walk
+        # Of an extended attribute: the fid that is to keep it, and its bytes, if they are known.
+        self.attribute: tuple[int, int | None] | None = None
 
 
 class _Coming:
@@ -157,6 +171,8 @@ class Conversation:
         self._attaching: dict[int, Caller | None] = {}
         self._pending: dict[int, _Pending] = {}  # by tag
         self._locking = 0  # Tlock among these
+        self._attributes: dict[int, int] = {}  # by fid, bytes of an extended attribute that it has
+        self._kept = 0  # all these bytes
         self._is_over = False
 
     def attached(self, fid: int, caller: Caller | None) -> None:
@@ -215,7 +231,7 @@ class Conversation:
 
         Raises:
             OSError: EBADF, the client has no such fid; EINVAL, a new one is taken; EMFILE, it has
-                too many.
+                too many; ENOMEM, they keep too much of extended attributes.
         """
         fids = _FIDS[number]
         caller: Any = None
@@ -229,6 +245,9 @@ class Conversation:
         pending = _Pending(number, tag, size, caller)
         if number in _ASKS_FOR_BYTES:
             pending.cost += min(values[2], self.msize)
+        elif number in (_XATTRWALK, _XATTRCREATE):
+            pending.attribute = self._attribute_of(number, values)
+            pending.cost += XATTR_SIZE_MAX  # as long as it is not known
         if fids.new is not None:
             newfid = values[fids.new]
             if number != _WALK or newfid != values[0]:
@@ -241,6 +260,7 @@ class Conversation:
                 self._fids[newfid] = _COMING
         if number in _ENDS_FID:
             del self._fids[values[0]]
+            pending.cost += self._keep(values[0], 0)
         arguments = list(values)
         for at in fids.known:
             arguments[at] = number_in(self.number, values[at]) if at in known else None
@@ -257,6 +277,24 @@ class Conversation:
         name = BY_NUMBER[number].name[1:]
         user = None if caller is None else caller.uid
         pending.request = self._door.start(name, body, done, user)
+
+    def _attribute_of(self, number: int, values: Values) -> tuple[int, int | None]:
+        """What a request for an extended attribute will keep, and in which fid.
+
+        Raises:
+            OSError: ENOMEM, the client's fids keep enough.
+        """
+        if self._kept > self._door.settings.max_bytes:
+            raise error(errno.ENOMEM)
+        return (values[1], None) if number == _XATTRWALK else (values[0], values[2])
+
+    def _keep(self, fid: int, size: int) -> int:
+        """Note how many bytes of an extended attribute a fid keeps; how many it kept before."""
+        before = self._attributes.pop(fid, 0)
+        if size:
+            self._attributes[fid] = size
+        self._kept += size - before
+        return before
 
     def _flush(self, tag: int, oldtag: int) -> None:
         old = self._pending.get(oldtag)
@@ -305,6 +343,10 @@ class Conversation:
 
     def _note_fid(self, pending: _Pending, code: int, values: Values) -> None:
         """Note what became of a fid that was to be made."""
+        if pending.attribute is not None and not code:
+            fid, size = pending.attribute
+            if fid in self._fids:  # else it was clunked meanwhile
+                self._keep(fid, values[0] if size is None else size)
         newfid = pending.newfid
         if newfid is None:
             return

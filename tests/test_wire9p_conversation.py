@@ -520,6 +520,20 @@ def test_a_client_that_vanishes(server: Served, source: Path, how: str) -> None:
         assert other.call("Tlock", 1, 1, 0, 0, 0, 1, b"c") == (0,)
 
 
+def test_a_client_that_vanishes_while_it_is_not_read_from(source: Path) -> None:
+    """It has as much under way as it may, all of which waits for another's lock."""
+    with served(source, max_bytes=100_000) as server, server.client() as holder:
+        holder.open(5, b"f", flags=2)
+        holder.call("Tlock", 5, 1, 0, 0, 0, 1, b"c")
+        with server.client(msize=1 << 16) as c:
+            c.open(5, b"f", flags=2)
+            for tag in range(3):
+                c.send("Tlock", 5, 1, 1, 0, 0, tag, b"c" * 60_000, tag=tag)
+            wait_until(lambda: len(server.driver.requests) == 2, "two of three wait", LIMIT)
+        wait_until(lambda: server.server.connections == 1, "it has gone", LIMIT)
+        assert not server.driver.requests
+
+
 def test_a_client_that_says_nothing(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ninefuse.wire.connection._GREETING", 0.2)
     with served(source) as server:

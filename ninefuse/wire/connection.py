@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import itertools
 import logging
+import select
 import socket
 from collections import deque
 from typing import Protocol
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 _PIECE = 1 << 18  # bytes that are read at a time
 _IN_A_ROW = 8  # messages of one client that are begun before others have their turn
 _GREETING = 60.0  # seconds that a client may take until it has said which protocol it speaks
+_PATIENCE = 1.0  # seconds without an end of a request, until it is looked whether he is there
 _AT_ONCE = 64  # fids that are given back in one go
 _PIECES = 16  # answers that are sent at a time
 
@@ -105,7 +107,7 @@ class Connection:
             except BlockingIOError:
                 pass
             except OSError as e:
-                self._lost(e)
+                self._lost(e.strerror)
                 return
             if sent == len(message):
                 return
@@ -138,7 +140,7 @@ class Connection:
                 except BlockingIOError:
                     continue
                 except OSError as e:
-                    self._lost(e)
+                    self._lost(e.strerror)
                     return
                 if not piece:
                     return
@@ -231,7 +233,13 @@ class Connection:
 
     async def _be_eased(self) -> None:
         while self._has_too_much():
-            await self._wait_for_ease()
+            with trio.move_on_after(_PATIENCE) as patience:
+                await self._wait_for_ease()
+            # Who is not read from is not heard to leave, and what he has under way may wait for
+            # others' locks for as long as they please.
+            if patience.cancelled_caught and _has_left(self._socket):
+                self._lost("it has hung up")
+                await trio.lowlevel.checkpoint()
 
     async def _wait_for_ease(self) -> None:
         if self._eased is None:
@@ -255,7 +263,7 @@ class Connection:
                 except BlockingIOError:
                     continue
                 except OSError as e:
-                    self._lost(e)
+                    self._lost(e.strerror)
                     return
                 self._unsent -= sent
                 while sent:
@@ -268,9 +276,16 @@ class Connection:
                 self._ease()
             self._has_out = trio.Event()
 
-    def _lost(self, e: OSError) -> None:
-        log.info("%s: connection lost: %s", self.name, e.strerror)
+    def _lost(self, why: str | None) -> None:
+        log.info("%s: connection lost: %s", self.name, why)
         self._scope.cancel()
+
+
+def _has_left(connected: socket.socket) -> bool:
+    """Whether a client sends nothing any more, whatever of it has not been read."""
+    poll = select.poll()
+    poll.register(connected, select.POLLRDHUP)
+    return bool(poll.poll(0))
 
 
 def _length_of(begun: bytearray) -> int:

@@ -633,6 +633,9 @@ def test_making_what_cannot_be(c: Client) -> None:
         c.call("Tmkdir", 5, b"x", 0o700, NONUNAME)
     with fails(errno.EPERM):
         c.call("Tlink", ROOT, 6, b"x")
+    for numbers in ((0xFFFFFFFF, 0), (0, 0xFFFFFFFF), (1 << 12, 0), (0, 1 << 20)):
+        with fails(errno.EINVAL):
+            c.call("Tmknod", ROOT, b"x", stat.S_IFCHR | 0o600, *numbers, NONUNAME)
 
 
 def test_unlinkat(c: Client, source: Path) -> None:

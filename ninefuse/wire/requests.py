@@ -37,6 +37,7 @@ READ_HEADER = 11  # bytes of an Rread or Rreaddir besides the data
 _IO_HEADER = 24  # that clients leave for the header of a Twrite (P9_IOHDRSZ)
 _PAGE = 4096
 _V9FS_MAGIC = 0x01021997  # what Linux calls the file system (statfs(2))
+_MOST_OF_DEVICE = 0xFFFFF  # what a number of a device can be in Linux, the minor one (dev_t)
 _BILLION = 1_000_000_000
 _U64 = (1 << 64) - 1
 
@@ -166,6 +167,8 @@ async def mknod(
     gid: int,
 ) -> Values:
     """mknod."""
+    if max(major, minor) > _MOST_OF_DEVICE:
+        raise error(errno.EINVAL)
     caller = await _maker(c, caller, fid, gid)
     rdev = os.makedev(major, minor)
     return (await ops.mknod(c.session, fid, name, mode, rdev, caller),)

@@ -338,6 +338,7 @@ def test_a_daemon(tmp_path: Path, source: Path) -> None:
         (("--listen", "udp:5", "source"), 2, "give unix:PATH"),
         (("--listen", "unix:none/socket", "source"), 17, "cannot be listened at"),
         (("--listen", "fd:9", "source"), 17, "cannot be listened at"),
+        (("--listen", "tcp:..:5", "source"), 17, "No such name can be"),
         (("--model", "x:y", "--listen", "unix:s", "source"), 2, "--model x:y"),
     ],
 )

@@ -230,7 +230,10 @@ def _is_dead(path: str) -> bool:
 
 def _open_tcp(host: str, port: int) -> list[socket.socket]:
     opened: list[socket.socket] = []
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except UnicodeError:  # a part of it is empty, or longer than one can be
+        raise OSError(errno.EINVAL, "No such name can be") from None
     try:
         for family, kind, protocol, _, where in dict.fromkeys(found):
             listener = socket.socket(family, kind, protocol)

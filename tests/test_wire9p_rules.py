@@ -13,6 +13,7 @@ import stat
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from client9p import LIMIT, ROOT, Client, Served, served
@@ -878,6 +879,18 @@ def test_locks(server: Served, c: Client, source: Path) -> None:
             lock(c, 5, 1, 1 << 63)
         c.clunk(5)
         assert lock(other, 5, 1, 0, 0) == 0
+
+
+def test_names_of_who_locks_may_be_long(server: Served, c: Client) -> None:
+    """All of such a name counts, and little of it is kept."""
+    c.open(5, b"f", flags=2)
+    names = [bytes([byte]).rjust(8000, b"x") for byte in b"ab"]
+    assert c.call("Tlock", 5, 1, 0, 0, 0, 1, names[0]) == (0,)
+    assert c.call("Tlock", 5, 1, 0, 0, 0, 1, names[1]) == (1,)
+    assert c.call("Tlock", 5, 0, 0, 0, 0, 1, names[0]) == (0,)
+    assert c.call("Tlock", 5, 0, 0, 0, 0, 1, names[1]) == (0,)
+    (file,) = server.session.file_locks._files.values()
+    assert [len(owner[1]) for owner in list[Any](file.holders)] == [64, 64]
 
 
 def test_a_lock_is_for_what_the_fid_is_open_for(c: Client) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 import struct
 from collections.abc import Callable, Coroutine
@@ -58,6 +59,7 @@ _MODE, _UID, _GID, _SIZE, _ATIME, _MTIME, _CTIME = 1, 2, 4, 8, 0x10, 0x20, 0x40
 _ATIME_SET, _MTIME_SET = 0x80, 0x100
 LOCK_BLOCK = 1  # P9_LOCK_FLAGS_BLOCK
 _LOCK_TYPES = {0: fcntl.F_RDLCK, 1: fcntl.F_WRLCK, 2: fcntl.F_UNLCK}
+_LONG_NAME = 64  # bytes of a client_id; in Linux it is the machine's name, which has no more
 _LOCK_NUMBERS = {kind: number for number, kind in _LOCK_TYPES.items()}
 _ENTRY = struct.Struct("<BIQQBH")  # qid[13] offset[8] type[1] and the name's length
 _DT_DIR, _DT_LNK = 4, 10
@@ -325,7 +327,7 @@ async def lock(
     The protocol has the client ask again, which Linux does twice a minute.
     """
     wanted = ops.LockRange(_lock_type(kind), start, length, proc_id)
-    owner = c.number, client_id, proc_id
+    owner = _lock_owner(c, client_id, proc_id)
     status = await ops.lock(c.session, fid, flags, wanted, owner)
     if status is ops.LockStatus.BLOCKED and flags & LOCK_BLOCK:
         await lock_in_time(c.session, fid, wanted, owner)
@@ -345,7 +347,7 @@ async def getlock(
 ) -> Values:
     """getlock. Whose lock is in the way is told by the number of the process alone."""
     wanted = ops.LockRange(_lock_type(kind), start, length, proc_id)
-    found = await ops.getlock(c.session, fid, wanted, (c.number, client_id, proc_id))
+    found = await ops.getlock(c.session, fid, wanted, _lock_owner(c, client_id, proc_id))
     is_free = found.type == fcntl.F_UNLCK
     whose = (proc_id, client_id) if is_free else (found.pid & NOFID, b"")
     return (_LOCK_NUMBERS[found.type], found.start, found.length, *whose)
@@ -382,6 +384,13 @@ def _open_flags(flags: int) -> int:
 def _iounit(c: Conversation) -> int:
     """Bytes that a client is to ask for at a time: whole pages, as many as a message has."""
     return (c.msize - _IO_HEADER) // _PAGE * _PAGE
+
+
+def _lock_owner(c: Conversation, client_id: bytes, proc_id: int) -> tuple[int, bytes, int]:
+    """Whose locks they are. A name that is long is kept as its digest: each lock keeps one."""
+    if len(client_id) > _LONG_NAME:
+        client_id = hashlib.blake2b(client_id, digest_size=_LONG_NAME).digest()
+    return c.number, client_id, proc_id
 
 
 def _lock_type(kind: int) -> int:

@@ -765,6 +765,60 @@ def test_remove_takes_no_other_file_of_that_name(c: Client, source: Path) -> Non
             c.clunk(5)
 
 
+@pytest.mark.parametrize("how", ["walked", "cloned", "moved", "renamed"])
+def test_a_fid_stands_for_the_name_that_it_has_come_by(
+    server: Served, c: Client, source: Path, how: str
+) -> None:
+    """It is that which Tremove and Trename take, where a file has several, whoever came after."""
+    os.link(source / "f", source / "a" / "one")
+    os.link(source / "f", source / "a" / "other")
+    for message, *values in (("Tremove", 5), ("Trename", 5, ROOT, b"x")):
+        c.walk(5, b"a", b"one")
+        name = "one"
+        if how == "cloned":
+            c.walk(6, fid=5)
+            c.clunk(5)
+            c.walk(5, fid=6)
+            c.clunk(6)
+        elif how == "moved":
+            c.clunk(5)
+            c.walk(5, b"a")
+            c.walk(5, b"one", fid=5)
+        with server.client() as someone:
+            someone.walk(1, b"f")
+            someone.walk(2, b"a", b"other")
+            if how == "renamed":
+                c.call("Trename", 5, ROOT, b"two")
+                assert sorted(os.listdir(source / "a")) == ["b", "other"]
+                someone.walk(3, b"f")
+                someone.walk(4, b"a", b"other")
+                name = "two"
+        c.call(str(message), *values)
+        assert not (source / "a" / name).exists()
+        assert not (source / name).exists()
+        assert (source / "f").exists()
+        assert (source / "a" / "other").exists()
+        if message == "Tremove":
+            os.link(source / "f", source / "a" / "one")
+        else:
+            assert (source / "x").exists()
+            c.clunk(5)
+
+
+def test_a_name_that_has_gone_is_not_taken_for_another_of_the_file(
+    server: Served, c: Client, source: Path
+) -> None:
+    os.link(source / "f", source / "one")
+    c.walk(5, b"one")
+    c.walk(6, b"f")
+    (source / "one").unlink()
+    with fails(errno.ENOENT):
+        c.call("Trename", 5, ROOT, b"x")
+    with fails(errno.ENOENT):
+        c.call("Tremove", 5)
+    assert (source / "f").exists()
+
+
 # Extended attributes
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 from ninefuse.calls import Begin, blocking
@@ -26,7 +26,7 @@ from ninefuse.linux.syscalls import (
     stat_name,
 )
 from ninefuse.linux.syscalls import rename as rename_names
-from ninefuse.tree.nodes import Node
+from ninefuse.tree.nodes import Named, Node
 from ninefuse.tree.qids import Qid
 from ninefuse.tree.session import (
     PERMISSIONS,
@@ -35,6 +35,9 @@ from ninefuse.tree.session import (
     check_directory,
     check_new_name,
 )
+from ninefuse.tree.table import Fid
+
+_UNKNOWN = -1  # how often names had been moved
 
 AT_REMOVEDIR = 0x200  # unlinkat's only flag
 
@@ -172,10 +175,10 @@ async def rename(
     session.writable()
     async with session.using(fid) as file:
         if dirfid is None:
-            await _move_node(session, file.node, None, name, caller)
+            await _move_node(session, file.fid, file.node, None, name, caller)
             return
         async with session.using(dirfid) as directory:
-            await _move_node(session, file.node, directory.node, name, caller)
+            await _move_node(session, file.fid, file.node, directory.node, name, caller)
 
 
 async def renameat(
@@ -276,18 +279,63 @@ async def _make(
     return session.fids.qid_of(attributes)
 
 
-async def _move_node(
-    session: Session, node: Node, directory: Node | None, name: bytes, caller: Caller | None
+async def at_its_name(
+    session: Session,
+    node: Node,
+    named: Named | None,
+    act: Callable[[Node, bytes], Awaitable[None]],
 ) -> None:
-    async def move() -> None:
-        if node.place is None:
-            raise error(errno.EBUSY)
-        above, oldname = node.place
-        async with session.using_node(above) as parent:
-            new = parent if directory is None else directory
-            await _move_name(session, parent, oldname, new, name, 0, caller, node)
+    """Await what is done at the name of a file.
 
-    await session.unless_moved(move)
+    Args:
+        session: the conversation.
+        node: the file.
+        named: the name that a fid has come by, if the file has several. None: it is done where the
+            file was last seen, and so it is if that name may have been moved.
+        act: ``act(parent, name)``; ESTALE or ENOENT where it is not that file's.
+
+    Raises:
+        OSError: EBUSY, it is the root; what ``act`` raises.
+    """
+
+    async def act_at(above: Node, name: bytes) -> None:
+        async with session.using_node(above) as parent:
+            await act(parent, name)
+
+    async def attempt() -> None:
+        seen = node.place
+        if named is not None:
+            if seen is None or named.moves == session.rename_lock.moves:
+                return await act_at(*named.place)
+            try:
+                return await act_at(*named.place)
+            except OSError as e:
+                if e.errno not in (errno.ESTALE, errno.ENOENT):
+                    raise
+        if seen is None:
+            raise error(errno.EBUSY)
+        return await act_at(*seen)
+
+    await session.unless_moved(attempt)
+
+
+async def _move_node(
+    session: Session,
+    fid: Fid,
+    node: Node,
+    directory: Node | None,
+    name: bytes,
+    caller: Caller | None,
+) -> None:
+    named = session.fids.name_of(fid)
+
+    async def move(parent: Node, oldname: bytes) -> None:
+        new = parent if directory is None else directory
+        await _move_name(session, parent, oldname, new, name, 0, caller, node)
+        if named is not None:
+            session.fids.called(fid, Named((new, name), _UNKNOWN))
+
+    await at_its_name(session, node, named, move)
 
 
 async def _move_name(

@@ -23,8 +23,9 @@ from ninefuse.linux.syscalls import (
     stat_name,
 )
 from ninefuse.ops.locking import end_locks
+from ninefuse.ops.names import at_its_name
 from ninefuse.tree.identity import Mark
-from ninefuse.tree.nodes import Node
+from ninefuse.tree.nodes import Named, Node
 from ninefuse.tree.opened import AttributeWrite, OpenFile
 from ninefuse.tree.qids import Qid, qid_of
 from ninefuse.tree.session import MOST_TRIES, Session, Use, check_component, check_directory
@@ -77,7 +78,9 @@ async def walk(
     if not names:
         start = session.fids.get(fid)
         try:
-            return [], _arrive(session, start, newfid, start.node)
+            clone = _arrive(session, start, newfid, start.node)
+            session.fids.called(clone, session.fids.name_of(start))
+            return [], clone
         finally:
             session.fids.put(start)
     qids, found, _ = await _walk_names(session, fid, newfid, names, caller)
@@ -212,7 +215,12 @@ async def _look(
                             return below, newfid(below, place), attributes
                         if place is not None:
                             fids.seen(attributes, node, name)
-                        fid = None if start is None else _arrive(session, start, newfid, below)
+                        if start is None:
+                            return below, None, attributes
+                        fid = _arrive(session, start, newfid, below)
+                        has_several = attributes.nlink > 1 and below.kind != stat.S_IFDIR
+                        named = Named(place, moves) if place and has_several else None
+                        fids.called(fid, named)
                         return below, fid, attributes
             except BaseException:
                 fids.unpin(below)
@@ -427,28 +435,25 @@ async def remove(session: Session, fid: int, caller: Caller | None = None) -> No
     """
     if session.announces:
         await Begin("remove", fid)
+    use = session.fids.get(fid)
+    named = session.fids.name_of(use)
+    session.fids.put(use)
     gone = session.fids.remove(fid)
     try:
         session.writable()
+
+        async def take(parent: Node, name: bytes) -> None:
+            # Nobody else takes the name away between the look at whose it is and its end. (Another
+            # node of the file may be the one that the kernel knows it by.)
+            async with session.names.taking(parent.number, name), session.keeping(parent, name):
+                how = session, parent.fd, name, gone.node, caller
+                await blocking(parent.number, _remove_if_same, *how)
+            await session.settle(parent)
+
         async with session.using_node(gone.node):
-            await session.unless_moved(lambda: _remove_by_place(session, gone.node, caller))
+            await at_its_name(session, gone.node, named, take)
     finally:
         session.fids.put(gone)
-
-
-async def _remove_by_place(session: Session, node: Node, caller: Caller | None) -> None:
-    if node.place is None:
-        raise error(errno.EBUSY)
-    above, name = node.place
-    async with session.using_node(above) as parent:
-        # Nobody else takes the name away between the look at whose it is and its end. (Another
-        # node of the file may be the one that the kernel knows it by.)
-        async with (
-            session.names.taking(parent.number, name),
-            session.keeping(parent, name),
-        ):
-            await blocking(parent.number, _remove_if_same, session, parent.fd, name, node, caller)
-        await session.settle(parent)
 
 
 def _remove_if_same(

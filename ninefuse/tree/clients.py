@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 from ninefuse.linux.syscalls import Attributes
 from ninefuse.tree.identity import Mark, Rights
 from ninefuse.tree.kernel import KernelTable
-from ninefuse.tree.nodes import Node
+from ninefuse.tree.nodes import Named, Node
 from ninefuse.tree.opened import Opened
 from ninefuse.tree.table import Fid, FidTable
 
@@ -47,6 +47,7 @@ class ClientsTable(FidTable):
         # By their numbers, those that a fid stands on; and the directories above, which a rename
         # has to tell where they are, though no fid may stand on them.
         self._nodes: WeakValueDictionary[int, Node] = WeakValueDictionary()
+        self._named: dict[int, Named] = {}  # by the numbers of fids
 
     def new_node(
         self, a: Attributes, fd: int, place: tuple[Node, bytes] | None, mark: Mark = None
@@ -108,6 +109,23 @@ class ClientsTable(FidTable):
             # The root has no name, wherever it may be mounted once more.
             if node is not None and node.place is not None and node.shows(a):
                 node.place = parent, name
+
+    def name_of(self, fid: Fid) -> Named | None:
+        """As of a `FidTable`."""
+        return self._named.get(fid.number)
+
+    def called(self, fid: Fid, named: Named | None) -> None:
+        """As of a `FidTable`."""
+        if named is None:
+            self._named.pop(fid.number, None)
+            return
+        with self.lock.reading:
+            if self._fids.get(fid.number) is fid:  # it may have been clunked meanwhile
+                self._named[fid.number] = named
+
+    def _leaves(self, fid: Fid) -> None:
+        super()._leaves(fid)
+        self._named.pop(fid.number, None)
 
     def _is_shared(self, node: Node) -> bool:
         return self._nodes.get(node.number) is node

@@ -14,10 +14,24 @@ Locks touched: none. References, pins and descriptors are guarded by the mutex `
 from __future__ import annotations
 
 import stat
+from typing import NamedTuple
 
 from ninefuse.linux.syscalls import Attributes
 from ninefuse.tree.identity import Born, Device, Mark, Rights
 from ninefuse.tree.places import Mount
+
+
+class Named(NamedTuple):
+    """The name by which a fid has come to its file, which has several.
+
+    Attributes:
+        place: the parent and the name.
+        moves: of the rename lock, when it was found there: where nothing was moved since, it is
+            still there, or is no more.
+    """
+
+    place: tuple[Node, bytes]
+    moves: int
 
 
 class Node:

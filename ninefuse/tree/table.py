@@ -23,7 +23,7 @@ from ninefuse.linux.syscalls import Attributes
 from ninefuse.locks import TableLock
 from ninefuse.tree.counts import Counts
 from ninefuse.tree.identity import Device, Mark, Rights
-from ninefuse.tree.nodes import Node
+from ninefuse.tree.nodes import Named, Node
 from ninefuse.tree.opened import OpenDirectory, Opened, OpenFile
 from ninefuse.tree.qids import Qid, QidPaths, qid_of
 
@@ -335,6 +335,13 @@ class FidTable(Counts):
 
     def seen(self, a: Attributes, parent: Node, name: bytes) -> None:
         """Note where a file is found from now on, whose node is shared."""
+
+    def name_of(self, fid: Fid) -> Named | None:
+        """By which name a fid has come to its file, if that has several and a client may ask."""
+        return None
+
+    def called(self, fid: Fid, named: Named | None) -> None:
+        """Note by which name a fid has come to its file; None: by the file's only one, or none."""
 
     def note_rights(self, a: Attributes, node: Node) -> None:
         """Note what the client is about to be told of a node, seen by its descriptor."""

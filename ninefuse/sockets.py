@@ -55,9 +55,9 @@ def create_server(
 def say_who_may_come(users: Users, listeners: list[Listener]) -> None:
     """Log aloud where others than the server's own user may come in."""
     for listener in listeners:
-        if listener.address.kind == "tcp" and not listener.address.is_local:
+        if listener.reach.kind == "tcp" and not listener.reach.is_local:
             log.warning("%s: open to every machine that can reach it", listener.name)
-        if listener.address.kind in ("tcp", "vsock"):
+        if listener.reach.kind in ("tcp", "vsock"):
             log.warning("%s: whoever connects may act as %s", listener.name, users.anybody)
 
 

@@ -446,6 +446,24 @@ def test_a_socket_that_is_handed_over(tmp_path: Path, source: Path) -> None:
     assert (tmp_path / "socket").exists()
 
 
+def test_a_socket_that_is_handed_over_and_open_to_other_machines(source: Path) -> None:
+    """The log says so, as of an address; but not of one for this machine alone."""
+    for host, is_open in (("0.0.0.0", True), ("127.0.0.1", False)):
+        with socket.create_server((host, 0)) as listener:
+            fd = listener.fileno()
+            with running("--listen", f"fd:{fd}", source, pass_fds=[fd]) as process:
+                process.address()
+                _, log = process.end()
+        assert ("open to every machine" in log) == is_open
+        assert "whoever connects may act as" in log
+
+
+def test_a_descriptor_that_is_given_twice(source: Path) -> None:
+    done = run("-f", "--listen", "fd:9", "--listen", "tcp:0", "--listen", "fd:9", source)
+    assert done.returncode == ExitCode.USAGE
+    assert "--listen fd:9: is given twice" in done.stderr
+
+
 def test_a_connection_that_is_handed_over(source: Path) -> None:
     """With its end the server ends."""
     ours, theirs = socket.socketpair()
@@ -459,7 +477,7 @@ def test_a_connection_that_is_handed_over(source: Path) -> None:
         assert process.popen.wait(LIMIT) == 0
 
 
-def activate(source: str, path: str, notify: str) -> None:
+def activate(source: str, path: str, notify: str, *words: str) -> None:
     """Become a server that systemd has started: descriptor 3 is the socket."""
     listener = listener_at(Path(path))
     os.dup2(listener.fileno(), 3)
@@ -467,9 +485,10 @@ def activate(source: str, path: str, notify: str) -> None:
         **os.environ,
         "LISTEN_PID": str(os.getpid()),
         "LISTEN_FDS": "1",
+        "XDG_RUNTIME_DIR": str(Path(path).parent),
         "NOTIFY_SOCKET": notify,
     }
-    os.execve(sys.executable, [*COMMAND, "-f", source], environment)
+    os.execve(sys.executable, [*COMMAND, *(words or ("-f",)), source], environment)
 
 
 def test_socket_activation(tmp_path: Path, source: Path) -> None:
@@ -487,6 +506,21 @@ def test_socket_activation(tmp_path: Path, source: Path) -> None:
                 assert manager.recv(100) == b"STOPPING=1"
                 assert child.wait() == 0
     assert path.exists()
+
+
+def test_socket_activation_of_a_daemon(tmp_path: Path, source: Path) -> None:
+    """The sockets are for whom systemd has started, and for the daemon that it leaves behind."""
+    path, log = tmp_path / "socket", tmp_path / "log"
+    with Child(activate, str(source), str(path), "", "--log", str(log)) as child:
+        assert child.wait() == 0
+        daemon = int(re.findall(r" \[(\d+)\] ", log.read_text())[-1])
+        try:
+            assert daemon != child.pid
+            with Client.to(Address("unix", str(path))) as c:
+                assert read(c) == b"hello"
+        finally:
+            os.kill(daemon, signal.SIGTERM)
+        wait_until(lambda: "ended" in log.read_text(), "the daemon ends", LIMIT)
 
 
 def serve_stuck(source: str, path: str) -> None:

@@ -19,6 +19,7 @@ import os
 import shlex
 import socket
 import stat
+from collections import Counter
 from typing import NamedTuple
 
 from ninefuse.exitcodes import ExitCode, Failure
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 _BACKLOG = 128
 _FIRST_HANDED_OVER = 3  # SD_LISTEN_FDS_START
+_STARTED = os.getpid()  # whom a service manager has started; a daemon is a child of that
 _ANY_GUEST = 0xFFFFFFFF  # VMADDR_CID_ANY
 
 
@@ -118,6 +120,7 @@ class Listener:
         name: what the log calls it.
         accepts: whether clients come there; else it is a connection.
         address: where it is.
+        reach: whence clients come; of a socket that was handed over, what that says.
     """
 
     def __init__(self, opened: socket.socket, address: Address) -> None:
@@ -126,6 +129,9 @@ class Listener:
         self.name = str(address)
         opened.setblocking(False)
         self.accepts = bool(opened.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+        self.reach = address
+        if address.kind in ("fd", "systemd") and opened.family in (socket.AF_INET, socket.AF_INET6):
+            self.reach = Address("tcp", *opened.getsockname()[:2])
         self._file: tuple[int, int] | None = None
         if address.kind == "unix":
             made = os.lstat(address.host)
@@ -157,9 +163,13 @@ def open_all(addresses: list[Address]) -> list[Listener]:
     """Open sockets to listen at.
 
     Raises:
-        Failure: LISTENING_REFUSED, one cannot be had; none is left open.
+        Failure: LISTENING_REFUSED, one cannot be had; USAGE, a descriptor is given twice. None is
+            left open.
     """
     opened: list[Listener] = []
+    for address, count in Counter(addresses).items():
+        if address.kind == "fd" and count > 1:
+            raise Failure(ExitCode.USAGE, f"--listen {address}: is given twice: leave one out")
     try:
         for address in addresses:
             for one in _open(address):
@@ -179,7 +189,7 @@ def open_all(addresses: list[Address]) -> list[Listener]:
 
 def handed_over() -> bool:
     """Whether a service manager has handed sockets over (sd_listen_fds(3))."""
-    return os.environ.get("LISTEN_PID") == str(os.getpid()) and _count_handed_over() > 0
+    return os.environ.get("LISTEN_PID") == str(_STARTED) and _count_handed_over() > 0
 
 
 def _count_handed_over() -> int:

@@ -188,18 +188,24 @@ class Served:
 
 @contextlib.contextmanager
 def served(
-    source: Path, *, model: str = "second", users: Users | None = None, **options: Any
+    source: Path,
+    *,
+    model: str = "second",
+    users: Users | None = None,
+    place: Address | None = None,
+    **options: Any,
 ) -> Iterator[Served]:
     """Have a directory served, for a ``with`` block.
 
     Args:
         source: it.
         model: the threading model.
+        place: where clients come; by default at a Unix socket beside it.
         users: who may come; by default with root for root, so that a test may do anything.
         options: fields of the settings.
     """
     settings = Settings(str(source), "", **options)
-    place = Address("unix", str(source.parent / "socket"))
+    place = place or Address("unix", str(source.parent / "socket"))
     with daemon_umask(), contextlib.ExitStack() as clean_up:
         (listener,) = open_all([place])
         clean_up.callback(listener.close)

@@ -25,6 +25,7 @@ from ninefuse.settings import DEFAULT_BYTES
 from ninefuse.wire.codec import HEADER, HEADER_SIZE, encode
 from ninefuse.wire.connection import Connection
 from ninefuse.wire.conversation import Conversation
+from ninefuse.wire.listening import Address
 from ninefuse.wire.messages import BY_NUMBER, NOFID, NOTAG, NUMBER_OF
 
 BASIC = 0x7FF
@@ -533,6 +534,24 @@ def test_a_client_that_vanishes_while_it_is_not_read_from(source: Path) -> None:
             wait_until(lambda: len(server.driver.requests) == 2, "two of three wait", LIMIT)
         wait_until(lambda: server.server.connections == 1, "it has gone", LIMIT)
         assert not server.driver.requests
+
+
+def test_a_client_that_is_not_heard_of(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It acknowledges no answers. One that has none to come is asked by the kernel."""
+    monkeypatch.setattr("ninefuse.wire.connection._LOOK", 0.05)
+    monkeypatch.setattr("ninefuse.wire.connection._SILENCE", 0.3)
+    (source / "big").write_bytes(bytes(1 << 20))
+    with (
+        served(source, place=Address("tcp", "127.0.0.1", 0)) as server,
+        server.client() as idle,
+        server.client(msize=1 << 20) as c,
+    ):
+        c.open(5, b"big")
+        for tag in range(20):
+            c.send("Tread", 5, 0, 1 << 20, tag=tag)
+        # What it takes in is full: the kernel asks it more and more seldom.
+        wait_until(lambda: server.server.connections == 1, "it is not heard of", LIMIT)
+        idle.call("Tgetattr", ROOT, BASIC)
 
 
 def test_a_client_that_says_nothing(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,10 +11,13 @@ Locks touched: none.
 from __future__ import annotations
 
 import errno
+import fcntl
 import itertools
 import logging
 import select
 import socket
+import struct
+import termios
 from collections import deque
 from typing import Protocol
 
@@ -35,6 +38,10 @@ _PIECE = 1 << 18  # bytes that are read at a time
 _IN_A_ROW = 8  # messages of one client that are begun before others have their turn
 _GREETING = 60.0  # seconds that a client may take until it has said which protocol it speaks
 _PATIENCE = 1.0  # seconds without an end of a request, until it is looked whether he is there
+_LOOK = 30.0  # seconds from one look whether a client is heard of to the next
+# Seconds after which one is not; what is there says so each two minutes at least (TCP_RTO_MAX).
+_SILENCE = 240.0
+_LAST_ACK = 56  # where tcpi_last_ack_recv is in struct tcp_info; in milliseconds
 _AT_ONCE = 64  # fids that are given back in one go
 _PIECES = 16  # answers that are sent at a time
 
@@ -82,6 +89,8 @@ class Connection:
             with self._scope:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._write)
+                    if self._socket.family in (socket.AF_INET, socket.AF_INET6):
+                        nursery.start_soon(self._watch)
                     try:
                         await self._read()
                     except Broken as e:
@@ -276,6 +285,17 @@ class Connection:
                 self._ease()
             self._has_out = trio.Event()
 
+    async def _watch(self) -> None:
+        """End it if a client over TCP is not heard of.
+
+        While an answer is on its way the kernel does not ask whether it is there (SO_KEEPALIVE),
+        and takes a quarter of an hour to give up. One that is there, and reads nothing, says so.
+        """
+        while True:
+            await trio.sleep(_LOOK)
+            if _unheard(self._socket) > _SILENCE:
+                self._lost("it is not heard of")
+
     def _lost(self, why: str | None) -> None:
         log.info("%s: connection lost: %s", self.name, why)
         self._scope.cancel()
@@ -286,6 +306,15 @@ def _has_left(connected: socket.socket) -> bool:
     poll = select.poll()
     poll.register(connected, select.POLLRDHUP)
     return bool(poll.poll(0))
+
+
+def _unheard(connected: socket.socket) -> float:
+    """For how many seconds a client has acknowledged nothing, where there is something; else 0."""
+    (queued,) = struct.unpack("=i", fcntl.ioctl(connected, termios.TIOCOUTQ, bytes(4)))
+    if not queued:
+        return 0.0
+    info = connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _LAST_ACK + 4)
+    return float(struct.unpack_from("=I", info, _LAST_ACK)[0]) / 1000
 
 
 def _length_of(begun: bytearray) -> int:

@@ -23,6 +23,7 @@ from ops_helpers import fails, needs_root
 from ninefuse import export
 from ninefuse.command import options, server, servermanual
 from ninefuse.exitcodes import ExitCode, Failure
+from ninefuse.process import signals
 from ninefuse.settings import Settings
 from ninefuse.wire import listening
 from ninefuse.wire.listening import Address
@@ -526,15 +527,20 @@ def test_socket_activation_of_a_daemon(tmp_path: Path, source: Path) -> None:
 def serve_stuck(source: str, path: str) -> None:
     """A server whose statfs never comes back."""
     os.statvfs = lambda path: signal.pause()  # type: ignore[assignment, return-value]
+    signals._TOGETHER = 60.0
     export.serve(Settings(source, "", listen=(f"unix:{path}",)), lambda: None)
 
 
 @pytest.mark.parametrize(
-    ("signals", "code"),
-    [([signal.SIGTERM], ExitCode.INTERNAL), ([signal.SIGTERM, signal.SIGINT], 128 + signal.SIGINT)],
+    ("numbers", "code"),
+    [
+        ([signal.SIGTERM], ExitCode.INTERNAL),
+        ([signal.SIGTERM, signal.SIGTERM], ExitCode.INTERNAL),  # together, as of timeout(1)
+        ([signal.SIGTERM, signal.SIGINT], 128 + signal.SIGINT),
+    ],
 )
 def test_the_end_of_a_server_whose_requests_are_stuck(
-    tmp_path: Path, source: Path, signals: list[signal.Signals], code: int
+    tmp_path: Path, source: Path, numbers: list[signal.Signals], code: int
 ) -> None:
     """It ends within seconds; with a second signal at once."""
     path = tmp_path / "socket"
@@ -543,7 +549,7 @@ def test_the_end_of_a_server_whose_requests_are_stuck(
         with Client.to(Address("unix", str(path))) as c:
             c.send("Tstatfs", ROOT, tag=1)
             c.call("Tgetattr", ROOT, 0x7FF, tag=2)
-            for number in signals:
+            for number in numbers:
                 os.kill(child.pid, number)
                 c.is_hung_up()
             assert child.wait() == code

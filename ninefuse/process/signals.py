@@ -4,7 +4,8 @@ Python runs signal handlers on the main thread, which is the dispatcher, which m
 inside a system call that does not end. So the signals are blocked everywhere and this
 thread waits for them:
 
-    SIGINT, SIGTERM, SIGHUP   unmount, or hang up, and end; the second one ends at once
+    SIGINT, SIGTERM, SIGHUP   unmount, or hang up, and end; the second one ends at once, but for
+                              the same one that comes with it: timeout(1) sends two
     SIGUSR1                   log the counters
     SIGUSR2                   log the stacks and the requests that are taking long
 
@@ -17,6 +18,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 
 from ninefuse.process import logs
@@ -24,6 +26,7 @@ from ninefuse.process import logs
 log = logging.getLogger(__name__)
 
 STOP = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+_TOGETHER = 0.1  # seconds in which one is the same that has come before
 WAITED_FOR = STOP | {signal.SIGUSR1, signal.SIGUSR2}
 
 
@@ -51,7 +54,7 @@ def start(
     """
 
     def wait() -> None:
-        stopping = False
+        stopping, since = 0, 0.0  # by which signal, and when it came
         while True:
             received = signal.sigtimedwait(WAITED_FOR, logs.REPEAT_SECONDS)
             try:
@@ -64,13 +67,13 @@ def start(
                 elif number == signal.SIGUSR2:
                     stacks()
                 elif not stopping:
-                    stopping = True
+                    stopping, since = number, time.monotonic()
                     log.info("%s: %s", signal.Signals(number).name, what)
                     try:
                         threading.Thread(target=stop, name="stop", daemon=True).start()
                     except RuntimeError:  # none to be had: here, where no second signal is heard
                         stop()
-                else:
+                elif number != stopping or time.monotonic() - since > _TOGETHER:
                     log.warning("%s again: ending at once", signal.Signals(number).name)
                     end_now()
                     logs.finish()

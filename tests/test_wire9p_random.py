@@ -91,6 +91,47 @@ def test_random_frames(tmp_path: Path, model: str) -> None:
     assert not list(source.parent.glob("x*")), "something was made outside"
 
 
+@pytest.mark.parametrize("model", ["none", "first", "second"])
+def test_random_frames_under_way(tmp_path: Path, model: str) -> None:
+    """Many at a time, with Tflush of each other: none is answered twice or after its Rflush."""
+    source = tmp_path / "source"
+    source.mkdir()
+    source.chmod(0o777)
+    r = random.Random(os.environ.get("NINEFUSE_SEED", model))
+    with served(source, model=model, users=Users()) as server, server.client() as c:
+        for _ in range(FRAMES // 300):
+            for fid in range(1, 9):  # some that there are
+                c.walk(fid)
+            sent = {tag: _frame_or_flush(r, tag) for tag in range(300)}
+            c.socket.sendall(b"".join(sent.values()))
+            for tag in sent:
+                c.send("Tflush", tag, tag=1000 + tag)
+            came: list[int] = []
+            while len([tag for tag in came if tag >= 1000]) < len(sent):
+                answer = c.receive()
+                came.append(answer.tag)
+                if answer.tag < 1000:
+                    kinds = NUMBER_OF["Rlerror"], sent[answer.tag][4] + 1
+                    assert answer.number in kinds, sent[answer.tag]
+            places = {tag: at for at, tag in enumerate(came)}
+            assert len(places) == len(came), "one is answered twice"
+            for tag, message in sent.items():
+                assert places.get(tag, -1) < places[1000 + tag]
+                assert tag in places or message[4] != NUMBER_OF["Tflush"]
+            c.start()
+
+
+def _frame_or_flush(r: random.Random, tag: int) -> bytes:
+    if r.random() < 0.25:
+        return encode(NUMBER_OF["Tflush"], tag, r.randrange(tag + 1))
+    if r.random() < 0.1:  # one that may have to wait
+        range_ = r.randrange(3), 1, r.randrange(3), r.randrange(3)
+        return encode(NUMBER_OF["Tlock"], tag, r.randrange(12), *range_, r.randrange(3), b"x")
+    while (message := frame(r, tag))[4] == NUMBER_OF["Tversion"]:
+        pass
+    return message
+
+
 @pytest.mark.parametrize("size", [1, 3, 64])
 def test_random_bytes(tmp_path: Path, size: int) -> None:
     """They may end the connection, and nothing else."""

@@ -201,6 +201,13 @@ def test_any_numbers_are_fids_and_tags(c: Client) -> None:
         c.walk(fid, b"f")
         for tag in (0, 1, 0x7FFF, 0xFFFE):
             assert c.call("Tgetattr", fid, BASIC, tag=tag)[7] == 5
+    for name, *values in (  # but that which says that there is none
+        ("Twalk", ROOT, NOFID, (b"f",)),
+        ("Tattach", NOFID, NOFID, b"", b"", os.geteuid()),
+        ("Txattrwalk", ROOT, NOFID, b""),
+    ):
+        with fails(errno.EINVAL):
+            c.call(name, *values)
 
 
 # walk

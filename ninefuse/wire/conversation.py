@@ -251,7 +251,7 @@ class Conversation:
         if fids.new is not None:
             newfid = values[fids.new]
             if number != _WALK or newfid != values[0]:
-                if newfid in self._fids:
+                if newfid == NOFID or newfid in self._fids:
                     raise error(errno.EINVAL)
                 if len(self._fids) >= self._door.settings.max_fids:
                     raise error(errno.EMFILE)

@@ -11,6 +11,7 @@ import fcntl
 import os
 import stat
 import struct
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,11 @@ from typing import Any
 import pytest
 from client9p import LIMIT, ROOT, Client, Served, served
 from mounting import wait_until
-from ops_helpers import fails, need_attributes, needs_root
+from ops_helpers import fails, module_of, need_attributes, needs_root
 
+from ninefuse import ops
+from ninefuse.executor import SecondModel
+from ninefuse.tree.qids import is_on_own_device
 from ninefuse.wire.messages import NOFID, NONUNAME, NOTAG
 
 RDONLY, WRONLY, RDWR, CREAT, EXCL, TRUNC, APPEND = 0, 1, 2, 0o100, 0o200, 0o1000, 0o2000
@@ -952,6 +956,32 @@ def test_names_of_who_locks_may_be_long(server: Served, c: Client) -> None:
     assert c.call("Tlock", 5, 0, 0, 0, 0, 1, names[1]) == (0,)
     (file,) = server.session.file_locks._files.values()
     assert [len(owner[1]) for owner in list[Any](file.holders)] == [64, 64]
+
+
+def test_locks_of_a_file_that_has_many(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel goes through all of them for each: it is no matter of the dispatcher's then."""
+    monkeypatch.setattr("ninefuse.tree.filelocks._MANY", 10)
+    try_, on_workers = module_of(ops.lock)._try, list[bool]()
+
+    def noted(*args: Any) -> Any:
+        on_workers.append(threading.current_thread().name.startswith("worker"))
+        return try_(*args)
+
+    monkeypatch.setattr(module_of(ops.lock), "_try", noted)
+    with served(source) as server, server.client() as c:
+        assert isinstance(server.driver, SecondModel)
+        server.driver.is_near = is_on_own_device
+        c.open(5, b"f", flags=2)
+        for at in range(0, 28, 2):
+            assert c.call("Tlock", 5, 1, 0, at, 1, 1, b"c") == (0,)
+        # The first is made where its descriptor is opened.
+        assert on_workers[1:] == [False] * 10 + [True] * 3
+        assert c.call("Tlock", 5, 2, 0, 0, 0, 1, b"c") == (0,)
+        for at in (0, 2):
+            assert c.call("Tlock", 5, 1, 0, at, 1, 1, b"c") == (0,)
+        assert on_workers[-1] is False
+        (file,) = server.session.file_locks._files.values()
+        assert file.parts == 2
 
 
 def test_a_lock_is_for_what_the_fid_is_open_for(c: Client) -> None:

@@ -21,11 +21,12 @@ import fcntl
 import os
 from collections.abc import Awaitable, Callable, Hashable
 from enum import IntEnum
+from typing import TypeVar
 
-from ninefuse.calls import Begin, Later, blocking, brief
+from ninefuse.calls import Begin, Call, Later, blocking, brief
 from ninefuse.errors import error
 from ninefuse.linux.syscalls import proc_path
-from ninefuse.tree.filelocks import Holder, Kind, Waiter, where
+from ninefuse.tree.filelocks import Holder, Kind, Waiter, Where, where
 from ninefuse.tree.lockranges import ALL, Held, packed, unpacked
 from ninefuse.tree.lockranges import LockRange as LockRange
 from ninefuse.tree.nodes import Node
@@ -33,6 +34,8 @@ from ninefuse.tree.opened import OpenFile
 from ninefuse.tree.order import END
 from ninefuse.tree.session import Session, check_offset
 from ninefuse.tree.table import open_file_of
+
+T = TypeVar("T")
 
 
 class LockStatus(IntEnum):
@@ -280,7 +283,7 @@ async def _set(
                     holder.fd = file.fd
                 elif wanted.type == fcntl.F_WRLCK and holder.access == os.O_RDONLY:
                     await _open_to_write(session, node, file, holder)
-                is_set = await brief(node.number, _try, kind, holder.fd, wanted)
+                is_set = await _call(session, node, at, _try, kind, holder.fd, wanted)
             if is_set:
                 locks.set(holder, wanted, file)
             elif kind is Kind.WHOLE:
@@ -340,7 +343,7 @@ async def _in_the_way(
         if holder.fd < 0 and locks.has(at, file):
             return await blocking(node.number, _ask_apart, file, wanted)
         fd = file.fd if holder.fd < 0 else holder.fd
-        return await brief(node.number, _ask, fd, wanted)
+        return await _call(session, node, at, _ask, fd, wanted)
     finally:
         if locks.leave(holder):
             session.defer(holder.end, session.fids.close_open)
@@ -353,6 +356,14 @@ async def _claim(session: Session, node: Node, file: OpenFile) -> None:
         if e.errno != errno.ENFILE:
             raise
         raise error(errno.ENOLCK) from None  # fcntl(2): there is no room for another lock
+
+
+def _call(
+    session: Session, node: Node, at: Where, function: Callable[..., T], *args: object
+) -> Call[T]:
+    """A call about a lock: a brief one, unless the kernel has many to go through."""
+    ask = blocking if session.file_locks.has_many(at) else brief
+    return ask(node.number, function, *args)
 
 
 def _try(kind: Kind, fd: int, wanted: LockRange) -> bool:

@@ -30,6 +30,7 @@ from ninefuse.tree.lockranges import ALL, Held, LockRange, packed, set_part
 from ninefuse.tree.nodes import Node
 from ninefuse.tree.order import END, Ranges, Turn
 
+_MANY = 1000  # parts of a file that are locked, which the kernel goes through for each lock
 _MOST = 64  # who tries at the same time, of those that wait for one file
 
 
@@ -136,9 +137,10 @@ class _File:
             time; only where something was given back are they gone through.
     """
 
-    __slots__ = ("holders", "is_due", "waiting")
+    __slots__ = ("holders", "is_due", "parts", "waiting")
 
     def __init__(self) -> None:
+        self.parts = 0  # that are locked, by all
         self.holders: dict[Hashable, Holder] = {}
         self.waiting: dict[Waiter, None] = {}  # in the order of their coming
         self.is_due = False
@@ -273,6 +275,11 @@ class FileLocks:
         file = self._files.get(at)
         return file is not None and owner in file.holders
 
+    def has_many(self, at: Where) -> bool:
+        """Whether so much of a file is locked that a call takes its time. A look, as `has`."""
+        file = self._files.get(at)
+        return file is not None and file.parts > _MANY
+
     def waiting(self, at: Where, owner: Hashable, wanted: LockRange) -> Waiter:
         """``with locks.waiting(…) as waiter:`` around the wait for a lock.
 
@@ -311,6 +318,7 @@ class FileLocks:
         """A lock was set or given back by an open file: note it, and wake who is to try."""
         part = Held(new.start, new.end, new.type, new.pid)
         with self.mutex:
+            before = len(holder.held)
             given = set_part(holder.held, part)
             there = self._files.get(holder.where)
             if part.type != fcntl.F_UNLCK:
@@ -321,6 +329,8 @@ class FileLocks:
                 if file.holders is None:
                     file.holders = set()
                 file.holders.add(holder)
+            if there is not None:
+                there.parts += len(holder.held) - before
             woken: list[Callable[[], None]] = []
             if there is not None and there.waiting:
                 if given is not None:
@@ -408,6 +418,7 @@ class FileLocks:
         file = self._files.get(holder.where)
         if file is not None and file.holders.get(holder.owner) is holder:
             del file.holders[holder.owner]
+            file.parts -= len(holder.held)
             self._shrink(holder.where, file)
 
     def _shrink(self, at: Where, file: _File) -> None:

@@ -11,6 +11,7 @@ import struct
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from mounting import wait_until
 from ops_helpers import fails, module_of, need_attributes
 
 from ninefuse import ops
+from ninefuse.process import memory
 from ninefuse.settings import DEFAULT_BYTES
 from ninefuse.wire.codec import HEADER, HEADER_SIZE, encode
 from ninefuse.wire.connection import Connection
@@ -427,8 +429,13 @@ def test_many_bytes_of_one_client(source: Path, stuck: Stuck) -> None:
 def test_the_room_of_fids_that_have_gone_is_given_back(
     source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And whoever minds the table is told as it grows."""
+    """And whoever minds the table is told as it grows. What has become garbage since is found."""
     monkeypatch.setattr("ninefuse.tree.table._MANY", 100)
+    cycle = threading.local()
+    cycle.itself = cycle
+    garbage = weakref.ref(cycle)
+    memory.settle()
+    del cycle
     with served(source) as server:
         fids, told = server.session.fids, []
         fids.step = 50
@@ -438,6 +445,7 @@ def test_the_room_of_fids_that_have_gone_is_given_back(
                 c.walk(fid)
             size = sys.getsizeof(fids._fids)
         wait_until(lambda: sys.getsizeof(fids._fids) < size // 4, "it is given back", LIMIT)
+        wait_until(lambda: garbage() is None, "the garbage, too", LIMIT)
     assert told == [50, 100, 150, 200, 250, 300]
 
 

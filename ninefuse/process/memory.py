@@ -14,11 +14,17 @@ import gc
 _libc = ctypes.CDLL(None)
 
 
-def settle() -> None:
+def settle(*, anew: bool = False) -> None:
     """Collect garbage, have the collector leave alone what is there now, give memory back.
 
     Takes a few milliseconds for each 10,000 objects that came since the last time.
+
+    Args:
+        anew: whether to look at all objects, those that were there the last time as well. What of
+            those has become garbage is found in no other way.
     """
+    if anew:
+        gc.unfreeze()
     gc.collect()
     gc.freeze()
     if hasattr(_libc, "malloc_trim"):  # glibc's

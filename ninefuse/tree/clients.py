@@ -81,15 +81,20 @@ class ClientsTable(FidTable):
             self.on_change()
         return fid
 
-    def tidy(self) -> None:
+    def tidy(self) -> bool:
         """Give back the room of entries long gone, if there are many. Any thread; blocks a little.
 
         Clients come and go, and may have had a hundred thousand fids each.
+
+        Returns:
+            Whether there were many.
         """
         with self.lock.writing:
-            if self._shrink():
+            has_shrunk = self._shrink()
+            if has_shrunk:
                 with self._counts:
                     self._nodes = WeakValueDictionary(self._nodes)
+        return has_shrunk
 
     def known(self, a: Attributes, *, allowing: bool = False) -> Node | None:
         """As of a `FidTable`."""

@@ -346,9 +346,11 @@ class Server:
 
 
 async def _tidied(session: Session) -> None:
+    has_shrunk = False
     if isinstance(session.fids, ClientsTable):
-        await blocking(None, session.fids.tidy)
-    await blocking(None, memory.settle)
+        has_shrunk = await blocking(None, session.fids.tidy)
+    # Connections that have ended are garbage in cycles, their numbers of fids among it.
+    await blocking(None, partial(memory.settle, anew=has_shrunk))
 
 
 async def _next_piece(connected: socket.socket) -> bytes:

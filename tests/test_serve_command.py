@@ -525,8 +525,13 @@ def test_socket_activation_of_a_daemon(tmp_path: Path, source: Path) -> None:
 
 
 def serve_stuck(source: str, path: str) -> None:
-    """A server whose statfs never comes back."""
-    os.statvfs = lambda path: signal.pause()  # type: ignore[assignment, return-value]
+    """A server whose statfs never comes back, once it has begun."""
+
+    def stuck(_: object) -> None:
+        Path(f"{path}-begun").touch()
+        signal.pause()
+
+    os.statvfs = stuck  # type: ignore[assignment]
     signals._TOGETHER = 60.0
     export.serve(Settings(source, "", listen=(f"unix:{path}",)), lambda: None)
 
@@ -548,7 +553,7 @@ def test_the_end_of_a_server_whose_requests_are_stuck(
         wait_until(lambda: path.exists() and _answers(tmp_path), "it answers", LIMIT)
         with Client.to(Address("unix", str(path))) as c:
             c.send("Tstatfs", ROOT, tag=1)
-            c.call("Tgetattr", ROOT, 0x7FF, tag=2)
+            wait_until((tmp_path / "socket-begun").exists, "it is stuck", LIMIT)
             for number in numbers:
                 os.kill(child.pid, number)
                 c.is_hung_up()

@@ -541,7 +541,7 @@ def test_a_client_that_vanishes_while_it_is_not_read_from(source: Path) -> None:
                 c.send("Tlock", 5, 1, 1, 0, 0, tag, b"c" * 60_000, tag=tag)
             wait_until(lambda: len(server.driver.requests) == 2, "two of three wait", LIMIT)
         wait_until(lambda: server.server.connections == 1, "it has gone", LIMIT)
-        assert not server.driver.requests
+        wait_until(lambda: not server.driver.requests, "its requests have ended", LIMIT)
 
 
 def test_a_client_that_is_not_heard_of(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -613,3 +613,23 @@ def test_the_end_of_the_server(source: Path) -> None:
         for c in clients:
             assert c.is_hung_up()
             c.socket.close()
+
+
+def test_an_exception_that_nobody_thought_of_costs_one_client_the_connection(
+    server: Served, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what it had is given back; others are served on."""
+
+    def fail(*args: object) -> None:
+        raise ZeroDivisionError
+
+    with server.client() as other, server.client() as c:
+        with monkeypatch.context() as patched:
+            patched.setattr(Conversation, "_note_fid", fail)
+            c.send("Tgetattr", ROOT, BASIC, tag=7)
+            wait_until(c.is_hung_up, "it is hung up", LIMIT)
+        wait_until(lambda: server.server.connections == 1, "it has gone", LIMIT)
+        other.call("Tgetattr", ROOT, BASIC)
+    wait_until(server.is_idle, "nothing is left", LIMIT)
+    assert "cannot be answered" in caplog.text
+    caplog.clear()

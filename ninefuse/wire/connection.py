@@ -136,6 +136,10 @@ class Connection:
         self._cost -= cost
         self._ease()
 
+    def give_up(self) -> None:
+        """End the connection: something has gone wrong here."""
+        self._lost("an error of the server's")
+
     # Reading
 
     async def _read(self) -> None:

@@ -94,6 +94,8 @@ class Wire(Protocol):
 
     def ends(self, cost: int) -> None: ...
 
+    def give_up(self) -> None: ...
+
 
 class _Fids(NamedTuple):
     """Where the fields of a type of message are that name fids."""
@@ -318,7 +320,15 @@ class Conversation:
             self._door.post(partial(self._finish, pending, request))
 
     def _finish(self, pending: _Pending, request: Request) -> None:
-        """Answer a request whose body has ended."""
+        """Answer a request whose body has ended. For a fault of ours the connection is ended."""
+        try:
+            self._answer(pending, request)
+        except Exception:
+            log.exception("%s: %s cannot be answered", self._wire.name, request.name)
+            self._wire.give_up()
+        self._ended(pending)
+
+    def _answer(self, pending: _Pending, request: Request) -> None:
         number, tag = pending.number, pending.tag
         code, values = _outcome(request)
         if not code:
@@ -339,7 +349,6 @@ class Conversation:
         self._door.answered(request, code)
         if not is_dropped:
             self._wire.send(encode(_ERROR, tag, code) if code else answer)
-        self._ended(pending)
 
     def _note_fid(self, pending: _Pending, code: int, values: Values) -> None:
         """Note what became of a fid that was to be made."""

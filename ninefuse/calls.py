@@ -4,7 +4,7 @@ A 9P operation is a coroutine that knows nothing of threads or trio. Where it ma
 awaits one of the commands below. The command goes to whoever drives the body (executor.py has
 the drivers, one for each threading model), and the body goes on with the command's result:
 
-* a `Call`: make this call. What it is says its class: `Pread`, `Pwrite`, `Fsync`, or `Plain`
+* a `Call`: make this call. What it is says its class: `Pread`, `Pwrite`, `Fsync`, or `FunctionCall`
   for a function and its arguments. ``await blocking(on, function, *args)`` is the usual way to
   say the last; ``blocking_unless`` and ``brief`` are for calls which have a form that never waits.
 * ``async with lock.reading`` / ``async with lock.writing`` (locks.py): take a lock, give it
@@ -95,7 +95,7 @@ class Call(Generic[T]):
         raise NotImplementedError
 
 
-class Plain(Call[T]):
+class FunctionCall(Call[T]):
     """The call ``function(*args)``.
 
     Args:
@@ -330,7 +330,7 @@ def blocking(
         Exception: whatever ``function`` raised.
         OSError: EINTR, the request was withdrawn before its first call, and this was to be it.
     """
-    return Plain(on, partial(function, **kwargs) if kwargs else function, args)
+    return FunctionCall(on, partial(function, **kwargs) if kwargs else function, args)
 
 
 def blocking_unless(
@@ -341,12 +341,12 @@ def blocking_unless(
     *args: P.args,
     **kwargs: P.kwargs,
 ) -> Call[T]:
-    """As `blocking`, for a call that has a form which waits for nobody (`Plain.quick`).
+    """As `blocking`, for a call that has a form which waits for nobody (`FunctionCall.quick`).
 
     It takes no keyword arguments.
     """
     assert not kwargs
-    return Plain(on, function, args, quick)
+    return FunctionCall(on, function, args, quick)
 
 
 def brief(
@@ -358,7 +358,7 @@ def brief(
     keyword arguments.
     """
     assert not kwargs
-    return Plain(on, function, args, function)
+    return FunctionCall(on, function, args, function)
 
 
 def words_of(function: Callable[..., Any]) -> str:

@@ -20,6 +20,7 @@ LEADERS = 12  # threads that take the dispatcher's role in turn, as long as none
 DATA = ("daemon", "kernel")
 DEFAULT_DATA = "daemon"
 DEFAULT_THREADS = 16
+DEFAULT_TIMEOUT = 1.0  # seconds, as of cache=auto
 DEFAULT_MAX_INODES = 1_000_000
 DEFAULT_CONNECTIONS = 256
 DEFAULT_FIDS = 100_000  # of one connection, as are those that follow
@@ -78,9 +79,9 @@ class Settings:
     sync: bool = False
     xattr: bool = True
     allow_other: bool = False
-    attr_timeout: float = 1.0
-    entry_timeout: float = 1.0
-    negative_timeout: float = 1.0
+    attr_timeout: float = DEFAULT_TIMEOUT
+    entry_timeout: float = DEFAULT_TIMEOUT
+    negative_timeout: float = DEFAULT_TIMEOUT
     keep_cache: bool = False
     direct_sync: bool = True
     one_cpu: bool | None = None

@@ -26,7 +26,7 @@ import pytest
 from helpers_executor import at_once, eager_switches
 
 from ninefuse import ops
-from ninefuse.calls import Acquire, Behind, Body, Call, Plain, Release
+from ninefuse.calls import Acquire, Behind, Body, Call, FunctionCall, Release
 from ninefuse.executor import NoThreading
 from ninefuse.linux import ioctls
 from ninefuse.linux.records import DirectoryEntry, next_entry, read_records
@@ -300,7 +300,7 @@ def outcome(function: Callable[[], T]) -> T | str:
 
 def _name_of(call: Call[Any]) -> str:
     """The function that it calls, by name; Pread, Pwrite or Fsync."""
-    return str(call.function.__name__ if isinstance(call, Plain) else type(call).__name__)
+    return str(call.function.__name__ if isinstance(call, FunctionCall) else type(call).__name__)
 
 
 class Stepper(Generic[T]):

@@ -20,7 +20,7 @@ from ops_helpers import leak_free as leak_free
 from ops_helpers import source as source
 
 from ninefuse import ops
-from ninefuse.calls import Behind, Body, Call, Plain, Pwrite, blocking
+from ninefuse.calls import Behind, Body, Call, FunctionCall, Pwrite, blocking
 from ninefuse.driving.uring import Uring
 from ninefuse.executor import Executor, Request, SecondModel
 from ninefuse.linux import transfer
@@ -84,7 +84,7 @@ class Requester:
             if not command.turn.has_come(self._resume):
                 return
             command = self._body.send(None)
-        assert type(command) is Plain
+        assert type(command) is FunctionCall
 
     def _resume(self) -> None:
         self.resumed += 1

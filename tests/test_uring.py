@@ -22,7 +22,7 @@ from mounting import Mount
 from ops_helpers import needs_root
 
 from ninefuse import executor, ops
-from ninefuse.calls import Call, Fsync, Plain, Pread, Pwrite, blocking
+from ninefuse.calls import Call, Fsync, FunctionCall, Pread, Pwrite, blocking
 from ninefuse.driving import uring
 from ninefuse.driving.uring import PLACES, Refused, Uring
 from ninefuse.executor import Executor, Request, SecondModel
@@ -715,7 +715,7 @@ def test_what_waits_for_a_place_is_withdrawn_at_once(
 
     async def body() -> None:
         if is_begun:
-            await Plain(7, str, (), str)
+            await FunctionCall(7, str, (), str)
         await Fsync(7, 3)
 
     try:

@@ -23,6 +23,7 @@ from ninefuse.exitcodes import ExitCode, Failure
 from ninefuse.settings import (
     DATA,
     DEFAULT_LOG_LEVEL,
+    DEFAULT_TIMEOUT,
     ENGINES,
     HANDOVERS,
     MODELS,
@@ -147,7 +148,7 @@ def _cached(seconds: float, *, keep_cache: bool = False, direct_sync: bool = Tru
 # cache=none is for those who want the kernel's ordinary way with everything.
 _NO_CACHE, _CACHE, _LOOSE = (
     _cached(0.0, direct_sync=False),
-    _cached(1.0),
+    _cached(DEFAULT_TIMEOUT),
     _cached(86400.0, keep_cache=True),
 )
 

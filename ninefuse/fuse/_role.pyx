@@ -1,28 +1,29 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
 """The role of the dispatcher, which threads hand on, and plain calls made without Python.
 
-One thread leads: it alone reads the device. While nobody leads all that are free wait for it, and
-the kernel wakes one of them, the one that came last; it takes the role. While somebody does, who
-wants the role waits for that. So of a lone client's requests one wakes one thread, and the role
-costs nothing. The leader runs a request's body to its first call that blocks; if that is *plain* (a read, a write
-or a sync, whose good outcome is the answer), it is made here, and answered here, without the
+One thread leads: it alone reads the device. While nobody leads, all free threads wait for the
+device. A request wakes the thread that came last. That one leads. While somebody leads, free
+threads wait for the role. So a request of a lone client wakes one thread, and the role costs
+nothing.
+
+The leader runs a request's body to its first call that blocks. If that is *plain* (a read, a write
+or a sync, whose good outcome is the answer), it is made and answered here, without the
 interpreter's lock:
 
 * by the leader itself, once it has passed the role on (`make`);
-* by a *hand*: a thread that does nothing else (`hand`, `work`). The leader goes on to read then,
-  and keeps the interpreter's lock while requests stand in line.
+* by a *hand*: a thread that makes plain calls only (`hand`, `work`). The leader goes on to read
+  then, and keeps the interpreter's lock while requests stand in line.
 
-A read, write or sync by a handle on which nothing else is under way needs not even its body: which
-call that is going to ask for is known from the message. So the call is made *ahead*, and answered, and
-the body is run afterwards, up to this call, and on with what came of it. It is run before any
-other body, so that whatever comes later finds it under way, or over. Where several writers go
-side by side, it may wait for more of them: who runs one then runs all, and the interpreter's lock
-changes hands once for many.
+A read, write or sync that can meet nothing under way needs not even its body: the message says
+which call the body is going to ask for. So the call is made *ahead*, and answered. The body is run
+afterwards, up to this call, and on with what came of it. It is run before any other body. So
+whatever comes later finds it under way, or over. Where several clients go side by side, it may wait
+for more of them. One thread then runs all, and the interpreter's lock changes hands once for many.
 
-What is left of a body after its answer is table work. It is done by a thread that has the
-interpreter's lock anyway: before it looks at another request, and before it waits. So that it
-never waits for a request to come, it is counted which threads run Python: whoever has made a call
-while none does takes the lock at once.
+What is left of a body after its answer is table work. A thread that has the interpreter's lock
+anyway does it: before it looks at another request, and before it waits. It must not wait for a
+request to come. So it is counted which threads run Python. A thread that has made a call while none
+does takes the lock at once.
 
 Locks touched: the mutex of a `Role`, for a few instructions; the interpreter's lock is never
 waited for inside.
@@ -153,8 +154,8 @@ cdef enum State:
     CLAIMED  # somebody runs its body up to the call
     READY  # its body waits for what comes of the call, as any other's
 
-cdef struct Plain:
-    # A handle, by which reads, writes and syncs are plain calls.
+cdef struct KnownHandle:
+    # An open handle, by which reads, writes and syncs are plain calls.
     bint is_known, is_near, is_readable, is_writable, appends, for_caller
     uint32_t user  # who opened it; 0: nobody whose share is bounded
     uint64_t handle
@@ -378,7 +379,7 @@ cdef class Role:
     cdef int wake
     cdef object finish, end_process
     cdef dict users, inodes  # plain calls that are under way, of each
-    cdef Plain handles[KNOWN_HANDLES]
+    cdef KnownHandle handles[KNOWN_HANDLES]
     cdef Job *ahead  # calls made ahead, until their bodies have gone on after them
     cdef readonly int count_ahead
     cdef uint64_t aside[MOST_ASIDE]  # inodes of plain calls under way that were not made ahead
@@ -812,7 +813,7 @@ cdef class Role:
             writer: a `Caller` for whom it is written; None: the daemon.
             user: the user id of who opened it.
         """
-        cdef Plain known
+        cdef KnownHandle known
         known.is_known, known.is_near, known.is_readable = True, is_near, is_readable
         known.is_writable, known.appends = is_writable, appends
         known.for_caller = writer is not None
@@ -827,7 +828,7 @@ cdef class Role:
 
     def forgets(self, uint64_t handle):
         """A handle is about to be closed."""
-        cdef Plain *known = &self.handles[handle % KNOWN_HANDLES]
+        cdef KnownHandle *known = &self.handles[handle % KNOWN_HANDLES]
         pthread_mutex_lock(&self.mutex)
         if known.handle == handle:
             known.is_known = False
@@ -848,7 +849,7 @@ cdef class Role:
         cdef Kind kind
         cdef uint64_t handle, offset = 0, size = 0
         cdef bint appends = False
-        cdef Plain *known
+        cdef KnownHandle *known
         cdef Job *job
         if self.foresee is None or got < <ssize_t> sizeof(header) or got > LARGEST_AHEAD:
             return NULL
@@ -1013,7 +1014,7 @@ cdef class Role:
 
     # The mutex is held:
 
-    cdef bint is_quiet_for(self, Job *wanted, Plain *known) noexcept nogil:
+    cdef bint is_quiet_for(self, Job *wanted, KnownHandle *known) noexcept nogil:
         """Whether nothing is under way that a call could meet, and one may be made."""
         cdef Job *job = self.ahead
         cdef int i, count = 0

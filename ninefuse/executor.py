@@ -1,18 +1,21 @@
-"""The threading models: three drivers of the same operation bodies.
+"""The threading models: four drivers of the same operation bodies.
 
 An operation (ninefuse/ops/) is a coroutine, a *body*, written as if it were alone in the world:
 look up a fid, make a system call, look at its result, make another. It holds no thread. Wherever
 it may block it stops, by ``await``, and hands out a command (calls.py): make this call, take this
 lock, wait for that. A *driver* takes the command, sees to it, and sends the result back in. Which
-thread it uses for that the body never learns. That is the one thing in which the models differ:
+thread it uses for that the body never learns. That is the one thing in which the models differ.
+There are three models and four drivers. The second model has two, which hand over the request or
+the role:
 
 * `NoThreading`: the thread that took the request makes every call itself, one request at a time.
 * `FirstModel`: each call goes to a worker, and its result comes back before the body goes on.
   With b calls a request changes threads 2b times.
 * `SecondModel`: the body runs here up to its first call that blocks. The *rest of the body* goes
   to a worker, which makes every later call in place: one change of thread, whatever the body does.
-* `LeadingModel`, the second one's default: not the request changes threads but the *role* of
-  taking requests. Whoever took one lets another thread take the next, and then makes the call.
+* `LeadingModel`, the second one's other driver: not the request changes threads but the *role* of
+  taking requests. Whoever took one lets another thread take the next, and then makes the call. It
+  is the default of a mount by the native session without --listen (`Settings.may_lead`).
 
 So a request is a body and the place where it stopped, and a driver a few lines around the loop
 that any of them has: ``step = self.advance(request)`` runs the body to its next command. `CALL`
@@ -36,10 +39,14 @@ What is guaranteed
 3. No call is made while the body holds a lock that others want. A call may be stuck for as long as
    some caller likes, and all who want the lock would be stuck with it. A body that waits for a lock
    is put aside on no thread, and whoever gives the lock back resumes it. So a pool of one thread
-   gets through any number of renames. (Locks inside the tables are held for microseconds.)
+   gets through any number of renames. (Locks inside the tables are held for microseconds.) Two
+   things are held across calls, and each keeps only those waiting who ask for the same. A *turn*
+   (tree/order.py) is of one file's bytes, or of one name. A listing's mutex is of one open
+   directory.
 4. A call takes no more than its share. Each names the inode that it may get stuck on, and each
-   request its user. At most half of the workers are in one inode's calls. So a file on a disk
-   that hangs stops those who ask for that file, and nobody else.
+   request its user. At most half of the workers are in one inode's calls. A queue that has not
+   moved for 0.1 s is let through, up to four times that; more workers are started then. So a file
+   on a disk that hangs stops those who ask for that file, and nobody else for long.
 5. An exception ends a request, never a driver: what a call raises is thrown into the body, what
    the body raises is the request's result.
 
@@ -51,14 +58,17 @@ What may run where
   lock of a file for ever: by a write from memory that a FUSE server of his own never brings. If
   the dispatcher made a chmod of that file, it would wait for this lock, and all requests with it,
   perhaps the very one that would end it. That it was quick before proves nothing.
-* **On a worker, or on a thread that has passed the role on**: any call; under the second model the
+* **On a worker, or on a leader that has passed the role on**: any call; under the second model the
   body around it, too. There is always one thread left to lead: `LeadingModel` asks the crew
   (driving/crew.py) before it keeps a request, and gives it to a worker if nobody would be left.
 * **Without Python's interpreter lock**: *plain* calls, whose good outcome is the answer itself (a
   read, a write, a sync). They are made and answered in compiled code, and `finish` runs what is
-  left of the body afterwards. An error, or a short count, goes on in the body, which answers then.
-* **In io_uring** (`SecondModel.uring`): reads, writes and syncs of local files, queued and taken
-  back by the dispatcher.
+  left of the body afterwards. An error, or a short write, goes on in the body, which answers then.
+  A leader makes them. Where all other leaders are in calls, a *hand* does: a thread that makes
+  plain calls only (``by_hand``). A call may even be made *ahead*, before its body runs; `foresee`
+  runs the body up to it then.
+* **In io_uring** (`SecondModel.uring`, where requests are handed over): reads, writes and syncs of
+  local files, queued and taken back by the dispatcher.
 * **Nowhere here**: closing files. A last close may take seconds, so a body leaves it behind
   (driving/deferred.py), and `left_behind` has it made by whoever has time after the answer.
 

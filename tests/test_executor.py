@@ -1,4 +1,4 @@
-"""The threading models: three drivers of the same operation bodies (ninefuse/executor.py)."""
+"""The threading models: four drivers of the same operation bodies (ninefuse/executor.py)."""
 
 from __future__ import annotations
 

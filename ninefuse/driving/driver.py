@@ -52,7 +52,7 @@ class ExecutorStatistics(NamedTuple):
 
 
 class Executor(ABC):
-    """What the three drivers share: the life of a request, and what comes after it.
+    """What all drivers share: the life of a request, and what comes after it.
 
     Attributes:
         requests: those under way, by tag.

@@ -3,16 +3,19 @@
 `_role.pyx` says how the role goes from one to the next, and how plain calls are made without
 Python. Here it is decided who makes a call:
 
-* A hand makes a plain one, if others are in such calls already: then requests stand in line, and
-  the leader had better read on.
-* The leader makes any other itself, having passed the role on; so a lone client's request
-  changes threads never.
-* If all but the leader are in calls, a worker makes it: somebody is always to lead.
+* The leader makes a call itself, as long as another leader is free. It passes the role on first.
+  So a lone client's call and answer stay on one thread.
+* Once all others are in calls, a hand makes a plain call. So it is as long as any hand has work.
+  The leader reads on meanwhile.
+* If all but the leader are in calls, a worker makes any other call: somebody is always to lead.
 
-Who is stuck has others stand in for him. After a tenth of a second one more thread takes part in
-leading; what waits for hands of which none has come back for so long goes to the workers, and so
-does all that comes until one has. Plain calls on one inode have places for half of the hands, and
-so have one user's, if there are several. What finds none waits for a place in the workers' pool.
+A thread that is stuck has others stand in for it. If the role was not passed on for a tenth of a
+second, one more leader is started. If no hand has come back for so long, what waits for hands goes
+to the workers. So does all that comes until one has.
+
+Plain calls on one inode have half as many places as there may be hands, whoever makes them. So have
+those of one user, if there are several. A plain call that finds none waits for a place in the
+workers' pool. A call made ahead asks for no place, but has one once its body has run up to it.
 
 Locks touched: the mutex of its `Role`.
 """

@@ -9,23 +9,32 @@ name up, of the page that it reads. A daemon that answers late stops more than o
 
 The way of a message here:
 
-    Device.receive (_wire.pyx)    read(2), lengths checked, decoded to a `Message`
+    Role.lead (_role.pyx)         read(2), lengths checked, decoded to a `Message`
     NativeSession.take            the row of its opcode (rows.py); the row makes the body
-    Executor.admit, drive         the driver runs the body (executor.py), on whichever threads
-    NativeSession._answer         where the body ended: the row encodes the result, writev(2)
+    LeadingModel.drive            the driver runs the body up to its call (executor.py)
+    Role.make                     a plain call: the role passed on, the call, writev(2)
+    LeadingModel.finish           the body to its end
+    NativeSession._answer         counted; where not answered yet: encoded by the row, writev(2)
 
-The first step and the last hold no interpreter lock. The session takes no decision about files:
-callbacks.py has what each request means, executor.py where it is done. Here is what lies between.
+Most reads and writes of a lone client are made *ahead*: call and answer first (`Role.make_ahead`),
+then the body (`foresee`). The way above is that of whatever meets something under way. A call that
+is not plain is made in Python, on whichever thread the driver says. Where requests are handed over
+(-o handover=request), `run` reads here, by `Device.receive`, and `Executor.drive` hands them on.
+
+Reading, a plain call and writing the answer need no interpreter lock. Decoding and encoding do. The
+session takes no decision about files: callbacks.py has what each request means, executor.py where
+it is done. Here is what lies between.
 
 What is guaranteed
 ------------------
 
-* **One thread reads at a time**: the dispatcher, here in `run`, or whoever leads, in leading.py and
-  _role.pyx. So requests start in the order in which Linux sent them, and an INTERRUPT is never read
-  before what it is about.
-* **Any thread answers**: the one where the body ended. Nobody waits for the dispatcher to have a
-  request answered, so under the second model it crosses threads once, or never. A writev to the
-  device is one message, whole or not at all, so answers need no lock among each other.
+* **One thread reads at a time**: the dispatcher. That is the thread of `run`, or the leader of the
+  moment (leading.py, _role.pyx). So requests start in the order in which Linux sent them, and an
+  INTERRUPT is never read before what it is about.
+* **Any thread answers**: the one where the body ended, or for a plain call the one that made it.
+  Nobody waits for the dispatcher to have a request answered, so under the second model it crosses
+  threads once, or never. A writev to the device is one message, whole or not at all, so answers
+  need no lock among each other.
 * **Each message has one answer**, if it wants one. A body that fails is answered with its errno. A
   failure that nobody thought of is logged and answered with EIO. No exception leaves a request,
   since it would end the loop, and with it the mount: every program on it would get ENOTCONN.
@@ -36,7 +45,7 @@ What is guaranteed
   open file would stay for as long as the mount.
 * **Counted before it is told.** `_answer` counts a request and takes it out of what is under way
   before it writes. A program that has its answer may look at the counters at once. (Plain calls are
-  answered first, in _role.pyx: for these the counters are behind by a moment.)
+  answered first, in _role.pyx. For these the counters may be some 10 ms behind.)
 
 What would go wrong otherwise
 -----------------------------
@@ -44,13 +53,15 @@ What would go wrong otherwise
 * If the device blocked: a request may be withdrawn between the moment that poll(2) announces it and
   the read. The read would then sleep until the next request, with all that the thread has to do.
   So the device has O_NONBLOCK, and such a request costs a try. The dispatcher sleeps in poll(2)
-  alone, and is woken by the device, by an eventfd (`_be_woken`, any thread), or by the engine.
+  alone. The device wakes it, an eventfd (`_be_woken`, any thread), or the engine. Leaders sleep in
+  epoll(7). The device wakes one, the same eventfd all, and a leader the next (`Role`).
 * If the device were read without a bound: 20,000 requests stuck on a dead disk would take the
   memory. At that the device is read no more (`is_full`). Those that wait for a lock of a file or
   a lease do not count. What they wait for may have to come by the device, and it would never be
   read.
 * If one user could have all these: `has_too_many` refuses, with an errno that the program and the
-  kernel can bear (`refusal`). Never a release, a forget or an unlock: they give something back.
+  kernel can bear (`refusal`). Never refused: write, flush, sync, release, forget, unlock. What
+  they bring or give back would be lost.
 * If the descriptor were closed when the mount ends: its number could be given to another file, and
   a worker that is about to answer would write into that. `leave` puts /dev/null in its place, and
   `close` gives the number back when nothing is under way any more.

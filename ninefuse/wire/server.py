@@ -21,10 +21,10 @@ What runs where
 * **Bodies run wherever the driver has them run** (executor.py). `start` begins one. Where it ends
   `done` is called, on some thread, and must not touch a connection: `post` brings the rest to the
   server's thread.
-* **The dispatcher is this thread**, if there is a server alone: `Awaiting` tells the driver when
-  trio sleeps. Beside a mount (`apart`) the dispatcher is the mount's. Then `start` posts bodies to
-  it, so that both doors' requests begin in one order, and one order of changes, one table of fids
-  and one rename lock hold for both.
+* **The dispatcher is this thread**, if there is a server alone (ninefuse-serve): `Awaiting` tells
+  the driver when trio sleeps. Beside a mount (`apart`) the dispatcher is the mount's. Then `start`
+  posts bodies to it, so that both doors' requests begin in one order, and one order of changes, one
+  table of fids and one rename lock hold for both.
 
 What is guaranteed
 ------------------

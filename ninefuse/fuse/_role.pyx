@@ -15,7 +15,8 @@ interpreter's lock:
   then, and keeps the interpreter's lock while requests stand in line.
 
 A read, write or sync that can meet nothing under way needs not even its body: the message says
-which call the body is going to ask for. So the call is made *ahead*, and answered. The body is run
+which call the body is going to ask for. So the call is made *ahead*, and answered. A read of what
+is in memory needs not even another leader: it waits for nobody (`read_now`). The body is run
 afterwards, up to this call, and on with what came of it. It is run before any other body. So
 whatever comes later finds it under way, or over. Where several clients go side by side, it may wait
 for more of them. One thread then runs all, and the interpreter's lock changes hands once for many.

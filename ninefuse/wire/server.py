@@ -31,9 +31,9 @@ What is guaranteed
 
 * **Nothing that a client sends ends the server.** A message that is wrong gets an error. One that
   cannot be cut from the next ends its connection. An exception that nobody thought of is logged,
-  with a traceback. From a body it is answered EIO. So it is from what makes the answer
-  (`Conversation._finish`), and the request is given back. From anything else of a connection's
-  tasks it ends that connection.
+  with a traceback. From a body it is answered EIO. From a connection's tasks, or where a request
+  is to be answered (`Conversation._finish`), it ends that connection, and no other. The request is
+  given back then, too.
 * **A client keeps nobody waiting.** Answers that it does not take are bounded, and at the bound it
   is read from no further. One that sends many messages at once lets others come in between. One
   that says nothing has a minute. One that has vanished is noticed by TCP's keepalives. If answers

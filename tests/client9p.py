@@ -53,7 +53,11 @@ class Client:
         family = socket.AF_UNIX if address.kind == "unix" else socket.AF_INET
         connected = socket.socket(family, socket.SOCK_STREAM)
         where = address.host if address.kind == "unix" else (address.host, address.port)
-        connected.connect(where)
+        try:
+            connected.connect(where)
+        except OSError:
+            connected.close()
+            raise
         client = cls(connected)
         if starts:
             client.start(msize)

@@ -565,3 +565,23 @@ def test_what_nobody_takes_is_taken_back(untaken: NativeSession, name: str, refu
     assert device.errors == ([errno.EINVAL] if refuses else [])
     assert state(session) == before
     assert not driver.requests
+
+
+def test_a_model_that_fails_ends_one_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever its body held is given back, and the mount goes on."""
+
+    def fail(request: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    (tmp_path / "file").write_bytes(b"")
+    with serving(tmp_path, "first") as kernel:
+        kernel.init()
+        with monkeypatch.context() as patched:
+            patched.setattr(kernel.driver, "drive", fail)
+            assert kernel.ask(Opcode.LOOKUP, b"file\0")[0] == errno.EIO
+        assert "cannot run it" in caplog.text
+        caplog.clear()
+        kernel.get(Opcode.LOOKUP, b"file\0")
+        kernel.settle()

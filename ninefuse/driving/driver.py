@@ -84,8 +84,19 @@ class Executor(ABC):
     def start(self, name: str, body: Body[Any], done: Done, user: Whose = None) -> Request:
         """Drive a body to its end. On the dispatcher; raises nothing. Arguments as of `admit`."""
         request = self.admit(name, body, done, user)
-        self.drive(request)
+        try:
+            self.drive(request)
+        except Exception:
+            self.give_up(request)
         return request
+
+    def give_up(self, request: Request) -> None:
+        """End a request by which `drive` has failed: its body finds EIO. In an except clause."""
+        log.exception("%s: the threading model cannot run it", request.name)
+        step = Step.CALL
+        while step is Step.CALL:
+            request.end_wait(errno.EIO)
+            step = self.advance(request)
 
     def admit(
         self,

@@ -343,7 +343,10 @@ class NativeSession:
         # Where set-id bits may go, a body has more to do than its call.
         plain = None if self.fids.set_id else row.plain
         request = self._admit(row, message, body, user, plain)
-        self._driver.drive(request)
+        try:
+            self._driver.drive(request)
+        except Exception:
+            self._driver.give_up(request)
         return request
 
     def _admit(

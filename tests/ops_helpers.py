@@ -208,7 +208,8 @@ class Client:
         locks = self.session.file_locks
         assert not len(locks.turns), "an operation on a lock has not been ended"
         assert not any(file.waiting for file in locks._files.values()), "somebody waits for a lock"
-        fids = self.session.fids._fids
+        table = self.session.fids
+        fids = table._fids
         for number, fid in fids.items():
             assert fid.number == number
             assert fid.refs == 1, f"{fid!r} is still referenced"
@@ -216,11 +217,15 @@ class Client:
         for node, count in standing.items():
             assert node.pins == 0, f"{node!r} is still pinned"
             assert node.refs == count, f"{node!r} is still referenced"
-        with_descriptor = sum(node.fd >= 0 for node in standing)
-        assert self.session.fids.descriptors == with_descriptor, "a node outside the table has one"
+        with_own = {node for node in standing if node.fd >= 0 and node not in table._lent}
+        assert table.descriptors == len(with_own), "a node outside the table has one"
+        assert table._clock.keys() == with_own
         opened = sum(isinstance(fid.opened, OpenFile | OpenDirectory) for fid in fids.values())
         opened += locks.descriptors
-        assert self.session.fids.open_descriptors == opened, "one is claimed, or not counted off"
+        assert table.open_descriptors == opened, "one is claimed, or not counted off"
+        lenders = [o.fd for n, openers in table._lent.items() for o in openers if o.fd == n.fd]
+        assert len(lenders) == len(table._lent), "a node has what nobody lends it any more"
+        assert not table._open.keys() & table._lent.keys()
 
     def close(self) -> None:
         """End the session; nothing may be left of it."""

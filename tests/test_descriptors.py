@@ -80,18 +80,21 @@ def make_files(directory: Path, count: int) -> None:
 @pytest.mark.parametrize("threads", [1, 17])
 @pytest.mark.parametrize("limit", [256, 1024, 20_000])
 def test_nodes_have_what_open_files_leave(client: Client, limit: int, threads: int) -> None:
-    """At least a few, 16,384 at most; a part of the limit is left for calls under way."""
+    """At least a few, 16,384 at most; a part of the limit is left for calls under way.
+
+    Of 256, with as many threads as there are by default, open files have 200.
+    """
     fids = client.session.fids
     cache = Descriptors(
         fids, client.executor.in_background, most=16384, threads=threads, limit=limit
     )
-    room = limit - 40 - 3 * threads
-    few = min(64, room // 4)
+    room = limit - 32 - max(threads, min(3 * threads, limit // 16))
+    few = max(5, min(64, room // 40))
     assert cache.for_nodes == min(room, 16384)
     for opened in range(1, room - few + 1):
         cache.claim()
         assert cache.for_nodes == min(16384, room - opened)
-        assert cache.for_nodes + opened + 3 * threads < limit
+        assert cache.for_nodes + opened + threads < limit - 30
     with fails(errno.ENFILE):
         cache.claim()
     assert cache.for_nodes == few
@@ -102,7 +105,7 @@ def test_a_user_may_have_half_of_the_descriptors_for_open_files(client: Client) 
     """Others, root and the daemon itself go on; what is closed is given back to whom it was."""
     fids = client.session.fids
     cache = Descriptors(fids, client.executor.in_background, limit=256)
-    most = cache.shared - min(64, cache.shared // 4)
+    most = cache.shared - 5
     for _ in range(most // 2):
         cache.claim(STRANGER)
     for _ in range(2):
@@ -479,11 +482,11 @@ def test_a_name_that_is_going_away_keeps_its_nodes_descriptor(source: Path) -> N
 def test_what_cannot_be_reclaimed_is_not_looked_at_for_every_lookup(
     source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All are open: the next look comes when an eighth more have been found."""
+    """All are walked to by their clients: the next look comes when an eighth more have been."""
     make_files(source, 64)
     with few_descriptors(source, 32) as client:
         for name in sorted(os.listdir(source))[:40]:
-            client.open(name)
+            client.walk(name)
         looks: list[int] = []
         real = client.session.fids.coldest
 
@@ -493,8 +496,8 @@ def test_what_cannot_be_reclaimed_is_not_looked_at_for_every_lookup(
 
         monkeypatch.setattr(client.session.fids, "coldest", counting)
         for name in sorted(os.listdir(source))[40:]:
-            client.open(name)
-        assert len(looks) <= 24 // (32 // 8) + 1
+            client.walk(name)
+        assert 0 < len(looks) <= 24 // (32 // 8) + 1
 
 
 def test_directories_below_each_other_are_stale_rather_than_endless(source: Path) -> None:
@@ -583,7 +586,7 @@ def test_a_descriptor_that_comes_and_goes_takes_no_room(source: Path) -> None:
     with few_descriptors(source, 6) as client:
         *held, thrashed = look_up_all(client)
         for fid in held:
-            client.do(ops.lopen, client.walk(start=fid.number), os.O_RDONLY)
+            client.do(ops.getattr, client.walk(start=fid.number))
         losses: Counter[bool] = Counter()
         for _ in range(400):
             client.do(ops.getattr, thrashed.number)
@@ -597,7 +600,7 @@ def test_a_descriptor_that_comes_and_goes_takes_no_room(source: Path) -> None:
 
 # The limit
 
-LIMIT = 103  # on open files: 60 of them are to share, 15 at least for nodes
+LIMIT = 95  # on open files: 60 of them are to share, 5 at least for nodes
 
 
 @contextmanager
@@ -687,7 +690,7 @@ def test_names_go_on_when_all_descriptors_are_in_open_files(source: Path) -> Non
     make_files(source, 100)
     with limited(source) as client:
         opened = open_all(client, 60)
-        assert len(opened) >= 21, "each keeps its node's descriptor as well"
+        assert len(opened) == 55, "each lends its own to its node"
         assert in_use(client) <= 60
         with fails(errno.ENFILE):
             for number in range(5):  # the one just refused has left a little room
@@ -743,7 +746,7 @@ def test_a_reclaimer_that_hangs_lets_nothing_pile_up(source: Path) -> None:
             client.know(f"{number:04d}")
         client.session.descriptors.most = 20
         hanging = Stepper(client.session.descriptors._reclaim())
-        hanging.before("_close_coldest")
+        hanging.before("_lend_or_close")
         client.session.descriptors._reclaiming = True
         client.session.descriptors.most = 16384
         for number in range(50, 200):

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 import pytest
 from mounting import SOAK, Child, Mount, wait_until
@@ -232,6 +233,43 @@ def _use_a_big_tree(mount: Mount, count: int) -> None:
         assert [os.fstat(fd).st_nlink for fd in seen] == [0] * 40
     shutil.rmtree(mount.path / "moved0")
     assert sorted(os.listdir(mount.source)) == [f"moved{n}" for n in range(1, 7)]
+
+
+@pytest.mark.parametrize("model", SOME_MODELS)
+def test_with_a_limit_of_256_two_hundred_files_are_open(
+    new_mount: Callable[..., Mount], model: str
+) -> None:
+    """Each takes one descriptor. More are refused, names go on, and nothing meets the limit."""
+    count, most = 200, FEW_DESCRIPTORS
+    mount = new_mount("--model", model, "-o", "entry_timeout=1000", command=LIMITED)
+    for n in range(most):
+        (mount.source / f"file{n}").write_bytes(b"%d" % n)
+    with ExitStack() as stack, most_descriptors_of(mount) as sampled:
+
+        def opening(n: int, mode: str = "rb") -> IO[bytes]:
+            return stack.enter_context((mount.path / f"file{n}").open(mode))
+
+        opened = [opening(n, ("rb", "r+b", "ab")[n % 3]) for n in range(count)]
+        with pytest.raises(OSError, match="Too many open files in system"):
+            list(map(opening, range(count, most)))
+        for n, file in enumerate(opened):
+            assert os.stat(mount.path / f"file{n}").st_size == os.fstat(file.fileno()).st_size
+            (mount.path / f"file{n}").rename(mount.path / f"moved{n}")
+            os.fchmod(file.fileno(), 0o600)
+            (mount.path / f"moved{n}").unlink()
+            if file.readable():
+                assert file.read() == b"%d" % n
+            else:
+                assert file.write(b"more") == 4
+            assert os.fstat(file.fileno()).st_nlink == 0
+        (mount.path / "made").mkdir()
+    # All that were closed have made room again.
+    wait_until(lambda: mount.counters().opened == 0, "all closed")
+    with ExitStack() as stack:
+        for n in range(count, most):
+            stack.enter_context(open(mount.path / f"file{n}", "rb"))
+    assert sampled[0] < FEW_DESCRIPTORS
+    assert not re.search("EMFILE|Too many open files", mount.counters().text + mount.log.text())
 
 
 # Clients that are killed

@@ -56,16 +56,27 @@ class Tree:
     # What one does, and others meanwhile
 
     def reclaim(self) -> None:
-        """Close all that can be closed."""
+        """Close all that can be closed, of open files too."""
         for fid in self.session.fids._fids.values():
             fid.node.recent = False
-        self.session.descriptors._close_coldest(sys.maxsize)
+        self.session.descriptors._lend_or_close(sys.maxsize)
 
     def use(self) -> None:
         """Ask for the attributes of a file, and of the directories above."""
         assert self.client.do(ops.getattr, self.f.number).ino == self.f.number
         assert self.client.do(ops.getattr, self.e.number).ino == self.e.number
         assert self.client.do(ops.getattr, self.d.number).ino == self.d.number
+
+    def open(self) -> None:
+        """Open a file, of which nothing but its fid is known, and read and close it."""
+        handle = self.client.walk(start=self.f.number)
+        try:
+            self.client.do(ops.lopen, handle, os.O_RDONLY)
+            self.session.fids.lend(sys.maxsize)
+            assert self.client.do(ops.getattr, self.f.number).ino == self.f.number
+            assert self.client.do(ops.read, handle, 0, 100) == b"data"
+        finally:
+            self.client.do(ops.clunk, handle)
 
     def look_up(self) -> None:
         body = ops.walk(self.session, ROOT, self.session.kernel.intern, [b"d", b"e", b"f"])
@@ -115,7 +126,10 @@ class Between:
     """Has something done before one of the steps that a session makes: the n-th from now on."""
 
     STEPS = ("open_step", "stat_descriptor", "stat_name")
-    STEPS_OF_TABLE = ("drop", "give_descriptor", "known", "pin", "seen", "take_descriptor", "unpin")
+    STEPS_OF_TABLE = (
+        *("close_lent", "drop", "give_descriptor", "known", "lend", "pin", "seen"),
+        *("take_descriptor", "unpin"),
+    )
 
     def __init__(self, session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
         self.lock = session.fids.lock
@@ -166,8 +180,8 @@ def tree_of(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[
         yield tree, Between(client.session, patch)
 
 
-ONE = [Tree.use, Tree.look_up, Tree.climb, Tree.reclaim, Tree.remove, Tree.replace, Tree.move]
-OTHER = [Tree.use, Tree.look_up, Tree.climb, Tree.reclaim, Tree.remove, Tree.replace]
+OTHER = [Tree.use, Tree.open, Tree.look_up, Tree.climb, Tree.reclaim, Tree.remove, Tree.replace]
+ONE = [*OTHER, Tree.move]
 # They take the rename lock to write: beside one who has it to read they would wait.
 WRITERS = [Tree.replace, Tree.move, Tree.move_above, Tree.move_back]
 
@@ -221,7 +235,7 @@ def through(what: Callable[[Tree], None], tree: Tree) -> None:
     try:
         what(tree)
     except OSError as failure:
-        by_name = what not in (Tree.use, Tree.climb, Tree.reclaim)
+        by_name = what not in (Tree.use, Tree.open, Tree.climb, Tree.reclaim)
         if not (by_name and failure.errno == errno.ENOENT):
             raise
 

@@ -6,6 +6,10 @@ Nodes that have one stand in the clock, in the order in which the reclaimer look
 (descriptors.py says when and which). Closing a descriptor can block (the last close of a
 big unlinked file does), so it is never done here but handed to ``defer``.
 
+A file that is open has two: its node's and the open fid's. Where descriptors are short the open
+fid *lends* its own to the node, and the node's is closed. When that fid ends, the node gets one of
+its own at the same number, so whoever is using the number goes on.
+
 Locks touched: the mutex ``counts``, the innermost lock of all, guards all of it.
 """
 
@@ -18,8 +22,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection
 
 from ninefuse.errors import error
+from ninefuse.linux.syscalls import proc_path
 from ninefuse.tree.identity import Born, Device, Devices
 from ninefuse.tree.nodes import Node
+from ninefuse.tree.opened import Opened
 
 _AT_ONCE = 256  # nodes that are gone through while others wait for the mutex
 
@@ -58,6 +64,10 @@ class Counts:
         self._clock: OrderedDict[Node, None] = OrderedDict()
         # Those of them that are on other mounts than the source's own.
         self._visitors: OrderedDict[Node, None] = OrderedDict()
+        # What open fids have open of each node: of those with a descriptor of their own, …
+        self._open: OrderedDict[Node, list[Opened]] = OrderedDict()
+        # … and of those that have a lent one, which are in no clock.
+        self._lent: dict[Node, list[Opened]] = {}
 
     # References
 
@@ -172,6 +182,74 @@ class Counts:
         finally:
             self.unclaim(owner)
 
+    # Lending them to nodes
+
+    def lend(self, most: int, looks: int | None = None) -> int:
+        """Close descriptors of nodes that are open, and lend them those of open fids instead.
+
+        It waits for nobody: what is closed is not the last of its file. A node that is pinned
+        keeps its own, for its number is in use.
+
+        Args:
+            most: how many to close.
+            looks: at how many nodes to look at most; by default at all.
+
+        Returns:
+            How many were closed.
+        """
+        closed: list[int] = []
+        left = len(self._open) if looks is None else looks
+        while left > 0 and len(closed) < most and self._open:
+            with self._counts:
+                for _ in range(min(left, _AT_ONCE, len(self._open))):
+                    if len(closed) >= most:
+                        break
+                    node, openers = self._open.popitem(last=False)
+                    if node.pins or node.fd < 0:
+                        self._open[node] = openers  # at the end now
+                        continue
+                    closed.append(self._take(node))
+                    node.fd = openers[0].fd
+                    self._lent[node] = openers
+            left -= _AT_ONCE
+        for fd in closed:
+            self.close_node(fd)
+        return len(closed)
+
+    def close_lent(self, node: Node, fd: int, owner: int | None = None) -> None:
+        """`close_open` of a descriptor that was lent to a node, referenced for this. Blocks.
+
+        The node gets one of its own at the same number. It could not be found by its name if that
+        has gone, and others may be using the number.
+
+        Args:
+            node: it; the reference is dropped.
+            fd: the descriptor.
+            owner: as for `close_open`.
+        """
+        try:
+            own = os.open(proc_path(fd), os.O_PATH | os.O_CLOEXEC)
+            try:
+                os.dup2(own, fd, inheritable=False)
+            finally:
+                os.close(own)
+        except OSError:
+            pass  # there is no room, so it stays open: the node must not lose its file
+        with self._counts:
+            is_its = node.fd == fd
+            if is_its:
+                openers = self._lent.pop(node)
+                if openers:
+                    self._open[node] = openers
+                self._give(node, fd)
+                self.descriptors += 1
+        if not is_its:
+            os.close(fd)
+        elif node in self._visitors:
+            self.on_visit()
+        self.unclaim(owner)
+        self.drop(node)
+
     # Reclaiming descriptors
 
     def coldest(
@@ -249,7 +327,8 @@ class Counts:
     def _is_cold(self, node: Node) -> bool:
         """Whether nobody uses a node's descriptor, and it can be opened again."""
         can_be_opened = node.place is not None or type(node.mark) is Born
-        return not node.pins and node.refs == 1 and can_be_opened and self._is_shared(node)
+        is_idle = not node.pins and node.refs == 1 and node not in self._open
+        return is_idle and can_be_opened and self._is_shared(node)
 
     def _is_shared(self, node: Node) -> bool:
         """Whether whoever looks for the node's file finds this node (`FidTable.known`).
@@ -268,8 +347,40 @@ class Counts:
             self._visitors[node] = None
 
     def _take(self, node: Node) -> int:
+        """Take a node's own descriptor away; -1 if it had none, or a lent one."""
         fd, node.fd = node.fd, -1
-        if fd >= 0:
-            del self._clock[node]
-            self._visitors.pop(node, None)
+        if fd < 0 or (self._lent and self._lent.pop(node, None) is not None):
+            return -1
+        del self._clock[node]
+        self._visitors.pop(node, None)
         return fd
+
+    def _opens(self, node: Node, opened: Opened) -> None:
+        """A fid on a node has opened it."""
+        if opened.fd >= 0:
+            openers = self._lent.get(node) if self._lent else None
+            if openers is None:
+                openers = self._open.setdefault(node, [])
+            openers.append(opened)
+
+    def _closes(self, node: Node, opened: Opened) -> bool:
+        """A fid on a node has ended that had it open.
+
+        Returns:
+            Whether its descriptor is lent to the node, which others have a use for: `close_lent`.
+        """
+        openers = self._open.get(node)
+        if openers is None:
+            openers = self._lent.get(node)
+        if openers is None or opened not in openers:
+            return False  # the node has been found by another mount since
+        openers.remove(opened)
+        if node not in self._lent:
+            if not openers:
+                del self._open[node]
+        elif node.fd == opened.fd:
+            if node.refs > 1:
+                return True
+            del self._lent[node]  # the node ends with the fid
+            node.fd = -1
+        return False

@@ -3,9 +3,10 @@
 The limit on open files is shared by nodes (O_PATH descriptors), by open fids, and by what
 the daemon itself and the calls under way need. Open fids have what they need, as long as a
 few are left for nodes; nodes have the rest. Whoever is about to open something makes room
-for it first, by closing what nobody has used for longest, so that no call fails for want
-of a descriptor: where all are in use the answer is ENFILE, before anything was done, and
-names can still be looked up, moved and removed.
+for it first, so that no call fails for want of a descriptor. Nodes of open files give up
+theirs, for an open fid can lend its own; then what nobody has used for longest is closed.
+Where all are in use the answer is ENFILE, before anything was done, and names can still be
+looked up, moved and removed.
 
 Locks touched: the mutex ``counts``, through counts.py. No other: a lookup stuck in a slow source
 must not keep the reclaimer waiting, and all names behind it.
@@ -27,10 +28,12 @@ from ninefuse.tree.identity import Born, Device
 from ninefuse.tree.nodes import Node
 from ninefuse.tree.table import FidTable
 
-_OWN = 40  # descriptors of the daemon itself
-_IN_FLIGHT = 3  # that one call has open at a time, besides what it is asked to open
+_OWN = 32  # descriptors of the daemon itself: 22 to 29 by model and session, and its logs
+# That one call may have open at a time, besides what it is asked to open: three, which few have
+# at once. Where the limit is low calls have a sixteenth of it between them, at least one each.
+_IN_FLIGHT, _IN_FLIGHT_PART = 3, 16
 _LEAST = 32  # to share where the limit leaves next to nothing
-_FEW = 64  # that open fids leave for nodes, or a quarter where there is little to share
+_FEW, _FEW_PART, _FEWEST = 64, 40, 5  # that open fids leave for nodes: a fortieth between these
 MOST = 16384  # for nodes: each keeps an inode of the source in memory
 _AT_ONCE = 4  # closed by one who makes room, so that it is not made at each step
 _LOOKED_AT = 64  # nodes, by one who makes room
@@ -62,8 +65,10 @@ class Descriptors:
         if limit is None:
             limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self.most = most
-        self.shared = max(_LEAST, limit - _OWN - _IN_FLIGHT * threads)
-        self._few = min(_FEW, self.shared // 4)
+        in_flight = max(threads, min(_IN_FLIGHT * threads, limit // _IN_FLIGHT_PART))
+        self.shared = max(_LEAST, limit - _OWN - in_flight)
+        self._few = max(_FEWEST, min(_FEW, self.shared // _FEW_PART))
+        self._spare = self._few // 2  # of these, that can be had when something is to be opened
         self._threads = threads
         self._fids = fids
         self._in_background = in_background
@@ -80,7 +85,7 @@ class Descriptors:
     @property
     def are_short(self) -> bool:
         """Whether room has to be made before anything is opened for a fid."""
-        return self._fids.descriptors >= self.for_nodes - self._few
+        return self._fids.descriptors >= self.for_nodes - self._spare
 
     @property
     def have_room(self) -> bool:
@@ -100,7 +105,7 @@ class Descriptors:
 
     def make_room_for_open(self, near: Node) -> None:
         """`make_room`, for an open fid; a few are left for names to be looked up with."""
-        self.make_room(near, self._few)
+        self.make_room(near, self._spare)
 
     def reopen(self, node: Node, looking: bool = False) -> None:
         """Open a node again, which is pinned, by its parent and name. Blocks.
@@ -159,6 +164,8 @@ class Descriptors:
         left = self.shared - spare - count - fids.open_descriptors
         if left > 0 and count <= self._again_at:
             return  # nodes have many, but nothing is short, and little could be closed
+        if fids.lend(_AT_ONCE, _LOOKED_AT):
+            return
         # Few at a time: what one has in hand, others do not find.
         cold = fids.coldest(2 * _AT_ONCE, _LOOKED_AT, near.device)
         if self._let_go(cold, _AT_ONCE, near.device):
@@ -185,11 +192,14 @@ class Descriptors:
         """
         try:
             surplus = self._fids.descriptors - self.for_nodes * 3 // 4
-            await blocking(None, self._close_coldest, surplus)
+            await blocking(None, self._lend_or_close, surplus)
         finally:
             # Where little could be closed, not to look again at every lookup.
             self._again_at = self._fids.descriptors + self.for_nodes // 8
             self._reclaiming = False
+
+    def _lend_or_close(self, surplus: int) -> None:
+        self._close_coldest(surplus - self._fids.lend(surplus))
 
     def _close_coldest(self, surplus: int) -> None:
         # The newest first: a directory is mostly older than what was found in it, and would
@@ -199,9 +209,12 @@ class Descriptors:
     def _let_go_of_any(self) -> bool:
         """Close some descriptors whatever it takes; False if all are in use.
 
-        At last also those of files whose remembered names have gone, but which have others:
-        the kernel, told ESTALE, looks for them again by the path that it was given.
+        First those of nodes that open fids can lend theirs. At last also those of files whose
+        remembered names have gone, but which have others: the kernel, told ESTALE, looks for them
+        again by the path that it was given.
         """
+        if self._fids.lend(_AT_ONCE):
+            return True
         for last_resort in (False, True):
             for _ in range(2 * self._fids.descriptors // _AT_ONCE):
                 nodes = self._fids.coldest(2 * _AT_ONCE)

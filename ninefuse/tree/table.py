@@ -66,7 +66,7 @@ class TableStatistics(NamedTuple):
     fids: int
     opened: int  # files, directories and attributes
     files: int
-    descriptors: int  # O_PATH descriptors of nodes; each open fid has one more
+    descriptors: int  # of nodes' own, O_PATH; each open fid has one more
 
 
 def _nothing() -> None:
@@ -189,20 +189,32 @@ class FidTable(Counts):
             fid.refs -= 1
             if fid.refs:
                 return
-        # Only the last one comes here: a fid in the table has the table's reference,
-        # and one that has left it gets no new ones.
-        opened = fid.opened
+            # Only the last one comes here: a fid in the table has the table's reference,
+            # and one that has left it gets no new ones.
+            node, opened = fid.node, fid.opened
+            is_lent = opened is not None and self._closes(node, opened)
         if opened is not None and opened.fd >= 0:
             if isinstance(opened, OpenFile) and opened.holders:
-                self._defer(self.close_locked, opened)
+                self._defer(self.close_locked, opened, node if is_lent else None)
+            elif is_lent:
+                self._defer(self.close_lent, node, opened.fd, opened.owner)
             else:
                 self._defer(self.close_open, opened.fd, opened.owner)
-        self.drop(fid.node)
+        if not is_lent:
+            self.drop(node)
 
-    def close_locked(self, file: OpenFile) -> None:
-        """Close the descriptor of an open fid by which locks were taken: they end. Blocks."""
+    def close_locked(self, file: OpenFile, lent_to: Node | None = None) -> None:
+        """Close the descriptor of an open fid by which locks were taken: they end. Blocks.
+
+        Args:
+            file: what it has open.
+            lent_to: whom its descriptor was lent to (`close_lent`), if to anybody.
+        """
         try:
-            self.close_open(file.fd, file.owner)
+            if lent_to is not None:
+                self.close_lent(lent_to, file.fd, file.owner)
+            else:
+                self.close_open(file.fd, file.owner)
         finally:
             for holder in list(file.holders or ()):
                 holder.lost(file, self.close_open)
@@ -267,6 +279,8 @@ class FidTable(Counts):
                 raise error(errno.EINVAL)
             with self._counts:
                 node.refs += 1
+                if opened is not None:
+                    self._opens(node, opened)
             self._fids[number] = fid
             self._count(opened, 1)
         return fid
@@ -288,6 +302,8 @@ class FidTable(Counts):
             if node is not None:
                 self._move(fid, node)
             fid.opened = opened
+            with self._counts:
+                self._opens(fid.node, opened)
             if self._fids.get(fid.number) is fid:  # it may have been clunked meanwhile
                 self._count(opened, 1)
 

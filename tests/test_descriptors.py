@@ -34,7 +34,7 @@ from ninefuse.fuse import callbacks
 from ninefuse.fuse.entries import fitted, readdirplus
 from ninefuse.linux.callers import Caller
 from ninefuse.linux.syscalls import Attributes
-from ninefuse.tree import descriptors
+from ninefuse.tree import descriptors, leaving
 from ninefuse.tree.descriptors import Descriptors
 from ninefuse.tree.nodes import Node
 from ninefuse.tree.opened import OpenDirectory, OpenFile
@@ -316,6 +316,36 @@ def test_a_name_taken_away_just_after_the_look_keeps_the_descriptor(
 
         monkeypatch.setattr(descriptors._Look, "leads_back", meanwhile)
         reclaim(client, fid)
+        assert fid.node.fd >= 0
+        assert client.do(ops.getattr, fid.number).nlink == 0
+
+
+@pytest.mark.parametrize("who", ["reclaimer", "leaver"])
+def test_a_name_that_was_about_to_go_before_the_look_keeps_the_descriptor(
+    source: Path, monkeypatch: pytest.MonkeyPatch, who: str
+) -> None:
+    """It is still there at the look, and goes before the descriptor would."""
+    make_files(source, 1)
+    with few_descriptors(source, 1000) as client:
+        fids = client.session.fids
+        (fid,) = look_up_all(client)
+        fid.node.recent = False
+        cold = fids.coldest(1)
+        assert cold == [fid.node]
+        removing = Stepper(ops.unlinkat(client.session, ROOT, b"0000"))
+        removing.before("_remove")
+
+        def meanwhile(*args: Any) -> bool:
+            removing.finish()
+            return True
+
+        if who == "reclaimer":
+            monkeypatch.setattr(descriptors._Look, "leads_back", meanwhile)
+            client.session.descriptors._let_go(cold, 1, fids.devices.own)
+        else:
+            monkeypatch.setattr(leaving, "has_names", meanwhile)
+            leaving.Leaver(fids, lambda numbers: None)._leave(0, cold)
+        removing.go()
         assert fid.node.fd >= 0
         assert client.do(ops.getattr, fid.number).nlink == 0
 

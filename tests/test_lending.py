@@ -7,11 +7,13 @@ import fcntl
 import os
 import stat
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from file_systems import mounted
-from ops_helpers import ROOT, Client, Stepper, client_of, needs_root
+from ops_helpers import ROOT, Client, Stepper, client_of, module_of, needs_root
 from ops_helpers import client as client
 from ops_helpers import leak_free as leak_free
 from ops_helpers import source as source
@@ -19,6 +21,8 @@ from ops_helpers import source as source
 from ninefuse import ops
 from ninefuse.linux.callers import Caller
 from ninefuse.ops.locking import flock
+from ninefuse.tree.descriptors import Descriptors
+from ninefuse.tree.lockranges import LockRange
 from ninefuse.tree.table import Fid
 
 pytestmark = pytest.mark.usefixtures("leak_free")
@@ -183,15 +187,106 @@ def test_one_that_is_opened_before_the_lender_is_closed(client: Client, file: Fi
     client.do(ops.clunk, other)
 
 
-def test_a_file_that_nobody_else_knows_ends_with_its_fid(client: Client, source: Path) -> None:
+def test_a_file_that_nobody_else_knows_ends_with_its_fid(
+    client: Client, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing is opened for a node that goes as well."""
     (source / "file").touch()
     handle = client.open("file")
     assert lend(client) == 1
     assert client.session.fids.descriptors == 1
+    monkeypatch.setattr(client.session.fids, "close_lent", None)
     client.do(ops.clunk, handle)
     client.rest()
     assert client.session.fids.descriptors == 1
+
+
+def test_what_is_open_is_lent_a_descriptor_and_does_not_go_without(source: Path) -> None:
+    """A fid of 9P's clients is all that stands on its node, and its name leads back to it."""
+    (source / "file").touch()
+    with client_of(source, kernel=False) as client:
+        table = client.session.fids
+        qids, fid = client.do(ops.walk, ROOT, 7, [b"file"])
+        assert len(qids) == 1
+        assert fid is not None
+        client.do(ops.lopen, 7, os.O_RDONLY)
+        for _ in range(2):
+            assert table.coldest(9) == []
+        assert lend(client) == 1
+        assert fid.node.fd == client.descriptor(7)
+        assert table.coldest(9) == []
+
+
+# When it is done
+
+
+def known_and_open(client: Client, source: Path, count: int) -> tuple[list[Fid], list[int]]:
+    """So many files that are known and have not been used since, and as many that are open."""
+    for number in range(2 * count):
+        (source / f"{number:02d}").touch()
+    known = [client.know(f"{number:02d}") for number in range(count)]
+    handles = [client.open(f"{number:02d}") for number in range(count, 2 * count)]
+    for fid in known:
+        fid.node.recent = False
+    return known, handles
+
+
+@contextmanager
+def limited(source: Path, count: int) -> Iterator[Client]:
+    """A client that may have so many descriptors."""
+    with client_of(source) as client:
+        session = client.session
+        session.descriptors = Descriptors(
+            session.fids, client.executor.in_background, threads=1, limit=count + 35
+        )
+        assert session.descriptors.shared == count
+        yield client
+
+
+def test_open_files_lend_before_known_ones_lose_theirs(source: Path) -> None:
+    """Those would have to be found by their names again."""
+    with limited(source, 60) as client:
+        client.session.descriptors._reclaiming = True  # it hangs somewhere
+        known, handles = known_and_open(client, source, 17)
+        assert len(client.session.fids._lent) == 0
+        handles += [client.create(f"new{number}") for number in range(12)]
+        assert len(client.session.fids._lent) > 0
+        assert all(fid.node.fd >= 0 for fid in known)
+
+
+def test_the_reclaimer_has_open_files_lend_first(source: Path) -> None:
+    with client_of(source, most_descriptors=1000) as client:
+        known, handles = known_and_open(client, source, 20)
+        client.session.descriptors.most = 31
+        Stepper(client.session.descriptors._reclaim()).finish()
+        assert client.session.fids.descriptors == 23
+        assert len(client.session.fids._lent) == 18
+        assert all(fid.node.fd >= 0 for fid in known)
+
+
+def test_where_some_are_in_use_all_others_are_asked(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a rule who makes room looks at some only."""
+    monkeypatch.setattr(module_of(Descriptors), "_LOOKED_AT", 1)
+    with limited(source, 40) as client:
+        known, _ = known_and_open(client, source, 12)
+        for number in range(12):
+            client.do(ops.unlinkat, ROOT, b"%02d" % number)
+        table = client.session.fids
+        assert (table.descriptors, table.open_descriptors) == (25, 12)
+        used = list(table._open)[:6]
+        for node in used:
+            table.pin(node)
+        more = [client.create(f"new{number}") for number in range(6)]
+        assert not used & table._lent.keys()
+        for node in used:
+            table.unpin(node)
+        assert [client.do(ops.getattr, fid.number).nlink for fid in known] == [0] * 12
+        assert len(more) == 6
+
+
+# What may go wrong, and what else a descriptor does
 
 
 def test_where_no_descriptor_is_left_the_file_stays_open(
@@ -212,6 +307,21 @@ def test_where_no_descriptor_is_left_the_file_stays_open(
     assert client.do(ops.getattr, file.number).nlink == 0
     assert client.session.fids.open_descriptors == 0
     assert client.session.fids.descriptors == 2
+
+
+def test_a_lender_whose_owner_has_locks_by_another_file(client: Client, file: Fid) -> None:
+    """They stay, and the descriptor is the node's all the same."""
+    lender, other = (opened(client, file, os.O_RDWR) for _ in range(2))
+    for start, handle in enumerate((lender, other)):
+        wanted = LockRange(fcntl.F_WRLCK, start, 1)
+        assert client.do(ops.lock, handle, 0, wanted, "owner") is ops.LockStatus.SUCCESS
+    assert lend(client) == 1
+    assert file.node.fd == client.descriptor(lender)
+    client.do(ops.clunk, lender)
+    client.rest()
+    assert is_path_only(file.node.fd)
+    assert client.do(ops.getlock, other, LockRange(fcntl.F_WRLCK, 0, 0), "another").length == 2
+    client.do(ops.clunk, other)
 
 
 def test_locks_end_with_a_lender(client: Client, file: Fid, source: Path) -> None:
@@ -244,15 +354,18 @@ def test_who_lends_is_counted_for_its_user(source: Path) -> None:
 
 
 @needs_root
-def test_a_file_found_by_another_mount_is_lent_nothing_of_the_old_one(source: Path) -> None:
+@pytest.mark.parametrize("lends", [True, False])
+def test_a_file_found_by_another_mount_is_lent_nothing_of_the_old_one(
+    source: Path, lends: bool
+) -> None:
     """A descriptor keeps its mount busy; the node's is by the mount it was looked up at last."""
     with mounted("tmpfs", "tmpfs", source / "disk") as disk:
         (disk / "file").write_bytes(b"data")
-        (source / "again").mkdir()
         with mounted("none", disk, source / "again", "bind"), client_of(source) as client:
             file = client.know("disk", "file")
             handle = opened(client, file)
-            assert lend(client) == 1
+            if lends:
+                assert lend(client) == 1
             assert client.know("again", "file") is file
             assert is_path_only(file.node.fd)
             assert lend(client) == 0
@@ -263,3 +376,20 @@ def test_a_file_found_by_another_mount_is_lent_nothing_of_the_old_one(source: Pa
             assert lend(client) == 1
             client.do(ops.clunk, again)
             client.forget(file, 2)
+
+
+@needs_root
+def test_a_disk_is_left_by_who_was_lent_a_descriptor_on_it(source: Path) -> None:
+    """It can be unmounted a moment after the last close (leaving.py)."""
+    with mounted("tmpfs", "tmpfs", source / "disk") as disk, client_of(source) as client:
+        (disk / "file").touch()
+        table = client.session.fids
+        file = client.know("disk", "file")
+        handle = opened(client, file)
+        assert lend(client) == 1
+        visits: list[int] = []
+        table.on_visit = lambda: visits.append(table.visitors)
+        before = table.visitors
+        client.do(ops.clunk, handle)
+        client.rest()
+        assert (before, visits) == (0, [1])

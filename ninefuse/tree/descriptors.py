@@ -246,8 +246,9 @@ class Descriptors:
         look = _Look(self._fids, self._stat_name, self.open_again, near)
         try:
             for node in nodes:
-                fd, uses = -1, node.uses
-                if closed < most and (
+                # Somebody who has it now may take its name away between the look and the taking.
+                fd, uses, is_used = -1, node.uses, node.pins > 1
+                if (closed < most and not is_used) and (
                     look.leads_back(node) or (last_resort and _has_another_name(node))
                 ):
                     fd = fids.take_descriptor(node, uses)

@@ -79,8 +79,11 @@ class Leaver:
         fids, nameless = self._fids, []
         try:
             for node in nodes:
-                fd, uses = -1, node.uses
+                # As in descriptors.py: who has it now may take its name away after the look.
+                fd, uses, is_used = -1, node.uses, node.pins > 1
                 try:
+                    if is_used:
+                        continue
                     if not has_names(node.fd):
                         nameless.append(node.number)
                     else:

@@ -223,9 +223,10 @@ class Client:
         opened = sum(isinstance(fid.opened, OpenFile | OpenDirectory) for fid in fids.values())
         opened += locks.descriptors
         assert table.open_descriptors == opened, "one is claimed, or not counted off"
-        lenders = [o.fd for n, openers in table._lent.items() for o in openers if o.fd == n.fd]
-        assert len(lenders) == len(table._lent), "a node has what nobody lends it any more"
-        assert not table._open.keys() & table._lent.keys()
+        assert all(node.fd == lender.fd for node, lender in table._lent.items())
+        open_ones = {fid.opened for fid in fids.values() if fid.opened and fid.opened.fd >= 0}
+        assert table._open.keys() | set(table._lent.values()) == open_ones
+        assert not table._open.keys() & set(table._lent.values())
 
     def close(self) -> None:
         """End the session; nothing may be left of it."""

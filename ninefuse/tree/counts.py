@@ -26,6 +26,7 @@ from ninefuse.linux.syscalls import proc_path
 from ninefuse.tree.identity import Born, Device, Devices
 from ninefuse.tree.nodes import Node
 from ninefuse.tree.opened import Opened
+from ninefuse.tree.places import Mount
 
 _AT_ONCE = 256  # nodes that are gone through while others wait for the mutex
 
@@ -64,10 +65,10 @@ class Counts:
         self._clock: OrderedDict[Node, None] = OrderedDict()
         # Those of them that are on other mounts than the source's own.
         self._visitors: OrderedDict[Node, None] = OrderedDict()
-        # What open fids have open of each node: of those with a descriptor of their own, …
-        self._open: OrderedDict[Node, list[Opened]] = OrderedDict()
-        # … and of those that have a lent one, which are in no clock.
-        self._lent: dict[Node, list[Opened]] = {}
+        # What fids have open that have lent nothing: of which node, and opened by which mount, …
+        self._open: OrderedDict[Opened, tuple[Node, Mount]] = OrderedDict()
+        # … and who lent a node what it has, which is in no clock then.
+        self._lent: dict[Node, Opened] = {}
 
     # References
 
@@ -204,13 +205,14 @@ class Counts:
                 for _ in range(min(left, _AT_ONCE, len(self._open))):
                     if len(closed) >= most:
                         break
-                    node, openers = self._open.popitem(last=False)
-                    if node.pins or node.fd < 0:
-                        self._open[node] = openers  # at the end now
+                    opened, (node, mount) = self._open.popitem(last=False)
+                    is_in_use = node.pins or node.fd < 0 or node in self._lent
+                    if is_in_use or mount is not node.mount:  # a descriptor keeps that busy
+                        self._open[opened] = node, mount  # at the end now
                         continue
                     closed.append(self._take(node))
-                    node.fd = openers[0].fd
-                    self._lent[node] = openers
+                    node.fd = opened.fd
+                    self._lent[node] = opened
             left -= _AT_ONCE
         for fd in closed:
             self.close_node(fd)
@@ -238,9 +240,7 @@ class Counts:
         with self._counts:
             is_its = node.fd == fd
             if is_its:
-                openers = self._lent.pop(node)
-                if openers:
-                    self._open[node] = openers
+                del self._lent[node]
                 self._give(node, fd)
                 self.descriptors += 1
         if not is_its:
@@ -327,8 +327,7 @@ class Counts:
     def _is_cold(self, node: Node) -> bool:
         """Whether nobody uses a node's descriptor, and it can be opened again."""
         can_be_opened = node.place is not None or type(node.mark) is Born
-        is_idle = not node.pins and node.refs == 1 and node not in self._open
-        return is_idle and can_be_opened and self._is_shared(node)
+        return not node.pins and node.refs == 1 and can_be_opened and self._is_shared(node)
 
     def _is_shared(self, node: Node) -> bool:
         """Whether whoever looks for the node's file finds this node (`FidTable.known`).
@@ -355,32 +354,12 @@ class Counts:
         self._visitors.pop(node, None)
         return fd
 
-    def _opens(self, node: Node, opened: Opened) -> None:
-        """A fid on a node has opened it."""
-        if opened.fd >= 0:
-            openers = self._lent.get(node) if self._lent else None
-            if openers is None:
-                openers = self._open.setdefault(node, [])
-            openers.append(opened)
-
-    def _closes(self, node: Node, opened: Opened) -> bool:
-        """A fid on a node has ended that had it open.
-
-        Returns:
-            Whether its descriptor is lent to the node, which others have a use for: `close_lent`.
-        """
-        openers = self._open.get(node)
-        if openers is None:
-            openers = self._lent.get(node)
-        if openers is None or opened not in openers:
-            return False  # the node has been found by another mount since
-        openers.remove(opened)
-        if node not in self._lent:
-            if not openers:
-                del self._open[node]
-        elif node.fd == opened.fd:
-            if node.refs > 1:
-                return True
-            del self._lent[node]  # the node ends with the fid
-            node.fd = -1
+    def _is_lent_still(self, node: Node, opened: Opened) -> bool:
+        """A fid on a node has ended: whether its descriptor is to be closed by `close_lent`."""
+        if self._lent.get(node) is not opened:
+            return False
+        if node.refs > 1:
+            return True
+        del self._lent[node]  # the node ends with the fid
+        node.fd = -1
         return False

@@ -233,7 +233,6 @@ class KernelTable(FidTable):
                 return
             if found.fd >= 0 and known.refs and found.refs == 1:
                 old = self._take(known)
-                self._open.pop(known, None)  # what is open is so by the other mount
                 known.mount = found.mount
                 self._give(known, self._take(found))
         if old >= 0:

@@ -192,7 +192,10 @@ class FidTable(Counts):
             # Only the last one comes here: a fid in the table has the table's reference,
             # and one that has left it gets no new ones.
             node, opened = fid.node, fid.opened
-            is_lent = opened is not None and self._closes(node, opened)
+            is_lent = False
+            if opened is not None:
+                self._open.pop(opened, None)
+                is_lent = bool(self._lent) and self._is_lent_still(node, opened)
         if opened is not None and opened.fd >= 0:
             if isinstance(opened, OpenFile) and opened.holders:
                 self._defer(self.close_locked, opened, node if is_lent else None)
@@ -279,8 +282,6 @@ class FidTable(Counts):
                 raise error(errno.EINVAL)
             with self._counts:
                 node.refs += 1
-                if opened is not None:
-                    self._opens(node, opened)
             self._fids[number] = fid
             self._count(opened, 1)
         return fid
@@ -302,8 +303,9 @@ class FidTable(Counts):
             if node is not None:
                 self._move(fid, node)
             fid.opened = opened
-            with self._counts:
-                self._opens(fid.node, opened)
+            if opened.fd >= 0:
+                with self._counts:
+                    self._open[opened] = fid.node, fid.node.mount
             if self._fids.get(fid.number) is fid:  # it may have been clunked meanwhile
                 self._count(opened, 1)
 

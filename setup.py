@@ -2,8 +2,8 @@
 
 They are optional. Without liburing's headers or pkg-config, ninefuse is built without
 ninefuse.driving._ring, and does its input and output on threads. Without a compiler or Cython it
-is also built without ninefuse.linux._transfer and _statx, and does what these do in Python, and
-without ninefuse.fuse._wire and _role, and is served by pyfuse3's session.
+is also built without ninefuse.linux._transfer and _statx and ninefuse.tree._known, and does what
+these do in Python, and without ninefuse.fuse._wire and _role, and is served by pyfuse3's session.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ def extensions() -> list[Extension]:
         Extension("ninefuse.fuse._wire", ["ninefuse/fuse/_wire.pyx"]),
         Extension("ninefuse.linux._statx", ["ninefuse/linux/_statx.pyx"]),
         Extension("ninefuse.linux._transfer", ["ninefuse/linux/_transfer.pyx"]),
+        Extension("ninefuse.tree._known", ["ninefuse/tree/_known.pyx"]),
     ]
     compiler, linker = pkg_config("--cflags"), pkg_config("--libs")
     if compiler is not None and linker is not None:

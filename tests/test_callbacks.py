@@ -392,7 +392,7 @@ def test_that_a_file_has_no_capability_is_believed_for_a_time(source: Path) -> N
         tree.do(callbacks.removexattr, file.number, CAPABILITY)
         with fails(errno.ENODATA):
             asked()
-        file.node.bare_until = time.monotonic() - 0.001  # the time is over
+        file.node.with_rare.bare_until = time.monotonic() - 0.001  # the time is over
         os.setxattr(source / "file", CAPABILITY, A_CAPABILITY)
         assert asked() == A_CAPABILITY
         with fails(errno.ENODATA):

@@ -212,7 +212,10 @@ def threads(text: str) -> int:
 
 
 # setup.py has what each is for.
-_COMPILED = ("fuse._wire", "fuse._role", "linux._statx", "linux._transfer", "driving._ring")
+_COMPILED = (
+    *("fuse._wire", "fuse._role", "linux._statx", "linux._transfer", "tree._known"),
+    "driving._ring",
+)
 
 
 def versions() -> str:

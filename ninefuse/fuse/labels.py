@@ -45,15 +45,16 @@ async def read_capability(session: Session, nodeid: int) -> bytes:
         if not session.attr_timeout:
             return await read(session, nodeid, CAPABILITY)
         now = time.monotonic()
-        if node.bare_until > now:
+        rare = node.with_rare
+        if rare.bare_until > now:
             raise error(errno.ENODATA)
-        node.bare_asked = now
+        rare.bare_asked = now
         try:
             return await read(session, nodeid, CAPABILITY)
         except OSError as e:
             # Unless somebody has set one meanwhile, or asks as well.
-            if e.errno == errno.ENODATA and node.bare_asked == now:
-                node.bare_until = now + session.attr_timeout
+            if e.errno == errno.ENODATA and rare.bare_asked == now:
+                rare.bare_until = now + session.attr_timeout
             raise
     finally:
         session.fids.put(fid)

@@ -48,10 +48,11 @@ def is_worth_a_look(session: Session, nodeid: int, parent: int) -> bool:
         directory = session.fids.get(parent)
         node, there = file.node, directory.node
         session.fids.put(directory)
-        asked, node.asked = node.asked, None
+        rare = node.with_rare
+        asked, rare.asked = rare.asked, None
         if node.device.number != there.device.number or asked is node.mount:
             return False  # it was looked up, and found at the same place
-        node.asked = node.mount
+        rare.asked = node.mount
         return True
     finally:
         session.fids.put(file)

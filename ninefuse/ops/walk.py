@@ -404,7 +404,8 @@ async def _commit(session: Session, fid: Fid, new: AttributeWrite) -> None:
                 await blocking(node.number, _setxattr, node.fd, path, new)
         finally:
             # At the end: who asked meanwhile may have been told of before.
-            node.bare_until = node.bare_asked = 0.0
+            if node.rare is not None:
+                node.rare.bare_until = node.rare.bare_asked = 0.0
 
 
 def _setxattr(fd: int, path: str, new: AttributeWrite) -> None:

@@ -75,8 +75,7 @@ class Counts:
     def drop(self, node: Node) -> None:
         """Drop a reference to a node; the last one closes its descriptor."""
         with self._counts:
-            node.refs -= 1
-            if node.refs:
+            if node.dropped():
                 return
             fd = self._take(node)
         if fd >= 0:
@@ -93,18 +92,16 @@ class Counts:
             Whether it has a descriptor. It is referenced and pinned either way.
         """
         with self._counts:
-            node.refs += 1
-            node.pins += 1
-            if use:
-                node.recent = True
-                node.uses = (node.uses + 1) & 0xFF
-            return node.fd >= 0
+            return node.pinned(use)
 
     def unpin(self, node: Node) -> None:
-        """Undo `pin`."""
+        """Undo `pin`; the last reference closes the descriptor."""
         with self._counts:
-            node.pins -= 1
-        self.drop(node)
+            if node.unpinned():
+                return
+            fd = self._take(node)
+        if fd >= 0:
+            self._defer(self.close_node, fd)
 
     def give_descriptor(self, node: Node, fd: int) -> None:
         """Give a node a descriptor; of two who opened one, the second's is closed."""

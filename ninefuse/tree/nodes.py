@@ -17,6 +17,7 @@ import stat
 from typing import NamedTuple
 
 from ninefuse.linux.syscalls import Attributes
+from ninefuse.tree.fields import NodeFields, Rare
 from ninefuse.tree.identity import Born, Device, Mark, Rights
 from ninefuse.tree.places import Mount
 
@@ -34,28 +35,11 @@ class Named(NamedTuple):
     moves: int
 
 
-class Node:
+class Node(NodeFields):
     """A file of the source, as far as fids know it."""
 
-    __slots__ = (
-        "__weakref__",
-        "aside",
-        "asked",
-        "bare_asked",
-        "bare_until",
-        "device",
-        "fd",
-        "inode",
-        "kind",
-        "mark",
-        "mount",
-        "number",
-        "pins",
-        "place",
-        "recent",
-        "refs",
-        "uses",
-    )
+    # Here those that have an object anyway: Python is quicker with its own.
+    __slots__ = ("device", "inode", "mount", "number", "rare")
 
     def __init__(
         self,
@@ -71,11 +55,8 @@ class Node:
         self.device = device
         self.mount = mount  # that it was found by
         self.inode = a.ino
-        # What tells it from the same one at another place (places.py).
-        self.aside = mount.directories if self.kind == stat.S_IFDIR else mount.files
         self.mark = mark  # see identity.py
-        self.fd = -1  # O_PATH; -1: it has none now
-        self.asked: Mount | None = None  # its own when the kernel was told to look it up again
+        self.fd = -1  # O_PATH, or lent by an open fid; -1: it has none now
         # The (parent, name) it was last seen at, swapped as a whole; None for the root, for a file
         # that has had no name yet, and for one that was found by its number (ops/forgotten.py).
         self.place = place
@@ -83,9 +64,21 @@ class Node:
         self.pins = 0  # operations that use its descriptor
         self.recent = False  # used since the reclaimer last came by
         self.uses = 0  # so often, modulo 256: tells whether it was used in between
-        # Monotonic seconds until which it is known to have no security.capability, and when that
-        # was asked last, if nobody has changed an attribute since.
-        self.bare_until = self.bare_asked = 0.0
+        aside = mount.directories if a.kind == stat.S_IFDIR else mount.files
+        # What few nodes have; None: nothing.
+        self.rare: Rare | None = Rare(aside) if aside else None
+
+    @property
+    def aside(self) -> int:
+        """What tells it from the same file at another place (places.py)."""
+        return 0 if self.rare is None else self.rare.aside
+
+    @property
+    def with_rare(self) -> Rare:
+        """What is known of few nodes, and is about to be of this one."""
+        if self.rare is None:
+            self.rare = Rare()
+        return self.rare
 
     def __repr__(self) -> str:
         name = self.place[1] if self.place else b"/"

@@ -293,22 +293,16 @@ class Keeping:
 class UseNode:
     """A node referenced and pinned, for an ``async with`` block; `Session.using_node`."""
 
-    __slots__ = ("_looking", "_session", "node")
+    __slots__ = ("_session", "node")
 
-    def __init__(self, session: Session, node: Node, looking: bool = False) -> None:
+    def __init__(self, session: Session, node: Node) -> None:
         self._session = session
-        self._looking = looking
         self.node = node
 
     async def __aenter__(self) -> Node:
         session, node = self._session, self.node
         if not session.fids.pin(node):
-            try:
-                await session.reopen(node, self._looking)
-                session.descriptors.note()
-            except BaseException:
-                session.fids.unpin(node)
-                raise
+            await _open_pinned(session, node)
         return node
 
     async def __aexit__(self, *exc: object) -> None:
@@ -316,12 +310,17 @@ class UseNode:
 
 
 class Use:
-    """A fid referenced and its node pinned, for an ``async with`` block; `Session.using`."""
+    """A fid referenced and its node pinned, for an ``async with`` block; `Session.using`.
 
-    __slots__ = ("_looking", "_number", "_pin", "_session", "fid")
+    Attributes:
+        fid: the fid.
+        node: the node that it stood on when the block was entered: it may be moved to another.
+    """
+
+    __slots__ = ("_looking", "_number", "_session", "fid", "node")
 
     fid: Fid
-    _pin: UseNode
+    node: Node
 
     def __init__(self, session: Session, number: int, looking: bool) -> None:
         self._session = session
@@ -329,29 +328,36 @@ class Use:
         self._looking = looking
 
     async def __aenter__(self) -> Use:
-        self.fid = self._session.fids.get(self._number)
-        # The fid may be moved to another node meanwhile: this one is what is used here.
-        self._pin = UseNode(self._session, self.fid.node, self._looking)
-        try:
-            await self._pin.__aenter__()
-        except BaseException:
-            self._session.fids.put(self.fid)
-            raise
+        fids = self._session.fids
+        self.fid = fids.get(self._number)
+        self.node = self.fid.node
+        if not fids.pin(self.node):
+            try:
+                await _open_pinned(self._session, self.node, self._looking)
+            except BaseException:
+                fids.put(self.fid)
+                raise
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        await self._pin.__aexit__()
-        self._session.fids.put(self.fid)
-
-    @property
-    def node(self) -> Node:
-        """The node that the fid stood on when the block was entered."""
-        return self._pin.node
+        fids = self._session.fids
+        fids.unpin(self.node)
+        fids.put(self.fid)
 
     @property
     def fd(self) -> int:
         """The node's O_PATH descriptor."""
-        return self._pin.node.fd
+        return self.node.fd
+
+
+async def _open_pinned(session: Session, node: Node, looking: bool = False) -> None:
+    """Give a node that was just pinned its descriptor again; where that fails, unpin it."""
+    try:
+        await session.reopen(node, looking)
+        session.descriptors.note()
+    except BaseException:
+        session.fids.unpin(node)
+        raise
 
 
 def _nobody_believes(fid: int) -> None:

@@ -22,6 +22,7 @@ from ninefuse.errors import error
 from ninefuse.linux.syscalls import Attributes
 from ninefuse.locks import TableLock
 from ninefuse.tree.counts import Counts
+from ninefuse.tree.fields import Fid as Fid
 from ninefuse.tree.identity import Device, Mark, Rights
 from ninefuse.tree.nodes import Named, Node
 from ninefuse.tree.opened import OpenDirectory, Opened, OpenFile
@@ -29,24 +30,6 @@ from ninefuse.tree.qids import Qid, QidPaths, qid_of
 
 _MANY = 10_000  # fids, of which a table that has gone empty is worth making anew
 _STEP = 10_000  # fids more, or fewer by far, that are worth telling of
-
-
-class Fid:
-    """A client's number for a node."""
-
-    __slots__ = ("generation", "lookups", "node", "number", "opened", "refs")
-
-    def __init__(self, number: int, node: Node, opened: Opened | None = None) -> None:
-        self.number = number
-        self.node = node
-        self.opened = opened  # None: unopened
-        self.refs = 1  # the table's; each operation under way has one more
-        self.lookups = 0  # FUSE's lookup count, for nodeids
-        self.generation = 0  # FUSE's, raised when the number passes to another file
-
-    def __repr__(self) -> str:
-        state = type(self.opened).__name__ if self.opened else "unopened"
-        return f"<fid {self.number} {state} refs {self.refs} lookups {self.lookups}>"
 
 
 def open_file_of(fid: Fid) -> OpenFile:
@@ -167,8 +150,7 @@ class FidTable(Counts):
         fid = self._fids.get(number)
         if fid is not None:
             with self._counts:
-                if fid.refs:
-                    fid.refs += 1
+                if fid.referenced():
                     return fid
         # It has ended, or is not there: perhaps for the moment in which somebody moves it.
         with self.lock.reading:
@@ -186,8 +168,7 @@ class FidTable(Counts):
     def put(self, fid: Fid) -> None:
         """Drop a reference; the last one ends the fid."""
         with self._counts:
-            fid.refs -= 1
-            if fid.refs:
+            if fid.dropped():
                 return
             # Only the last one comes here: a fid in the table has the table's reference,
             # and one that has left it gets no new ones.
@@ -304,8 +285,8 @@ class FidTable(Counts):
                 self._move(fid, node)
             fid.opened = opened
             if opened.fd >= 0:
-                with self._counts:
-                    self._open[opened] = fid.node, fid.node.mount
+                at = fid.node
+                self._open[opened] = at, at.mount  # one step for all threads, as in `get`
             if self._fids.get(fid.number) is fid:  # it may have been clunked meanwhile
                 self._count(opened, 1)
 

@@ -34,6 +34,7 @@ PYTHONS = (OLDEST, "3.11", "3.12", "3.13", "3.14")
 WITH_A_COMPILER = [
     *("ninefuse/fuse/_role", "ninefuse/fuse/_wire"),
     *("ninefuse/linux/_statx", "ninefuse/linux/_transfer"),
+    "ninefuse/tree/_known",
 ]
 HAS_LIBURING = subprocess.call(["pkg-config", "--exists", "liburing >= 2.3"]) == 0
 
@@ -364,6 +365,7 @@ STAMPED = (
     "ninefuse/driving/_ring.pyx",
     "ninefuse/linux/_statx.pyx",
     "ninefuse/linux/_transfer.pyx",
+    "ninefuse/tree/_known.pyx",
 )
 
 BASICS = "sh cat cksum cp cut dirname env flock grep id ln mkdir mktemp mv rm sed sleep"

@@ -384,7 +384,7 @@ class Checkout:
         self.log = directory / "log"
         self.bin.mkdir()
         (self.root / "tools").mkdir(parents=True)
-        for district in ("driving", "linux"):
+        for district in ("driving", "linux", "tree"):
             (self.root / "ninefuse" / district).mkdir(parents=True)
         for name in (*STAMPED, "tools/setup"):
             shutil.copy2(ROOT / name, self.root / name)

@@ -2,8 +2,9 @@
 
 They are optional. Without liburing's headers or pkg-config, ninefuse is built without
 ninefuse.driving._ring, and does its input and output on threads. Without a compiler or Cython it
-is also built without ninefuse.linux._transfer and _statx and ninefuse.tree._known, and does what
-these do in Python, and without ninefuse.fuse._wire and _role, and is served by pyfuse3's session.
+is also built without ninefuse.linux._rights, _statx and _transfer and ninefuse.tree._known, and
+does what these do in Python, and without ninefuse.fuse._wire and _role, and is served by pyfuse3's
+session.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def extensions() -> list[Extension]:
     wanted = [
         Extension("ninefuse.fuse._role", ["ninefuse/fuse/_role.pyx"]),
         Extension("ninefuse.fuse._wire", ["ninefuse/fuse/_wire.pyx"]),
+        Extension("ninefuse.linux._rights", ["ninefuse/linux/_rights.pyx"]),
         Extension("ninefuse.linux._statx", ["ninefuse/linux/_statx.pyx"]),
         Extension("ninefuse.linux._transfer", ["ninefuse/linux/_transfer.pyx"]),
         Extension("ninefuse.tree._known", ["ninefuse/tree/_known.pyx"]),

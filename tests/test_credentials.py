@@ -76,6 +76,19 @@ def unspoilt() -> Iterator[None]:
     assert identity() == before
 
 
+@pytest.fixture(autouse=True, params=["compiled", "interpreted"])
+def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways of all: each test is made in compiled code and in Python."""
+    if request.param == "interpreted":
+        monkeypatch.setattr(credentials, "_write_as", None)
+        monkeypatch.setattr(credentials, "_CompiledActing", None)
+        monkeypatch.setattr(callers, "_covers", None)
+        monkeypatch.setattr(callers, "_compiled_look", None)
+        monkeypatch.setattr(capabilities, "get_sets", capabilities._get_sets)
+    elif None in (credentials._write_as, credentials._CompiledActing, callers._covers):
+        pytest.skip("the extension is not built")
+
+
 @pytest.fixture
 def open_to_all(source: Path) -> Path:
     """A source directory in which everybody may do everything."""
@@ -350,6 +363,43 @@ def test_a_caller_who_cannot_be_looked_at_for_want_of_descriptors_is_refused() -
 
 
 @needs_root
+@pytest.mark.parametrize("capability", [6, 7])  # CAP_SETGID, CAP_SETUID
+def test_nobody_acts_without_the_callers_ids(capability: int) -> None:
+    """A daemon that may not take them on refuses, and has what it had."""
+
+    def act() -> None:
+        c = capabilities.get_capabilities()
+        capabilities.set_capabilities(c._replace(effective=c.effective & ~(1 << capability)))
+        before = identity()
+        acted: list[int] = []
+        for rights in (None, callers.Rights()):
+            with fails(errno.EPERM), acting_as(SOMEBODY, rights=rights):
+                acted.append(1)
+            assert identity() == before
+        assert not acted
+
+    on_a_thread(act)
+
+
+@needs_root
+def test_the_umask_is_the_threads_own_and_is_given_back(tmp_path: Path) -> None:
+    def act() -> None:
+        with acting_as(SOMEBODY._replace(umask=0o27), making=True):
+            os.close(os.open(tmp_path / "theirs", os.O_CREAT | os.O_WRONLY, 0o777))
+            assert on_a_thread(lambda: os.umask(os.umask(0o22))) != 0o27
+        os.close(os.open(tmp_path / "ours", os.O_CREAT | os.O_WRONLY, 0o777))
+
+    tmp_path.chmod(0o777)
+    before = os.umask(0o22)
+    try:
+        on_a_thread(act)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "theirs").stat().st_mode) == 0o750
+    assert stat.S_IMODE((tmp_path / "ours").stat().st_mode) == 0o755
+
+
+@needs_root
 def test_a_process_ends_rather_than_go_on_with_a_strangers_rights() -> None:
     pid = os.fork()
     if pid == 0:
@@ -427,15 +477,6 @@ def test_a_process_ends_rather_than_go_on_after_spending(group: int | None) -> N
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == ExitCode.INTERNAL
 
 
-@pytest.fixture(params=["compiled", "interpreted"])
-def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways of `pwrite_as`."""
-    if request.param == "interpreted":
-        monkeypatch.setattr(credentials, "_write_as", None)
-    elif credentials._write_as is None:
-        pytest.skip("the extension is not built")
-
-
 @pytest.fixture
 def file(source: Path) -> Iterator[int]:
     fd = os.open(source / "file", os.O_RDWR | os.O_CREAT, 0o600)
@@ -445,7 +486,6 @@ def file(source: Path) -> Iterator[int]:
 
 @needs_root
 @pytest.mark.parametrize("group", [None, 4321])
-@pytest.mark.usefixtures("ways")
 def test_a_write_for_somebody_is_that_write_and_no_more(file: int, group: int | None) -> None:
     def act() -> None:
         settle()
@@ -465,7 +505,6 @@ def test_a_write_for_somebody_is_that_write_and_no_more(file: int, group: int | 
 
 
 @needs_root
-@pytest.mark.usefixtures("ways")
 def test_a_write_for_somebody_takes_set_user_id_away(file: int) -> None:
     """Without settling, too, where root's own would leave it."""
 
@@ -482,7 +521,6 @@ def test_a_write_for_somebody_takes_set_user_id_away(file: int) -> None:
 
 @needs_root
 @pytest.mark.parametrize("capability", [6, 7])  # CAP_SETGID, CAP_SETUID
-@pytest.mark.usefixtures("ways")
 def test_nothing_is_written_without_the_callers_ids(file: int, capability: int) -> None:
     def act() -> None:
         c = capabilities.get_capabilities()
@@ -518,7 +556,6 @@ def refuse_capset() -> None:
 
 @needs_root
 @pytest.mark.parametrize("group", [None, 4321])
-@pytest.mark.usefixtures("ways")
 def test_a_process_ends_rather_than_go_on_after_a_write(file: int, group: int | None) -> None:
     """The thread's capabilities cannot be set to what they were."""
     pid = os.fork()

@@ -22,7 +22,7 @@ FILES = (
     *LEADING,
     *("tests/test_wire.py", "tests/test_wire_session.py", "tests/test_wire_filelocks.py"),
     *("tests/test_transfer.py", "tests/test_ring.py", "tests/test_syscalls.py"),
-    "tests/test_fields.py",
+    *("tests/test_callers.py", "tests/test_credentials.py", "tests/test_fields.py"),
 )
 # Here the sanitizer itself keeps memory.
 KEEPS = ("-k", "not test_many_rings_leave_nothing")

@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import stat
+from collections.abc import Callable
 from typing import NamedTuple
 
 from ninefuse.linux.capabilities import (
@@ -25,6 +26,15 @@ from ninefuse.linux.capabilities import (
     get_capabilities,
 )
 from ninefuse.linux.syscalls import detached_mount, stat_descriptor, stat_name
+
+_Seen = tuple[int, int, frozenset[int], int, bool]  # as of `_look`
+_covers: Callable[[int, int, bytes, int, int], bool] | None
+_compiled_look: Callable[[int, int, bytes], _Seen | None] | None
+try:
+    from ninefuse.linux._rights import covers as _covers
+    from ninefuse.linux._rights import look as _compiled_look
+except ImportError:  # it was not built
+    _covers = _compiled_look = None
 
 # What a call may need over an inode; see `acting_as`.
 ENTER = CAP_DAC_OVERRIDE | CAP_DAC_READ_SEARCH  # past its permission bits
@@ -181,14 +191,12 @@ def rights_of(caller: Caller, permitted: int) -> Rights:
             has = get_capabilities(pid).effective
             if not permitted & ~has and _is_in_our_namespace(pid):
                 return Rights(capabilities=has)
-        found = _STATUS.search(_read_status(pid))
-        if found is None:
+        seen = _look(pid)
+        if seen is None:
             return unknown
-        has = int(found[4], 16)
-        ours = not has or _is_in_our_namespace(pid)
-        gid = int(found[2])
-        if (int(found[1]), gid) == (caller.uid, caller.gid):
-            groups = frozenset(map(int, found[3].split())) - {gid}
+        uid, gid, groups, has, ours = seen
+        if (uid, gid) == (caller.uid, caller.gid):
+            groups -= {gid}
             if SYS_SETGROUPS is None and groups:
                 return unknown
             if ours:
@@ -206,6 +214,41 @@ def rights_of(caller: Caller, permitted: int) -> Rights:
         return Rights(mapped=_OVER_FILES if is_root_there else 0)
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         return unknown
+
+
+def may_all_that_we_may(caller: Caller, raised: int) -> bool:
+    """Whether a caller who is root may do all that this thread may. One question of few steps.
+
+    Args:
+        caller: who asks; its user id is 0.
+        raised: capabilities that this thread must have effective, where they are permitted.
+
+    Returns:
+        False also where that would take more to say; `rights_of` says it.
+    """
+    if _covers is None or not caller.pid or caller.rights is not None:
+        return False
+    ids = _own_ids()
+    return bool(ids) and _covers(
+        caller.pid, -1 if _proc is None else _proc, ids, _OVER_FILES, raised
+    )
+
+
+def _look(pid: int) -> _Seen | None:
+    """A thread's file system ids, further groups and effective capabilities, by its status.
+
+    And whether these are in our user namespace, or are none. None: its status says nothing of it.
+    """
+    if _compiled_look is not None:
+        seen = _compiled_look(pid, -1 if _proc is None else _proc, _own_ids())
+        if seen is not None:
+            return seen
+    found = _STATUS.search(_read_status(pid))
+    if found is None:
+        return None
+    has = int(found[4], 16)
+    groups = frozenset(map(int, found[3].split()))
+    return int(found[1]), int(found[2]), groups, has, not has or _is_in_our_namespace(pid)
 
 
 def _is_in_our_namespace(pid: int) -> bool:

@@ -62,14 +62,25 @@ class Capabilities(NamedTuple):
     inheritable: int
 
 
-def get_capabilities(pid: int = 0) -> Capabilities:
-    """The capabilities of this thread, or of another one (capget(2))."""
+def _get_sets(pid: int) -> tuple[int, int, int]:
+    """`get_sets` without the extension."""
     sets = Sets()
     header = _HEADER.pack(_CAPABILITY_VERSION_3, pid) if pid else OWN_HEADER
     if libc.capget(header, sets):
         raise failure()
     e, p, i, high_e, high_p, high_i = _SETS.unpack(sets)
-    return Capabilities(e | high_e << 32, p | high_p << 32, i | high_i << 32)
+    return e | high_e << 32, p | high_p << 32, i | high_i << 32
+
+
+try:
+    from ninefuse.linux._rights import get_sets as get_sets
+except ImportError:  # it was not built
+    get_sets = _get_sets
+
+
+def get_capabilities(pid: int = 0) -> Capabilities:
+    """The capabilities of this thread, or of another one (capget(2))."""
+    return Capabilities._make(get_sets(pid))
 
 
 def set_capabilities(c: Capabilities) -> None:

@@ -31,12 +31,14 @@ from ninefuse.linux.callers import (
     Caller,
     Rights,
     granted,
+    may_all_that_we_may,
     rights_of,
 )
 from ninefuse.linux.capabilities import (
     CAP_FSETID,
     CLONE_FS,
     OWN_HEADER,
+    SYS_SETGROUPS,
     Capabilities,
     Sets,
     failure,
@@ -51,6 +53,13 @@ try:
     from ninefuse.linux._transfer import write_as as _write_as
 except ImportError:  # it was not built
     _write_as = None
+_CompiledActing: type[Acting] | None
+try:
+    from ninefuse.linux._rights import Acting
+
+    _CompiledActing = None if SYS_SETGROUPS is None else Acting
+except ImportError:  # it was not built
+    _CompiledActing = None
 
 log = logging.getLogger(__name__)
 
@@ -96,8 +105,16 @@ def acting_as(
     euid = os.geteuid()
     if euid != 0 or (caller is None and not bits):
         return _AS_IT_IS if umask is None else _Acting(umask)
-    own = get_capabilities()
     egid = os.getegid()
+    if (
+        caller is not None
+        and rights is None
+        and caller.uid == euid
+        and caller.gid == egid
+        and may_all_that_we_may(caller, CAP_FSETID if bits else 0)
+    ):
+        return _AS_IT_IS if umask is None else _Acting(umask)
+    own = get_capabilities()
     if caller is None:
         caller, rights = Caller(euid, egid), Rights(capabilities=ALL)
     elif rights is None:
@@ -112,7 +129,9 @@ def acting_as(
         groups = None
         if effective == own.effective and caller.gid == egid:
             return _AS_IT_IS if umask is None else _Acting(umask)
-    return _Acting(umask, caller, groups, own, effective)
+    if _CompiledActing is None:
+        return _Acting(umask, caller, groups, own, effective)
+    return _CompiledActing(umask, caller, groups, own, effective, _have_own_umask, end_process)
 
 
 def spending_as(caller: Caller, group: int | None, function: Callable[..., T], *args: object) -> T:

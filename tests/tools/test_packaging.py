@@ -33,7 +33,7 @@ PYTHONS = (OLDEST, "3.11", "3.12", "3.13", "3.14")
 # What is built wherever there is a compiler.
 WITH_A_COMPILER = [
     *("ninefuse/fuse/_role", "ninefuse/fuse/_wire"),
-    *("ninefuse/linux/_statx", "ninefuse/linux/_transfer"),
+    *("ninefuse/linux/_rights", "ninefuse/linux/_statx", "ninefuse/linux/_transfer"),
     "ninefuse/tree/_known",
 ]
 HAS_LIBURING = subprocess.call(["pkg-config", "--exists", "liburing >= 2.3"]) == 0
@@ -363,6 +363,7 @@ STAMPED = (
     "setup.py",
     "pyproject.toml",
     "ninefuse/driving/_ring.pyx",
+    "ninefuse/linux/_rights.pyx",
     "ninefuse/linux/_statx.pyx",
     "ninefuse/linux/_transfer.pyx",
     "ninefuse/tree/_known.pyx",

@@ -28,6 +28,7 @@ from ops_helpers import source as source
 
 from ninefuse import ops
 from ninefuse.fuse import callbacks
+from ninefuse.linux import filesystems
 from ninefuse.ops import LockRange, LockStatus
 from ninefuse.tree.qids import QTDIR, QTFILE
 
@@ -769,6 +770,35 @@ def test_an_fsync_that_fails_is_told(
             client.do(ops.fsync, fid, datasync)
 
 
+@pytest.fixture
+def reports_at_close(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The source's file system, whichever it is, may report errors at close(2)."""
+    monkeypatch.setattr(filesystems, "_SILENT_AT_CLOSE", frozenset())
+
+
+def test_where_a_close_reports_nothing_no_duplicate_is_closed(
+    client: Client, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which file systems these are is known of each of them; of others it is not."""
+    fid = client.open("file", flags=os.O_RDWR)
+    duplicates: list[int] = []
+
+    def duplicate(fd: int) -> int:
+        duplicates.append(fd)
+        return os.open(file, os.O_RDONLY)
+
+    monkeypatch.setattr(os, "dup", duplicate)
+    for kind, is_closed in ((0xEF53, False), (0x01021994, False), (0x6969, True), (0, True)):
+        monkeypatch.setattr(client.node(fid).device, "file_system", filesystems.FileSystem(kind, 0))
+        client.do(callbacks.flush, fid)
+        assert bool(duplicates) is is_closed, hex(kind)
+        duplicates.clear()
+    monkeypatch.setattr(client.node(fid).device, "file_system", None)
+    client.do(callbacks.flush, fid)
+    assert duplicates
+
+
+@pytest.mark.usefixtures("reports_at_close")
 def test_errors_that_a_close_reports_are_fetched(
     client: Client, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -797,6 +827,7 @@ def test_errors_that_a_close_reports_are_fetched(
 
 
 @pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE])
+@pytest.mark.usefixtures("reports_at_close")
 def test_a_close_does_not_fail_for_want_of_a_descriptor(
     client: Client, file: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:

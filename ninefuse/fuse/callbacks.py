@@ -276,9 +276,10 @@ async def flock(session: Session, handle: int, operation: int, waits: bool) -> N
 async def flush(session: Session, handle: int, owner: int | None = None) -> None:
     """Nearly no message: what a close(2) of one descriptor does to a file that stays open.
 
-    Some file systems (NFS, quotas) say only at close(2) that a write failed. Closing a duplicate
-    says it, too. And a process that closes any descriptor of a file loses its byte-range locks of
-    that (fcntl(2)): the kernel sends no other notice.
+    Some file systems (NFS, say) tell only at close(2) that a write failed. Closing a duplicate
+    tells it, too; it is left out where nothing can come of it. And a process that closes any
+    descriptor of a file loses its byte-range locks of that (fcntl(2)): the kernel sends no other
+    notice.
 
     Args:
         session: the conversation.
@@ -293,7 +294,8 @@ async def flush(session: Session, handle: int, owner: int | None = None) -> None
     use = session.fids.get(handle)
     try:
         file = open_file_of(use)
-        if file.writable:
+        found = use.node.device.file_system
+        if file.writable and (found is None or not found.is_silent_at_close):
             await blocking(use.node.number, _close_duplicate, file.fd)
     finally:
         session.fids.put(use)

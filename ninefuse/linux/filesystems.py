@@ -45,6 +45,18 @@ _LOCAL = frozenset(
     )
 )
 
+# These have nothing to say at close(2): none of their files has a flush operation (struct
+# file_operations in the kernel). Errors of theirs come with the write, or with a sync.
+_SILENT_AT_CLOSE = frozenset(
+    (
+        _EXT4,
+        _XFS,
+        _BTRFS,
+        0x01021994,  # tmpfs
+        0x858458F6,  # ramfs
+    )
+)
+
 # What these show is made when it is read, whatever size they tell, and what is written to them
 # is an order.
 _LIVE = frozenset(
@@ -153,6 +165,11 @@ class FileSystem(NamedTuple):
     def is_local(self) -> bool:
         """Whether it is known to need no server to answer; not for what its layers may be."""
         return self.kind in _LOCAL
+
+    @property
+    def is_silent_at_close(self) -> bool:
+        """Whether close(2) of a file is known to report no error."""
+        return self.kind in _SILENT_AT_CLOSE
 
     @property
     def is_made_anew(self) -> bool:

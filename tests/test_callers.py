@@ -57,7 +57,7 @@ def proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proc]:
     """For the Python way, too."""
     made = Proc(tmp_path)
     monkeypatch.setattr(callers, "_proc", made.fd)
-    monkeypatch.setattr(callers, "_own", (os.getpid(), OUR_MAP))
+    monkeypatch.setattr(callers, "_own", OUR_MAP)
     monkeypatch.setattr(callers, "_compiled_look", None)
     yield made
     os.close(made.fd)
@@ -140,6 +140,13 @@ def test_a_status_that_cannot_be_read_is_left_to_python(proc: Proc) -> None:
     proc.look(status(caps="0000000000000001"))
     (proc.path / "uid_map").unlink()
     assert _rights.look(PID, proc.fd, OUR_MAP) is None
+
+
+def test_a_forked_process_asks_for_its_own_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have come into another user namespace, or have another number in /proc."""
+    monkeypatch.setattr(callers, "_own", b"its parent's")
+    assert in_child(callers._own_ids) == Path("/proc/self/uid_map").read_bytes()
+    assert callers._own_ids() == b"its parent's"
 
 
 # Whether a caller may do all that we may

@@ -421,6 +421,6 @@ def test_flags_are_set_from_a_namespace(files: Client) -> None:
 @needs_root
 def test_who_cannot_be_seen_changes_no_project(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where /proc is not that of the callers."""
-    monkeypatch.setattr(callers, "_own", (os.getpid(), ""))
+    monkeypatch.setattr(callers, "_own", b"")
     assert callers.may_change_projects(Caller(0, 0, pid=os.getpid()))
     assert not callers.may_change_projects(SOMEBODY._replace(pid=os.getpid()))

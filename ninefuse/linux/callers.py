@@ -156,14 +156,20 @@ _proc: int | None = None  # None: the one at /proc
 def _own_ids() -> bytes:
     """The user ids that this process knows; none if /proc has other numbers than requests."""
     global _own
-    pid = os.getpid()
-    if _own[0] != pid:
+    if _own is None:
+        pid = os.getpid()
         itself = os.readlink(_place("self"), dir_fd=_proc) == str(pid)
-        _own = pid, _read(f"{pid}/uid_map") if itself else b""
-    return _own[1]
+        _own = _read(f"{pid}/uid_map") if itself else b""
+    return _own
 
 
-_own: tuple[int, bytes] = (0, b"")
+def _forget_own_ids() -> None:
+    global _own
+    _own = None
+
+
+_own: bytes | None = None  # None: this process has not asked
+os.register_at_fork(after_in_child=_forget_own_ids)
 
 
 def rights_of(caller: Caller, permitted: int) -> Rights:

@@ -117,6 +117,25 @@ def test_launcher_without_pyfuse3_says_what_to_run(launcher: Path, tmp_path: Pat
     assert done.stderr.count("\n") == 1
 
 
+def test_launcher_says_that_its_venv_is_not_for_whoever_starts_it(
+    launcher: Path, tmp_path: Path
+) -> None:
+    """One that root has made, say, with an interpreter in root's own directory."""
+    python = launcher.parent.parent / ".venv" / "bin" / "python"
+    python.unlink()
+    python.touch(0o644)
+    done = run(sys.executable, "-S", launcher, "-V", cwd=tmp_path)  # it has no modules either
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"ninefuse: you cannot start {python} (Permission denied), and ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_launcher_shows_counters_by_that_name(tmp_path: Path) -> None:
+    done = run(ROOT / "bin" / "ninefuse-stat", "--help", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: ninefuse-stat ")
+
+
 def test_launcher_does_without_a_venv_whose_interpreter_has_gone(
     launcher: Path, tmp_path: Path
 ) -> None:
@@ -706,7 +725,11 @@ def test_make_check_ends_at_the_first_failure(commands: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["bin/ninefuse", "bin/mount.ninefuse", "bin/ninefuse-serve", "tools/setup", ".ci/run"]
+    "name",
+    [
+        *("bin/ninefuse", "bin/mount.ninefuse", "bin/ninefuse-serve", "bin/ninefuse-stat"),
+        *("tools/setup", ".ci/run"),
+    ],
 )
 def test_scripts_are_executable(name: str) -> None:
     assert os.access(ROOT / name, os.X_OK)

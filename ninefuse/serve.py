@@ -95,7 +95,8 @@ def _prepare(settings: Settings, ready: Callable[[], None], beside: Beside | Non
         clients=beside is not None,
         read_only=settings.read_only,
         sync_directories=settings.sync or settings.dirsync,
-        threads=LEADERS + (0 if settings.model == "none" else settings.threads),
+        # Those who lead make most of their calls by what is open already.
+        threads=LEADERS // 4 + (0 if settings.model == "none" else settings.threads),
         attr_timeout=settings.attr_timeout,
     )
     front = sessions.create(settings, session, driver)

@@ -83,6 +83,7 @@ def test_reads_of_a_lone_client_are_made_ahead(
     """What is read is what there is, to the end of the file and beyond it."""
     content = os.urandom(SIZE)
     (tmp_path / "file").write_bytes(content)
+    driver.is_near = lambda inode: True
     handle, count = opened(kernel, FILE, os.O_RDONLY), 0
     while len(foreseen) < 20:
         assert count < SIZE, "no call was made ahead"
@@ -121,6 +122,18 @@ def test_reads_of_what_is_in_memory_leave_the_role_where_it_is(
     assert driver.answered["read"].count <= count
 
 
+def test_no_read_of_what_may_be_far_away_is_made_ahead(
+    kernel: Kernel, driver: LeadingModel, foreseen: list[str]
+) -> None:
+    """So many could get stuck there that other files' requests would find nobody to make them."""
+    driver.is_near = lambda inode: False
+    handle = opened(kernel, FILE, os.O_RDONLY)
+    for _ in range(20):
+        assert kernel.get(Opcode.READ, reading(handle, 10)) == b"0" * 10
+    kernel.settle()
+    assert not foreseen
+
+
 @pytest.mark.parametrize(
     ("flags", "size", "offset", "code"),
     [
@@ -131,8 +144,15 @@ def test_reads_of_what_is_in_memory_leave_the_role_where_it_is(
     ],
 )
 def test_what_is_no_plain_read_is_not_made_ahead(
-    kernel: Kernel, foreseen: list[str], flags: int, size: int, offset: int, code: int
+    kernel: Kernel,
+    driver: LeadingModel,
+    foreseen: list[str],
+    flags: int,
+    size: int,
+    offset: int,
+    code: int,
 ) -> None:
+    driver.is_near = lambda inode: True
     handle = opened(kernel, FILE, flags)
     for _ in range(20):
         said = kernel.ask(Opcode.READ, reading(handle, size, offset))

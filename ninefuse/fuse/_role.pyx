@@ -188,7 +188,6 @@ cdef struct Job:
     char *message
     size_t message_size
     char *buffer  # what is read
-    bint is_near  # whether a read may be tried by who leads: it waits for nobody there
     uint64_t inode
     uint64_t begin  # of the bytes that it reads or changes
     uint64_t end
@@ -632,7 +631,7 @@ cdef class Role:
             job = self.foreseen(got)
             if job == NULL:
                 break
-            if not (job.kind == READ and job.is_near and self.read_now(job)):
+            if not (job.kind == READ and self.read_now(job)):
                 pthread_mutex_lock(&self.mutex)
                 self.pass_it_on()
                 pthread_mutex_unlock(&self.mutex)
@@ -807,7 +806,7 @@ cdef class Role:
             handle: the kernel's number of it.
             inode: its file's, as calls have it.
             fd: by which calls are made.
-            is_near: whether a read of what is in memory waits for nobody.
+            is_near: whether a read of what is in memory waits for nobody. Else none is made ahead.
             is_readable: whether it may be read.
             is_writable: whether it may be written to.
             appends: whether it was opened to append (fcntl(2) may have changed that).
@@ -900,7 +899,7 @@ cdef class Role:
         if (
             not known.is_known
             or known.handle != handle
-            or (kind == READ and not known.is_readable)
+            or (kind == READ and not (known.is_readable and known.is_near))
             or (kind == WRITE and (not known.is_writable or appends != known.appends))
             or not self.is_quiet_for(job, known)
         ):
@@ -910,7 +909,6 @@ cdef class Role:
             free(job)
             return NULL
         job.fd, job.inode, job.user = known.fd, known.inode, known.user
-        job.is_near = known.is_near
         job.for_caller, job.uid, job.gid = known.for_caller, known.uid, known.gid
         memcpy(job.message, start, <size_t> got)
         job.message_size = <size_t> got
@@ -1029,11 +1027,14 @@ cdef class Role:
         while job != NULL:
             if not job.is_over and known.user and job.user == known.user:
                 count += 1
-            # Reads do not meet each other.
-            if job.inode == known.inode and not (job.kind == READ and wanted.kind == READ):
-                # One that did not go well goes on in its body, perhaps with another call.
+            if job.inode == known.inode:
+                # One that did not go well goes on in its body, perhaps with another call. One that
+                # is stuck keeps no others on this inode from having their share.
                 if not job.is_made:
                     return False
+                if job.kind == READ and wanted.kind == READ:
+                    job = job.next_ahead
+                    continue
                 # Its body may still say that it changes these bytes, and another would wait for it.
                 if job.begin < wanted.end and wanted.begin < job.end:
                     return False

@@ -720,8 +720,8 @@ cdef class Role:
         cdef pollfd fds[1]
         if self.waiting:
             fds[0].fd, fds[0].events, fds[0].revents = self.device.fd, POLLIN, 0
-            # Who is woken for a body that is left finds no message, and waits with a time.
-            if poll(fds, 1, 0) == 0 and not self.is_any_left():
+            # Where a body is left, who is woken finds no message, and waits with a time.
+            if poll(fds, 1, 0) == 0 and (self.in_python or not self.is_any_left()):
                 self.may_be_more = False
                 return
         if self.followers:
@@ -933,9 +933,7 @@ cdef class Role:
         is_full = self.count_ahead >= BATCH or not job.is_answered
         if job.state == READY:
             job.next, self.done = self.done, job
-        pthread_mutex_unlock(&self.mutex)
-        if is_full:
-            self.see_that_one_finishes()
+        self.unlock_and_finish(not is_full)
         return True
 
     cdef void make_ahead(self, Job *job) noexcept nogil:
@@ -951,9 +949,7 @@ cdef class Role:
         if job.state == READY:
             job.next, self.done = self.done, job
         # Else who runs its body finishes it; or whoever runs Python claims it, before it waits.
-        pthread_mutex_unlock(&self.mutex)
-        if not can_wait:
-            self.see_that_one_finishes()
+        self.unlock_and_finish(can_wait)
 
     def made_ahead(self):
         """Of each call made ahead that is not over: what it is, its inode, and when it was begun."""
@@ -1146,9 +1142,12 @@ cdef class Role:
 
     cdef void see_that_one_finishes(self) noexcept nogil:
         """There is something left of a body: where nobody runs Python, this thread does now."""
-        cdef bint is_alone
         pthread_mutex_lock(&self.mutex)
-        is_alone = self.in_python == 0
+        self.unlock_and_finish(False)
+
+    cdef void unlock_and_finish(self, bint can_wait) noexcept nogil:
+        """Let the mutex go; and likewise, unless what is left can wait."""
+        cdef bint is_alone = self.in_python == 0 and not can_wait
         if is_alone:
             self.in_python += 1
         pthread_mutex_unlock(&self.mutex)

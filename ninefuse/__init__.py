@@ -4,4 +4,4 @@ Importing this package imports nothing else: setuptools reads the version from h
 pyfuse3 or trio, and the command line answers before either is loaded.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from helpers_executor import passed
@@ -30,10 +31,12 @@ from mounting import SOAK, wait_until
 from wire_kernel import Kernel
 from wire_messages import pack, request
 
+from ninefuse import ops
 from ninefuse.driving.request import Request
 from ninefuse.executor import LeadingModel
 from ninefuse.fuse import opcodes as op
 from ninefuse.fuse.opcodes import Opcode
+from ninefuse.tree.kernel import FIRST_HANDLE
 
 FILE, OTHER = b"file", b"other"
 
@@ -391,3 +394,24 @@ def test_a_call_that_is_stuck_is_reported(driver: LeadingModel, kernel: Kernel) 
     assert line.endswith("inode 7")
     assert driver.slow_requests(60.0) == []
     driver.crew = kernel.front._leading
+
+
+def test_a_handle_is_closed_while_the_body_of_its_write_ends(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The write was answered: who made it may close. Another file has got set-id bits meanwhile."""
+    handle = opened(kernel, FILE)
+    real = ops.write
+
+    async def write(*args: Any) -> int:
+        count = await real(*args)
+        fids = kernel.session.fids
+        fids.set_id.add(1)
+        fids.put(fids.remove(FIRST_HANDLE + handle))
+        return count
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ops, "write", write)
+        assert kernel.get(Opcode.WRITE, writing(handle, b"x")) == count_of(1)
+        kernel.settle()
+    assert not caplog.records

@@ -86,7 +86,10 @@ async def change_exactly(
 
 async def note_lost_bits(session: Session, handle: int) -> None:
     """After a write: have the kernel ask for the attributes of a file that had set-id bits."""
-    fid = session.fids.get(handle)
+    try:
+        fid = session.fids.get(handle)
+    except OSError:  # it was answered before, and is closed by now
+        return
     nodeid = fid.node.number
     session.fids.put(fid)
     if nodeid in session.fids.set_id:

@@ -66,7 +66,7 @@ def test_threads_that_lead_do_not_race(tmp_path: Path) -> None:
     ("good", "bad"),
     [
         ("job.size = PyBytes_GET_SIZE(data)", "job.size = PyBytes_GET_SIZE(data) + 64"),
-        ("Py_INCREF(data)", "pass"),
+        ("    Py_INCREF(data)\n    job.data", "    job.data"),
     ],
     ids=["more than there is", "what is freed"],
 )
@@ -79,10 +79,14 @@ def test_a_slip_of_memory_is_noticed(tmp_path: Path, good: str, bad: str) -> Non
 
 
 def test_a_mutex_that_is_not_taken_is_noticed(tmp_path: Path) -> None:
-    good = """                self.finished += 1
-                job.next, self.done = self.done, job
+    good = """        job.is_over = True
+        can_wait = (
 """
-    apart = "                pthread_mutex_unlock(&self.mutex)\n"
-    again = "                pthread_mutex_lock(&self.mutex)\n"
-    copy = checkout(tmp_path, THREADS, [(ROLE, good, apart + good + again)])
+    apart = "        pthread_mutex_unlock(&self.mutex)\n"
+    again = "        pthread_mutex_lock(&self.mutex)\n"
+    copy = checkout(
+        tmp_path,
+        THREADS,
+        [(ROLE, good, apart + good.replace("        can", again + "        can"))],
+    )
     assert "WARNING: ThreadSanitizer: data race" in raced(tmp_path, copy)[1]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from mounting import in_child
 from ops_helpers import needs_root
+from test_credentials import look_at
 
 from ninefuse.linux import callers, capabilities, credentials
 from ninefuse.linux.callers import Caller, may_all_that_we_may
@@ -152,28 +153,6 @@ def test_a_forked_process_asks_for_its_own_ids(monkeypatch: pytest.MonkeyPatch) 
 # Whether a caller may do all that we may
 
 
-def ask_of(become: Callable[[], object], ask: Callable[[int], object]) -> object:
-    """What is answered for a process that has become somebody."""
-    ready, over = os.pipe(), os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            become()
-            os.write(ready[1], b"x")
-            os.read(over[0], 1)
-        finally:
-            os._exit(0)
-    os.close(ready[1])
-    try:
-        assert os.read(ready[0], 1) == b"x"
-        return ask(pid)
-    finally:
-        os.write(over[1], b"x")
-        os.waitpid(pid, 0)
-        for fd in (ready[0], *over):
-            os.close(fd)
-
-
 def drop(capability: int) -> None:
     c = capabilities.get_capabilities()
     capabilities.set_capabilities(
@@ -211,7 +190,7 @@ def test_who_may_all_is_told_from_who_may_less(become: Callable[[], object], may
         assert not told or not permitted & ~found.capabilities
         return told
 
-    assert ask_of(become, ask) is may
+    assert look_at(become, ask) is may
 
 
 @needs_root
@@ -247,7 +226,7 @@ def test_what_is_to_be_raised_is_not_there_yet() -> None:
         with acting_as(who, bits=True):
             assert may_all_that_we_may(who, FSETID)
 
-    in_child(ask_of, int, ask)
+    in_child(look_at, int, ask)
 
 
 @needs_root

@@ -6,11 +6,11 @@ import contextlib
 import itertools
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ninefuse.bench import BenchError, Process, Processes
+from ninefuse.bench import BenchError, Ended, Process, Processes
 from ninefuse.bench.counters import Both, Meter
 
 BLOCK = 4096  # bytes: dd's bs=4k
@@ -67,6 +67,54 @@ class Result:
         return self.clients * self.count * BLOCK / self.seconds / 1e6
 
 
+@dataclass(frozen=True, slots=True)
+class Together:
+    """How commands run at once ended; see together.
+
+    seconds: until the last had ended. spent: by all of them, and by the server.
+    """
+
+    seconds: float
+    spent: Both
+    ended: tuple[Ended, ...]
+
+
+def together(
+    processes: Processes,
+    place: Place,
+    commands: Iterable[Sequence[str]],
+    limit: float,
+    where: str,
+    failed: str,
+) -> Together:
+    """Run commands at once, on a place.
+
+    Arguments: limit, seconds until all must have ended; where, failed, what an error says of
+    which commands they were, and of one that fails.
+    Raises BenchError when one fails or they do not end in time.
+    """
+    environment = {**os.environ, "LC_ALL": "C"}
+    running = []
+    with place.meter() as meter:
+        begin = time.perf_counter()
+        try:
+            for command in commands:
+                process = processes.start(command, environment)
+                running.append(process)  # at once: to be killed should the next one not start
+            in_time = processes.wait(running, limit)
+            seconds = time.perf_counter() - begin
+        finally:
+            if not all(process.ended for process in running):
+                processes.kill(running)
+        if not in_time:
+            raise BenchError(f"{where}: did not end within {limit:g} s")
+        ended = tuple(process.collect() for process in running)
+        for one in ended:
+            if one.returncode != 0:
+                raise BenchError(f"{where}: {failed}: {one.complaint}")
+        return Together(seconds, meter.read(ended), ended)
+
+
 def run(
     processes: Processes,
     place: Place,
@@ -83,28 +131,13 @@ def run(
     run_number = next(_serial)
     names = [f"dd-{run_number}-{client}" for client in range(1, clients + 1)]
     limit = _SECONDS_MORE + _SECONDS_A_BLOCK * clients * count
-    environment = {**os.environ, "LC_ALL": "C"}
-    running = []
     where = f"{clients} dd on {place.name}"
-    with place.meter() as meter:
-        begin = time.perf_counter()
-        try:
-            for name, start in zip(names, itertools.cycle(starts), strict=False):
-                command = [*start, "dd", "if=/dev/zero", f"of={place.directory / name}", "bs=4k"]
-                command += [f"count={count}", "oflag=sync"]
-                running.append(processes.start(command, environment))
-            in_time = processes.wait(running, limit)
-            seconds = time.perf_counter() - begin
-        finally:
-            if not all(process.ended for process in running):
-                processes.kill(running)
-        if not in_time:
-            raise BenchError(f"{where}: did not end within {limit:g} s")
-        ended = [process.collect() for process in running]
-        for one in ended:
-            if one.returncode != 0:
-                raise BenchError(f"{where}: one failed: {one.complaint}")
-        spent = meter.read(ended)
+    commands = [
+        [*start, "dd", "if=/dev/zero", f"of={place.directory / name}"]
+        + ["bs=4k", f"count={count}", "oflag=sync"]
+        for name, start in zip(names, itertools.cycle(starts), strict=False)
+    ]
+    ran = together(processes, place, commands, limit, where, "one failed")
     for name in names:
         # Not asked of the mount: it might believe what it was told.
         size = (place.backing / name).stat().st_size if place.backing else count * BLOCK
@@ -112,7 +145,7 @@ def run(
             raise BenchError(f"{where}: {name} has {size} bytes instead of {count * BLOCK}")
     # Removed where they were written, or the daemon would hold on to them and to their space.
     processes.run(["rm", "--", *(str(place.directory / name) for name in names)], limit)
-    return Result(clients, count, seconds, spent)
+    return Result(clients, count, ran.seconds, ran.spent)
 
 
 def choose_count(

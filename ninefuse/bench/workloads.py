@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ninefuse.bench import BenchError, Ended, Processes, dd
+from ninefuse.bench import BenchError, Processes, dd
 from ninefuse.bench.counters import Both, Spent
 from ninefuse.bench.users import Unsupported, Users
 
@@ -78,45 +78,14 @@ class Workload:
         return max(1, self.amount // clients)
 
 
-@dataclass(frozen=True, slots=True)
-class Together:
-    """How commands run at once ended; see parallel.
-
-    seconds: until the last had ended. spent: by all of them, and by the server.
-    """
-
-    seconds: float
-    spent: Both
-    ended: tuple[Ended, ...]
-
-
 def parallel(
     processes: Processes, place: dd.Place, commands: Sequence[Sequence[str]], limit: float = LIMIT
-) -> Together:
+) -> dd.Together:
     """Run the commands at once, on the place.
 
     Raises BenchError when one fails or they do not end in time.
     """
-    environment = {**os.environ, "LC_ALL": "C"}
-    running = []
-    with place.meter() as meter:
-        begin = time.perf_counter()
-        try:
-            for command in commands:
-                process = processes.start(command, environment)
-                running.append(process)  # at once: to be killed should the next one not start
-            in_time = processes.wait(running, limit)
-            seconds = time.perf_counter() - begin
-        finally:
-            if not all(process.ended for process in running):
-                processes.kill(running)
-        if not in_time:
-            raise BenchError(f"{commands[0][0]}: did not end within {limit:g} s")
-        ended = tuple(process.collect() for process in running)
-        for one in ended:
-            if one.returncode != 0:
-                raise BenchError(f"{commands[0][0]}: failed: {one.complaint}")
-        return Together(seconds, meter.read(ended), ended)
+    return dd.together(processes, place, commands, limit, commands[0][0], "failed")
 
 
 @contextlib.contextmanager
@@ -139,7 +108,7 @@ def fresh(processes: Processes, place: dd.Place) -> Iterator[dd.Place]:
 
 def measured(
     value: float,
-    together: Together,
+    together: dd.Together,
     operations: int,
     command: Sequence[str],
     place: dd.Place,
@@ -381,7 +350,7 @@ def run_clients(
     at = time.monotonic() + _START_SECONDS + _START_MORE * len(prefixes)
     words = [sys.executable, "-I", "-S", str(CLIENT), f"--at={at:.6f}"]
 
-    def all_do(operation: str, count: int) -> Together:
+    def all_do(operation: str, count: int) -> dd.Together:
         commands = []
         for number, prefix in enumerate(prefixes):
             user = [f"--user={users.of(number)}"] if users else []

@@ -60,7 +60,7 @@ from ninefuse.fuse._wire cimport (
     poll,
     pollfd,
 )
-from ninefuse.linux._transfer cimport pwrite_as
+from ninefuse.linux._transfer cimport pwrite_as, read_nowait
 
 log = logging.getLogger(__name__)
 
@@ -86,20 +86,6 @@ cdef extern from "<unistd.h>" nogil:
     int fsync(int)
     int fdatasync(int)
     int close(int)
-
-cdef extern from *:
-    """
-    #include <errno.h>
-    #include <sys/uio.h>
-
-    static ssize_t read_nowait(int fd, void *buffer, size_t count, off_t offset)
-    {
-        struct iovec part = { buffer, count };
-        ssize_t result = preadv2(fd, &part, 1, offset, RWF_NOWAIT);
-        return result < 0 ? -errno : result;
-    }
-    """
-    ssize_t read_nowait(int, void *, size_t, int64_t) nogil
 
 cdef extern from "<sys/epoll.h>" nogil:
     ctypedef union epoll_data_t:
@@ -1051,36 +1037,35 @@ cdef class Role:
         at[0] = job.next_ahead
         self.count_ahead -= 1
 
+    cdef Job *first_ahead(self, State state, bint is_over) noexcept nogil:
+        """The first call made ahead that has come so far; or NULL.
+
+        Args:
+            state: how far.
+            is_over: only one that is over.
+        """
+        cdef Job *job = self.ahead
+        while job != NULL and (job.state != state or (is_over and not job.is_over)):
+            job = job.next_ahead
+        return job
+
     cdef Job *claimed(self, bint is_over) noexcept nogil:
         """The first call made ahead whose body nobody runs, claimed; or NULL.
 
         Args:
             is_over: only one that is over.
         """
-        cdef Job *job = self.ahead
-        while job != NULL:
-            if job.state == RAW and (job.is_over or not is_over):
-                job.state = CLAIMED
-                return job
-            job = job.next_ahead
-        return NULL
+        cdef Job *job = self.first_ahead(RAW, is_over)
+        if job != NULL:
+            job.state = CLAIMED
+        return job
 
     cdef bint is_any_left(self) noexcept nogil:
         """Whether a call made ahead is over, and nobody has begun with its body."""
-        cdef Job *job = self.ahead
-        while job != NULL:
-            if job.state == RAW and job.is_over:
-                return True
-            job = job.next_ahead
-        return False
+        return self.first_ahead(RAW, True) != NULL
 
     cdef bint is_any_claimed(self) noexcept nogil:
-        cdef Job *job = self.ahead
-        while job != NULL:
-            if job.state == CLAIMED:
-                return True
-            job = job.next_ahead
-        return False
+        return self.first_ahead(CLAIMED, False) != NULL
 
     # ---- plain calls --------------------------------------------------------------------------
 

@@ -115,7 +115,7 @@ _IN_A_ROW = 16  # requests read before what else the dispatcher has to do is loo
 # Requests under way at which the device is read no more: well above what comes when every thread
 # of a busy machine is stuck in one file. Those that wait for a lock or a lease do not count.
 _MOST_REQUESTS = 20_000
-_LONG = 3600.0  # seconds
+_LONG = 3600.0  # seconds of belief: a client that has them is told of no name twice
 _A_WHILE = 50  # milliseconds until it is looked at again whether there are fewer
 
 # Nobody waits for an answer to these, whatever they say.

@@ -1,5 +1,5 @@
 # cython: language_level=3
-"""What other compiled modules use of _transfer.pyx: a write for a caller."""
+"""The calls of _transfer.pyx, for other compiled modules too: a write for a caller, a cached read."""
 
 from libc.stdint cimport int64_t, uint32_t
 
@@ -8,6 +8,7 @@ cdef extern from *:
     #include <errno.h>
     #include <sys/fsuid.h>
     #include <sys/syscall.h>
+    #include <sys/uio.h>
     #include <unistd.h>
     #include <linux/capability.h>
 
@@ -16,6 +17,14 @@ cdef extern from *:
     static int acts_as(uid_t uid, gid_t gid)
     {
         return (uid_t) setfsuid(-1) == uid && (gid_t) setfsgid(-1) == gid;
+    }
+
+    /* preadv2(2) of what the page cache holds; the negated errno. */
+    static ssize_t read_nowait(int fd, void *buffer, size_t count, off_t offset)
+    {
+        struct iovec part = { buffer, count };
+        ssize_t result = preadv2(fd, &part, 1, offset, RWF_NOWAIT);
+        return result < 0 ? -errno : result;
     }
 
     /* pwrite(2) with other file system ids than the thread has otherwise; the negated errno. All
@@ -47,4 +56,5 @@ cdef extern from *:
         return result;
     }
     """
+    ssize_t read_nowait(int, void *, size_t, int64_t) nogil
     ssize_t pwrite_as(int, const void *, size_t, int64_t, uint32_t, uint32_t, int *) nogil

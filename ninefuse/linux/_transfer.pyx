@@ -21,20 +21,6 @@ cdef extern from "Python.h":
     PyObject *PyBytes_FromStringAndSize(const char *, Py_ssize_t) except NULL
     int _PyBytes_Resize(PyObject **, Py_ssize_t)
 
-cdef extern from *:
-    """
-    #include <errno.h>
-    #include <sys/uio.h>
-
-    static ssize_t read_nowait(int fd, void *buffer, size_t count, off_t offset)
-    {
-        struct iovec part = { buffer, count };
-        ssize_t result = preadv2(fd, &part, 1, offset, RWF_NOWAIT);
-        return result < 0 ? -errno : result;
-    }
-    """
-    ssize_t read_nowait(int, void *, size_t, int64_t) nogil
-
 cdef int64_t LONGEST = 0x7FFFF000  # bytes of one call; the kernel's own bound
 
 

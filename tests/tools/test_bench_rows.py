@@ -101,13 +101,18 @@ def test_a_program_that_is_not_there_is_missing(
     assert row.reason.startswith(f"no {programs.get(name, 'bindfs')} in PATH")
 
 
+def put_in_path(site: Site, monkeypatch: pytest.MonkeyPatch, name: str, says: str) -> None:
+    """A program that says something, and no other."""
+    program = site.scratch / name
+    program.write_text(f"#!/bin/sh\necho '{says}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(site.scratch))
+
+
 def test_bindfs_is_run_with_and_without_threads(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program = site.scratch / "bindfs"
-    program.write_text("#!/bin/sh\necho bindfs 9.9\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(site.scratch))
+    put_in_path(site, monkeypatch, "bindfs", "bindfs 9.9")
     one, many = made(site, "bindfs"), made(site, "bindfs-mt")
     assert isinstance(one, Row)
     assert isinstance(many, Row)
@@ -120,10 +125,7 @@ def test_bindfs_is_run_with_and_without_threads(
 def test_passthrough_hp_with_and_without_the_kernels_data(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program = site.scratch / "passthrough_hp"
-    program.write_text("#!/bin/sh\necho '      --nopassthrough    Do not'\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(site.scratch))
+    put_in_path(site, monkeypatch, "passthrough_hp", "      --nopassthrough    Do not")
     through, kernel = made(site, "pt_hp"), made(site, "pt_hp-kernel")
     assert isinstance(through, Row)
     assert isinstance(kernel, Row)
@@ -133,7 +135,7 @@ def test_passthrough_hp_with_and_without_the_kernels_data(
     assert kernel.command[:2] == ("passthrough_hp", "--foreground")
     assert len(kernel.command) == 4
     # One that does not know the option has all data through it, whatever its row is called.
-    program.write_text("#!/bin/sh\necho '      --nosplice'\n")
+    put_in_path(site, monkeypatch, "passthrough_hp", "      --nosplice")
     old = made(site, "pt_hp-kernel")
     assert isinstance(old, Missing)
     assert "older than the kernel's passthrough" in old.reason

@@ -21,7 +21,7 @@ from ninefuse.exitcodes import ExitCode, Failure
 from ninefuse.fuse import sessions
 from ninefuse.fuse.forgetting import Forgetter
 from ninefuse.fuse.sessions import FuseSession
-from ninefuse.linux import callers, filesystems, mountflags
+from ninefuse.linux import callers, filesystems, mountflags, mountinfo
 from ninefuse.linux.inodes import inodes_of
 from ninefuse.linux.mountinfo import MountsBelow, OwnMount
 from ninefuse.process import logs, memory, signals
@@ -73,6 +73,7 @@ def _prepare(settings: Settings, ready: Callable[[], None], beside: Beside | Non
         log.warning("under --model none each user can keep all others waiting: use another one")
     if settings.allow_other and not settings.xattr:
         log.warning("with noxattr the kernel sees mode bits only, and lets in whom ACLs keep out")
+    _warn_of_what_it_hides(settings)
     os.chdir("/")  # so as not to keep another file system busy
 
     inline = settings.inline and settings.model == "second"
@@ -158,6 +159,15 @@ def _forbid_as(settings: Settings, source: int) -> Settings:
         log.info("mounted with %s, as the source is", ", ".join(new))
     words = mountflags.taken_over(settings.mount_options, flags)
     return dataclasses.replace(settings, mount_options=words)
+
+
+def _warn_of_what_it_hides(settings: Settings) -> None:
+    """Warn of a mount below ours; an automount's is there to be mounted on."""
+    if settings.is_handed_over:
+        return
+    kind = mountinfo.kind_at(settings.mountpoint)
+    if kind not in ("", "autofs"):
+        log.warning("%s: this mount hides the one that is there (%s)", settings.mountpoint, kind)
 
 
 def _forbidden(settings: Settings) -> int:

@@ -165,6 +165,23 @@ def test_a_failure_keeps_its_code_and_its_line(command: Command) -> None:
     assert is_gone(command.pid)
 
 
+def test_warnings_of_the_start_reach_the_caller(command: Command) -> None:
+    code, out, err = command.run(
+        """
+log = logging.getLogger("ninefuse.test")
+log.setLevel(logging.INFO)
+log.info("started")
+log.warning("no %s", "suid\\n")
+log.error("told as the failure that it leads to")
+ready()
+log.warning("later")
+return 0
+"""
+    )
+    assert (code, out) == (0, "")
+    assert err == "ninefuse: no suid\\n\n"
+
+
 def test_what_the_caller_has_printed_is_not_printed_twice(command: Command) -> None:
     # The child's stdout is still the caller's when it fails.
     code, out, _ = command.run(

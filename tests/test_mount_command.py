@@ -269,6 +269,25 @@ def test_a_mount_that_is_refused(source: Path, mountpoint: Path) -> None:
     assert not is_mounted(mountpoint)
 
 
+def test_a_mount_over_another_says_what_it_hides(
+    source: Path, mountpoint: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    other = tmp_path / "other"
+    other.mkdir()
+    try:
+        assert run(*NINEFUSE, "--log", log, source, mountpoint).stderr == ""
+        done = run(*NINEFUSE, "--log", log, other, mountpoint)
+        assert done.returncode == 0
+        told = f"{mountpoint}: this mount hides the one that is there (fuse.ninefuse)"
+        assert done.stderr == f"ninefuse: {told}\n"
+    finally:
+        for _ in range(2):
+            run("fusermount3", "-u", mountpoint)
+        run("fusermount3", "-uz", mountpoint)
+    assert not is_mounted(mountpoint)
+
+
 @needs_namespace
 def test_no_fuse_device() -> None:
     refused(ExitCode.NO_FUSE_DEVICE, run_apart("none", *NINEFUSE), "/dev/fuse", "modprobe fuse")

@@ -4,6 +4,8 @@ and mounts that are made for them and handed over as /dev/fd/N.
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from apart import NOBODY, needs_namespace, opened_to_users, script_apart
 
@@ -79,6 +81,22 @@ def test_others_are_let_in_where_the_machine_allows_it_and_sigterm_unmounts() ->
         f"{NOBODY}",
         "= 1",
     ]
+
+
+@needs_namespace
+def test_a_user_is_told_of_options_that_fusermount_passes_over() -> None:
+    done = script_apart(
+        opened_to_users()
+        + BEFORE
+        + """
+        as_user ninefuse --log $log /mnt/source /mnt/mount -o suid
+        shown /mnt/mount
+        as_user fusermount3 -u /mnt/mount
+        wait_while is_running $(daemon_of $log)
+        """
+    )
+    assert re.fullmatch(r"ninefuse: fusermount3: .*suid.*\n", done.stderr)
+    assert ",nosuid," in done.stdout
 
 
 @needs_namespace

@@ -115,9 +115,9 @@ class _Said:
         return " ".join(said[-_MOST:].decode(errors="replace").split())
 
     def log(self) -> None:
-        """Note what it said though it did what it was to do."""
+        """Warn of what it said though it did what it was to do: of options that it passed over."""
         if text := self.text():
-            log.info("%s", text)
+            log.warning("%s", text)
 
 
 def _start(arguments: Sequence[str], said: _Said, commfd: int | None = None) -> int:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
-from ninefuse.exitcodes import ExitCode, Failure, report
+from ninefuse.exitcodes import ExitCode, Failure, one_line, report
 from ninefuse.process.notify import notify
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,8 @@ def run_detached(serve: Callable[[Callable[[], None]], int], program: str = "nin
     collect its status.
 
     Argument: serve, called in the child with a function `ready` that it calls once the mount
-    answers; it returns an exit code. What it raises before that is reported here, as of program.
+    answers; it returns an exit code. What it raises before that is reported here, as of program,
+    and so is each warning that it logs.
     Returns ExitCode.OK once ready was called, the failure's own code (after one line on
     stderr) when it was not, and 128 + the signal when SIGINT or SIGTERM ended the waiting; the
     child has been sent SIGTERM then. The child never returns from this function.
@@ -76,7 +77,7 @@ def run_detached(serve: Callable[[Callable[[], None]], int], program: str = "nin
         pid = os.fork()
         if pid == 0:
             os.close(read_end)
-            _run_child(serve, write_end, old_mask)
+            _run_child(serve, write_end, old_mask, program)
         os.close(write_end)
         code = _wait(pid, read_end, signals, program)
         if code == ExitCode.OK:
@@ -101,13 +102,29 @@ def _flush_standard_streams() -> None:
 # The child's side.
 
 
+class _Starter(logging.Handler):
+    """Tells whoever has started the daemon what its log warns of; a Failure tells of errors."""
+
+    def __init__(self, program: str) -> None:
+        super().__init__(logging.WARNING)
+        self._program = program
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one line on stderr."""
+        if record.levelno == logging.WARNING:
+            # A reader that is gone must not keep a mount from working.
+            with contextlib.suppress(OSError, ValueError):
+                line = f"{self._program}: {one_line(record.getMessage())}"
+                print(line, file=sys.stderr, flush=True)
+
+
 def _run_child(
-    serve: Callable[[Callable[[], None]], int], pipe: int, mask: Iterable[int]
+    serve: Callable[[Callable[[], None]], int], pipe: int, mask: Iterable[int], program: str
 ) -> NoReturn:
     """Run serve as a daemon and end the process, whatever happens."""
     code = int(ExitCode.INTERNAL)
     try:
-        code = _detach_and_serve(serve, pipe, mask)
+        code = _detach_and_serve(serve, pipe, mask, _Starter(program))
     finally:
         # os._exit, so that neither the caller's frames nor its exit handlers run once more.
         with contextlib.suppress(Exception):
@@ -117,7 +134,10 @@ def _run_child(
 
 
 def _detach_and_serve(
-    serve: Callable[[Callable[[], None]], int], pipe: int, mask: Iterable[int]
+    serve: Callable[[Callable[[], None]], int],
+    pipe: int,
+    mask: Iterable[int],
+    starter: logging.Handler,
 ) -> int:
     """Run serve and return its exit code; tell the parent how the start went, and detach then."""
     is_ready = False
@@ -133,6 +153,7 @@ def _detach_and_serve(
         signal.signal(signal.SIGINT, interrupt or signal.SIG_DFL)
         _tell(pipe, ExitCode.OK, "")
         # Only now: until here errors, libfuse's too, were to reach the user's terminal.
+        logging.getLogger("ninefuse").removeHandler(starter)
         _redirect_to_null(1, 2)
 
     # A Ctrl-C comes to the waiting command too, which asks us to end.
@@ -142,6 +163,7 @@ def _detach_and_serve(
         # A working directory would keep its file system from being unmounted.
         os.chdir("/")
         _redirect_to_null(0)
+        logging.getLogger("ninefuse").addHandler(starter)
         code = serve(ready)
         if is_ready:
             return code

@@ -212,7 +212,7 @@ def threads(text: str) -> int:
 
 
 # setup.py has what each is for.
-_COMPILED = (
+COMPILED = (
     *("fuse._wire", "fuse._role", "linux._rights", "linux._statx", "linux._transfer"),
     "tree._known",
     "driving._ring",
@@ -236,7 +236,7 @@ def versions() -> str:
 
 def compiled() -> str:
     """The modules that were compiled, of those that are: what lacks does not do, or is slower."""
-    built = [name for name in _COMPILED if importlib.util.find_spec(f"ninefuse.{name}")]
+    built = [name for name in COMPILED if importlib.util.find_spec(f"ninefuse.{name}")]
     return " ".join(built) or "nothing"
 
 

@@ -21,12 +21,14 @@ import pytest
 from mounting import ENVIRONMENT, REPO, SOAK, is_mounted, run, wait_until
 
 import ninefuse
+from ninefuse.command import cli
 
 HAS_GIT = (REPO / ".git").exists() and shutil.which("git") is not None
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 PAGES = sorted(
     str(path.relative_to(REPO)) for path in (REPO / "share").rglob("*.*") if path.is_file()
 )
+COMPILED = cli.COMPILED
 COMMANDS = ("ninefuse", "ninefuse-bench", "ninefuse-serve", "ninefuse-stat")
 
 # A pkg-config to which liburing is unknown, and all else as it is.
@@ -161,22 +163,34 @@ long = pytest.mark.skipif(not SOAK, reason="downloads and compiles: make soak")
 @long
 @pytest.mark.soak
 @pytest.mark.limit(300)
-@pytest.mark.parametrize("io_uring", [True, False], ids=["io_uring", "no io_uring"])
+@pytest.mark.parametrize("parts", ["all", "no io_uring", "none"])
 @pytest.mark.parametrize("version", PYTHONS)
 def test_pip_installs_the_archive(
-    version: str, io_uring: bool, archive: Path, tmp_path: Path, mountpoint: Path
+    version: str, parts: str, archive: Path, tmp_path: Path, mountpoint: Path
 ) -> None:
+    """With every compiled part, without liburing's headers, and without a compiler."""
     python = interpreter(version)
     venv = tmp_path / "venv"
     call(python, "-m", "venv", venv, cwd=tmp_path)
-    env = environment(tmp_path, without_liburing=not io_uring)
-    call(venv / "bin" / "pip", "install", "--no-cache-dir", archive, cwd=tmp_path, env=env)
-    built = list(venv.glob("lib/python*/site-packages/ninefuse/driving/_ring*.so"))
-    assert len(built) == io_uring
+    env = environment(tmp_path, without_liburing=parts == "no io_uring")
+    install = (venv / "bin" / "pip", "install", "--no-cache-dir")
+    call(*install, archive, cwd=tmp_path, env=env)
+    if parts == "none":  # what it needs is there by now, which takes a compiler itself
+        env["CC"] = "false"
+        call(*install, "--force-reinstall", "--no-deps", archive, cwd=tmp_path, env=env)
+    told = call(venv / "bin" / "ninefuse", "-V", cwd=tmp_path)
+    expected = {
+        "all": COMPILED,
+        "no io_uring": [name for name in COMPILED if name != "driving._ring"],
+        "none": ["nothing"],
+    }[parts]
+    assert told.splitlines()[-1] == " ".join(("compiled", *expected))
+    built = venv.glob("lib/python*/site-packages/ninefuse/**/*.so")
+    assert len(list(built)) == (0 if parts == "none" else len(expected))
     for path in PAGES:
         assert (venv / path).exists(), path
     serves(venv / "bin", tmp_path, mountpoint)
-    print(f"Python {version}, {'with' if io_uring else 'without'} io_uring: installed, mounted")
+    print(f"Python {version}, compiled {parts}: installed, mounted")
 
 
 @long

@@ -426,7 +426,7 @@ def with_program(home: Path, script: str) -> None:
             "head -c 1000000 /dev/zero | tr '\\0' x >&2; echo 'at  last' >&2; exit 1",
             "xxx (mounting takes",
         ),
-        ("echo; echo 'two\nlines' >&2", ": two lines (mounting takes"),
+        ("echo; echo 'two\nlines' >&2", ": two; lines (mounting takes"),
     ],
 )
 @pytest.mark.parametrize("options", [PLAIN, KEPT])

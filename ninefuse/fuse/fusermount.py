@@ -107,12 +107,13 @@ class _Said:
         os.close(self.theirs)
 
     def text(self) -> str:
-        """The last of it, on one line."""
+        """The last of it, on one line, in which a semicolon ends each of its own."""
         try:
             said = os.read(self._ours, 1 << 16)
         except BlockingIOError:  # nothing
             return ""
-        return " ".join(said[-_MOST:].decode(errors="replace").split())
+        lines = said[-_MOST:].decode(errors="replace").splitlines()
+        return "; ".join(" ".join(line.split()) for line in lines if line.strip())
 
     def log(self) -> None:
         """Warn of what it said though it did what it was to do: of options that it passed over."""

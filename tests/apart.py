@@ -54,8 +54,9 @@ if [ -e /etc/fuse.conf ]; then mount --bind /mnt/fuse.conf /etc/fuse.conf; fi
 shift
 """
 
-# For scripts: a command by a user, by another one; a command, and what it said and returned; and
-# until what is no more.
+# For scripts: a command by a user, by another one; a command, and what it said and returned; until
+# what is no more; and a remount that does not ask us. (For that, mount(8) of util-linux 2.39 and
+# later has to be told to use mount(2): its new calls cannot change a mount of FUSE.)
 _WORDS = f"""
 as_user() {{ setpriv --reuid {NOBODY} --regid {NOBODY} --clear-groups "$@"; }}
 as_other() {{ setpriv --reuid {OTHER} --regid {OTHER} --clear-groups "$@"; }}
@@ -63,6 +64,7 @@ tell() {{ "$@" 2>&1 && echo "= 0" || echo "= $?"; }}
 shown() {{ findmnt -no SOURCE,FSTYPE,OPTIONS $1; }}
 is_mounted() {{ grep -q ' /mnt/mount ' /proc/self/mountinfo; }}
 wait_while() {{ while "$@"; do sleep 0.01; done; }}
+remount_alone() {{ LIBMOUNT_FORCE_MOUNT2=always mount -i -o remount,$1 /mnt/mount; }}
 daemon_of() {{ sed -n 's/.*\\[\\([0-9]*\\)\\] .*mounted on.*/\\1/p' $1; }}
 is_running() {{ grep -q '^State:.[^Z]' /proc/$1/status 2>/dev/null; }}
 """

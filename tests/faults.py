@@ -37,6 +37,10 @@ class FaultSource:
         """Take all faults away; how often they have met something."""
         return self.tell({"clear": True})
 
+    def close(self) -> None:
+        """Say nothing more."""
+        self._stream.close()
+
     def tell(self, words: dict[str, object]) -> int:
         """Say something; how often the faults that were armed have met something."""
         self._stream.write(json.dumps(words) + "\n")
@@ -63,5 +67,6 @@ def faulty(watchdog: Watchdog, base: Path) -> Iterator[FaultSource]:
         finally:
             if mount.process.poll() is None:
                 source.clear()
+            source.close()
             mount.end()
             mount.log.check()

@@ -172,7 +172,7 @@ def test_mount_runs_ninefuse_by_the_name_in_its_type() -> None:
         tell mount -t fuse.ninefuse /mnt/source /mnt/mount -o noexec,model=first
         shown /mnt/mount
         cat /mnt/mount/file
-        tell mount -i -o remount,ro /mnt/mount
+        tell remount_alone ro
         touch /mnt/mount/new 2>&1 || true
         tell umount /mnt/mount
         tell findmnt /mnt/mount
@@ -297,9 +297,9 @@ def test_a_mount_that_was_made_read_only_becomes_writable(model: str) -> None:
         mv /mnt/mount/new /mnt/mount/directory
         setfattr -n user.k -v v /mnt/mount/directory/new 2> /dev/null || true
         cat /mnt/source/directory/new
-        tell mount -i -o remount,ro /mnt/mount
+        tell remount_alone ro
         rm /mnt/mount/directory/new 2>&1 || true
-        tell mount -i -o remount,rw /mnt/mount
+        tell remount_alone rw
         rm /mnt/mount/directory/new
         ls /mnt/source/directory
         """
@@ -391,9 +391,9 @@ def test_what_file_systems_in_the_source_forbid_is_hidden_once_the_mount_allows_
         mknod /mnt/source/below/null c 1 3
         tell mount -t {kind} -o nosuid,nodev,cache=none /mnt/source /mnt/mount
         stat -c %a,%t:%T /mnt/mount/below/program /mnt/mount/below/null
-        tell mount -i -o remount,suid,dev /mnt/mount
+        tell remount_alone suid,dev
         stat -c %a,%t:%T /mnt/mount/below/program /mnt/mount/below/null
-        tell mount -i -o remount,nosuid,nodev /mnt/mount
+        tell remount_alone nosuid,nodev
         stat -c %a,%t:%T /mnt/mount/below/program /mnt/mount/below/null
         """
     )

@@ -235,8 +235,7 @@ def test_lookups_in_one_directory_go_on_side_by_side(
 ) -> None:
     """And what is known in it is used meanwhile. The source looks up one name at a time."""
     (slow.path / "other").write_bytes(b"other")
-    options = ("--model", model, "--threads", str(THREADS))
-    mount = new_mount(*options, source=slow.path, command=STEADY_NINEFUSE)
+    mount = new_mount("--model", model, "--threads", str(THREADS), source=slow.path)
     (mount.path / "other").stat()
     with ExitStack() as stack:
         lookers = [

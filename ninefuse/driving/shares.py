@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -33,7 +33,8 @@ class Holder:
 Whose = int | Holder | None
 
 
-class _Waiting(NamedTuple, Generic[T]):
+@dataclass(frozen=True, slots=True)
+class _Waiting(Generic[T]):
     """What waits for a place, and for whose."""
 
     item: T
@@ -120,7 +121,8 @@ class Shares(Generic[T]):
             while queue and not self._is_full(key, 1):
                 waiting = queue.popleft()
                 # Or it waits in its other queue from now on.
-                if self.enter(*waiting[:3], goes_on=waiting.goes_on):
+                inode, user = waiting.inode, waiting.user
+                if self.enter(waiting.item, inode, user, goes_on=waiting.goes_on):
                     ready.append(waiting.item)
                     break
             if queue is not None and not queue:

@@ -157,6 +157,31 @@ def interpreter(version: str) -> str:
     pytest.skip(f"there is no Python {version} here")
 
 
+# Loads each module; those that lack a package of other people's, or a compiled one of ours, cannot
+# be, since both were made for the tests' own Python.
+LOAD = """
+import importlib, pkgutil, sys
+import ninefuse
+others = {"trio", "exceptiongroup", "pyfuse3"}
+loaded = 0
+for module in pkgutil.walk_packages(ninefuse.__path__, "ninefuse."):
+    try:
+        importlib.import_module(module.name)
+        loaded += 1
+    except ModuleNotFoundError as error:
+        if error.name not in others and not error.name.rpartition(".")[2].startswith("_"):
+            raise
+print(loaded)
+"""
+
+
+@pytest.mark.parametrize("version", PYTHONS)
+def test_the_modules_load_on_every_python_there_is(version: str) -> None:
+    """Some of what newer ones have (a generic NamedTuple) fails only when a module is loaded."""
+    env = {"PYTHONPATH": str(REPO), "PYTHONDONTWRITEBYTECODE": "1", "PATH": os.environ["PATH"]}
+    assert int(call(interpreter(version), "-c", LOAD, cwd=Path("/"), env=env)) > 100
+
+
 long = pytest.mark.skipif(not SOAK, reason="downloads and compiles: make soak")
 
 

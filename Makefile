@@ -26,7 +26,7 @@ help:
 	@echo 'make bench   measure each model beside the source and other file servers, 5 to 9 minutes'
 	@echo '             FULL=1: more and longer runs, most of an hour; OUT=/some/dir: for results;'
 	@echo '             SRC=/some/dir: on the file system of that directory'
-	@echo 'make test    all tests of ninefuse, real mounts included: four minutes'
+	@echo 'make test    all tests of ninefuse, real mounts included: five minutes'
 	@echo '             ARGS="-x -k rename": further arguments for pytest, here and below;'
 	@echo '             JOBS=1: one test at a time'
 	@echo 'make test-fast'

@@ -52,20 +52,20 @@ COMMAND_LINE = (
     Text(
         "--engine auto|threads|uring",
         "what makes calls beneath the model (auto)",
-        ", where the second model hands over requests. `auto`: [io_uring](models.md#io_uring) if "
+        ", if the second model hands over requests. `auto`: [io_uring](models.md#io_uring) if "
         "there is one, but not with `inline=off`. `threads`: workers only. `uring`: io_uring, or "
         "an error if there is none",
     ),
     Text(
         "--session auto|native|pyfuse3",
         "who speaks with the kernel (auto)",
-        ". `auto`: `native`, or where that was not built `pyfuse3`, "
-        "which knows [less](mounting.md#the-session-of-pyfuse3)",
+        ". `auto`: `native`, or `pyfuse3` if that was not built, "
+        "which can do [less](mounting.md#the-session-of-pyfuse3)",
     ),
     Text(
         "--threads N",
         f"workers ({DEFAULT_THREADS})",
-        f", to begin with: more are started where all are stuck; from 1 to {MAX_THREADS}",
+        f", to begin with: more are started if all are stuck; from 1 to {MAX_THREADS}",
     ),
     Text(
         "--listen ADDRESS",
@@ -92,7 +92,7 @@ CLIENTS = (
     Text(
         "root_squash, no_root_squash",
         "whether root of a client at a socket acts as nobody (default) or as root",
-        ", where ninefuse is root's",
+        ", if root runs ninefuse",
     ),
     Text(
         "max_connections=",
@@ -103,12 +103,12 @@ CLIENTS = (
     Text(
         "max_requests=",
         f"requests of such a client under way ({DEFAULT_REQUESTS:,})",
-        "; at that it is read from no further until one has ended",
+        "; at the limit the daemon reads no further from the client until one has ended",
     ),
     Text(
         "max_bytes=",
         f"bytes of its requests and answers ({DEFAULT_BYTES >> 20} MiB)",
-        "; at that, likewise; and as many of extended attributes, beyond which it is told ENOMEM",
+        "; at the limit likewise. As many again of extended attributes; more are refused (ENOMEM)",
     ),
 )
 
@@ -117,7 +117,7 @@ MOUNT = (
         "ro, rw, dev, nodev, suid, nosuid, exec, noexec, sync, async, dirsync, atime, noatime, "
         "diratime, nodiratime",
         "as in mount(8), but `nodev` and `nosuid` unless told otherwise",
-        ". What the mount forbids that the source lies on, is forbidden whatever is said",
+        ". What the source's own mount forbids stays forbidden",
     ),
     Text(
         "allow_other",
@@ -171,13 +171,13 @@ MOUNT = (
         "handover=auto|role|request",
         "what changes threads under the second model (auto)",
         ". `role`: the [role](models.md#leader-and-followers) of the dispatcher. `request`: the "
-        "request, as in 2010. `auto`: the role where the native session serves, but the request "
-        "with `--engine uring` or `inline=off`",
+        "request, as in 2010. `auto`: the role if the native session serves, but the request "
+        "with `--engine uring`, `--listen` or `inline=off`",
     ),
     Text(
         "cpus=one|all",
         "keep the daemon's threads on one processor",
-        ", or on all. `one` is faster, and the default, where requests are handed to workers",
+        ", or on all. `one` is the default if requests are handed to workers, where it is faster",
     ),
     Text(
         "max_inodes=",
@@ -196,7 +196,7 @@ MOUNT = (
 )
 
 ACCEPTED = (
-    "What /etc/fstab has for others is accepted and means nothing to the file system: "
+    "Options of /etc/fstab for other programs are accepted, and mean nothing to the file system: "
     f"{', '.join(sorted(filter(None, IGNORED)))}, and all that begins with x-, X-, comment= or "
     "user=."
 )

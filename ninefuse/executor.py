@@ -1,88 +1,88 @@
 """The threading models: four drivers of the same operation bodies.
 
-An operation (ninefuse/ops/) is a coroutine, a *body*, written as if it were alone in the world:
-look up a fid, make a system call, look at its result, make another. It holds no thread. Wherever
-it may block it stops, by ``await``, and hands out a command (calls.py): make this call, take this
-lock, wait for that. A *driver* takes the command, sees to it, and sends the result back in. Which
-thread it uses for that the body never learns. That is the one thing in which the models differ.
-There are three models and four drivers. The second model has two, which hand over the request or
-the role:
+An operation (ninefuse/ops/) is a coroutine, a *body*, written as if it were alone in the world. It
+looks up a fid, makes a system call, looks at the result, makes another. It holds no thread.
+Wherever it may block it stops, by ``await``, and hands out a command (calls.py): make this call,
+take this lock, wait for that. A *driver* takes the command, sees to it, and sends the result back
+in. The body never learns which thread the driver uses. That is the one thing in which the models
+differ. There are three models and four drivers, since the second model can hand over two things:
 
 * `NoThreading`: the thread that took the request makes every call itself, one request at a time.
 * `FirstModel`: each call goes to a worker, and its result comes back before the body goes on.
   With b calls a request changes threads 2b times.
 * `SecondModel`: the body runs here up to its first call that blocks. The *rest of the body* goes
-  to a worker, which makes every later call in place: one change of thread, whatever the body does.
-* `LeadingModel`, the second one's other driver: not the request changes threads but the *role* of
-  taking requests. Whoever took one lets another thread take the next, and then makes the call. It
-  is the default of a mount by the native session without --listen (`Settings.may_lead`).
+  to a worker, which makes every later call in place. That is one change of thread for any body.
+* `LeadingModel`, the second model's other driver: the request stays on its thread, and the *role*
+  of taking requests changes threads. The thread that took a request lets another one take the
+  next, and then makes the call. A mount has this driver by default, if the native session serves
+  it without --listen (`Settings.may_lead`).
 
-So a request is a body and the place where it stopped, and a driver a few lines around the loop
-that any of them has: ``step = self.advance(request)`` runs the body to its next command. `CALL`
-says that a call is to be made (``request.perform()``), `PARKED` that the body waits for something
-and is nobody's until `resume`, `DONE` that it has ended. The loop is in driving/driver.py.
+So a request is a body and the place where it stopped. A driver is a few lines around one loop:
+``step = self.advance(request)`` runs the body to its next command. `CALL` means that a call is to
+be made (``request.perform()``). `PARKED` means that the body waits for something, and belongs to
+nobody until `resume`. `DONE` means that it has ended. The loop is in driving/driver.py.
 
 **The dispatcher** is the thread that starts requests. Others may become it in turn, but there is
-one at a time. So bodies start in the order in which requests came, and what a body says before its
-first call (which bytes it is going to change) is said in that order. Were it otherwise, a read
-could overtake a write of the same bytes, and the kernel would keep the old page for good.
+one at a time. So bodies start in the order in which requests came. Before its first call a body
+says which bytes it is going to change, and it says so in that order. Otherwise a read could
+overtake a write of the same bytes, and the kernel would keep the old page for good.
 
 What is guaranteed
 ------------------
 
-1. A body that has started runs to its end, whatever becomes of its caller. ``done(request)`` is
-   called there, once, on whatever thread that is. If a body were dropped half-way, a descriptor
-   would stay open, or a fid half opened, and no one would be left to notice.
-2. One thread at a time runs a body. From the moment that `advance` says PARKED, no driver touches
-   the request: the thread that resumes it may be faster than the one that has put it aside. What
-   waits is in one place, and goes on with whoever takes it out of there, in one step.
+1. A body that has started runs to its end, whatever becomes of its caller. There
+   ``done(request)`` is called, once, on the thread where the body ended. If a body were dropped
+   half-way, a descriptor would stay open, or a fid half opened, and nobody would notice.
+2. One thread at a time runs a body. Once `advance` says PARKED, no driver touches the request: the
+   thread that resumes it may be faster than the one that put it aside. A waiting request is in one
+   place. The thread that takes it out of there, in one step, goes on with it.
 3. No call is made while the body holds a lock that others want. A call may be stuck for as long as
-   some caller likes, and all who want the lock would be stuck with it. A body that waits for a lock
-   is put aside on no thread, and whoever gives the lock back resumes it. So a pool of one thread
-   gets through any number of renames. (Locks inside the tables are held for microseconds.) Two
-   things are held across calls, and each keeps only those waiting who ask for the same. A *turn*
-   (tree/order.py) is of one file's bytes, or of one name. A listing's mutex is of one open
-   directory.
-4. A call takes no more than its share. Each names the inode that it may get stuck on, and each
-   request its user. At most half of the workers are in one inode's calls. A queue that has not
-   moved for 0.1 s is let through, up to four times that; more workers are started then. So a file
-   on a disk that hangs stops those who ask for that file, and nobody else for long.
-5. An exception ends a request, never a driver: what a call raises is thrown into the body, what
-   the body raises is the request's result.
+   some caller likes, and everybody who wants the lock would be stuck with it. A body that waits
+   for a lock is put aside on no thread, and the thread that gives the lock back resumes it. So a
+   pool of one thread gets through any number of renames. (Locks inside the tables are held for
+   microseconds.) Two things are held across calls, and each holds up only requests for the same
+   thing. A *turn* (tree/order.py) is for one file's bytes, or one name. A listing's mutex is for
+   one open directory.
+4. A call takes no more than its share. Each call names the inode that it may get stuck on, and
+   each request its user. At most half of the workers are in one inode's calls. A queue that has
+   not moved for 0.1 s is let through, up to four times that; more workers are started then. So a
+   file on a disk that hangs stops requests for that file, and no others for long.
+5. An exception ends a request, never a driver. An exception of a call is thrown into the body. An
+   exception of the body is the request's result.
 
 What may run where
 ------------------
 
 * **On the dispatcher**: bodies between their calls, and calls that have a form which waits for
-  nobody (`Call.quick`). Nothing else, however short it was so far. An ordinary user can hold the
-  lock of a file for ever: by a write from memory that a FUSE server of his own never brings. If
-  the dispatcher made a chmod of that file, it would wait for this lock, and all requests with it,
-  perhaps the very one that would end it. That it was quick before proves nothing.
-* **On a worker, or on a leader that has passed the role on**: any call; under the second model the
-  body around it, too. There is always one thread left to lead: `LeadingModel` asks the crew
-  (driving/crew.py) before it keeps a request, and gives it to a worker if nobody would be left.
+  nobody (`Call.quick`). It makes no other call, however short that was so far. An ordinary user
+  can hold the lock of a file for ever, by a write from memory that a FUSE server of the user's
+  never brings. If the dispatcher made a chmod of that file, it would wait for this lock, and all
+  requests with it. One of these may be the request that would end the wait.
+* **On a worker, or on a leader that has passed the role on**: any call. Under the second model the
+  body runs there, too. One thread is always left to lead. `LeadingModel` asks the crew
+  (driving/crew.py) before it keeps a request. If nobody would be left, a worker gets it.
 * **Without Python's interpreter lock**: *plain* calls, whose good outcome is the answer itself (a
-  read, a write, a sync). They are made and answered in compiled code, and `finish` runs what is
-  left of the body afterwards. An error, or a short write, goes on in the body, which answers then.
-  A leader makes them. Where all other leaders are in calls, a *hand* does: a thread that makes
-  plain calls only (``by_hand``). A call may even be made *ahead*, before its body runs; `foresee`
-  runs the body up to it then.
+  read, a write, a sync). Compiled code makes and answers them, and `finish` runs the rest of the
+  body afterwards. After an error, or a short write, the body goes on and answers itself. A leader
+  makes them. If all other leaders are in calls, a *hand* does, a thread that makes plain calls
+  only (``by_hand``). A call may even be made *ahead*, before its body runs; then `foresee` runs
+  the body up to it.
 * **In io_uring** (`SecondModel.uring`, where requests are handed over): reads, writes and syncs of
-  local files, queued and taken back by the dispatcher.
-* **Nowhere here**: closing files. A last close may take seconds, so a body leaves it behind
-  (driving/deferred.py), and `left_behind` has it made by whoever has time after the answer.
+  local files. The dispatcher queues them and takes them back.
+* **Not here**: closing files. A last close may take seconds, so a body leaves it behind
+  (driving/deferred.py). `left_behind` has it made after the answer, by any thread that has time.
 
-Under `NoThreading` all of this is one thread. It can promise neither 4 nor that others go on during
-a call: that is what it is there to show. Even there a body that waits for a lock of a *file* is put
-aside, since it is another request that will give that back.
+Under `NoThreading` all of this is one thread. It cannot promise 4, nor that others go on during a
+call. It is there to show that. Even there a body that waits for a lock of a *file* is put aside,
+since another request has to give the lock back.
 
-Who runs the dispatcher (the FUSE session, or trio by awaiting.py) tells the driver when it is about
-to sleep (`before_wait`) and when it has slept (`after_wait`). What other threads have for it is
-posted (driving/dispatcher.py) and run there. A driver knows nothing else of its surroundings: no
-FUSE, no 9P, no trio, no operation. So the tests drive bodies without a mount, and a model of one's
-own is a class of some thirty lines (docs/new-model.md).
+The FUSE session runs the dispatcher, or trio does (awaiting.py). It tells the driver when it is
+about to sleep (`before_wait`) and when it has slept (`after_wait`). Other threads post their work
+for the dispatcher (driving/dispatcher.py), and it is run there. A driver knows nothing else of its
+surroundings: no FUSE, no 9P, no trio, no operation. So the tests drive bodies without a mount, and
+a model of your own is a class of some thirty lines (docs/new-model.md).
 
-Locks touched: whatever bodies ask for, and the pool's mutex.
+Locks touched: those that bodies ask for, and the pool's mutex.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
 FUSE is a queue. When a program opens a file on the mount, Linux puts a message into the queue:
 LOOKUP, OPEN, with a number of its own (`unique`). The program sleeps. A daemon reads the message
-from the device /dev/fuse with read(2), does what it asks, and writes an answer with the same number
-by writev(2). The program goes on. There is nothing more to it. But for as long as a message is not
-answered its program sleeps, and Linux may hold locks for it: of the directory in which it looks a
-name up, of the page that it reads. A daemon that answers late stops more than one program.
+from the device /dev/fuse with read(2), does the work, and writes an answer with the same number by
+writev(2). The program goes on. There is nothing more to it. But until a message is answered its
+program sleeps, and Linux may hold locks for it. These are of the directory in which it looks a name
+up, or of the page that it reads. A daemon that answers late stops more than one program.
 
 The way of a message here:
 
@@ -16,61 +16,63 @@ The way of a message here:
     LeadingModel.finish           the body to its end
     NativeSession._answer         counted; where not answered yet: encoded by the row, writev(2)
 
-Most reads and writes of a lone client are made *ahead*: call and answer first (`Role.make_ahead`),
-then the body (`foresee`). The way above is that of whatever meets something under way. A call that
-is not plain is made in Python, on whichever thread the driver says. Where requests are handed over
-(-o handover=request), `run` reads here, by `Device.receive`, and `Executor.drive` hands them on.
+For a lone client most reads and writes are made *ahead*: call and answer first
+(`Role.make_ahead`), then the body (`foresee`). A request that meets another one under way takes
+the way above. Python makes a call that is not plain, on the thread that the driver chooses. Where
+requests are handed over (-o handover=request), `run` reads here, by `Device.receive`, and
+`Executor.drive` hands them on.
 
-Reading, a plain call and writing the answer need no interpreter lock. Decoding and encoding do. The
-session takes no decision about files: callbacks.py has what each request means, executor.py where
-it is done. Here is what lies between.
+Reading, a plain call and writing the answer need no interpreter lock. Decoding and encoding do.
+The session decides nothing about files: callbacks.py has the meaning of each request, executor.py
+the choice of threads. This module has what lies between.
 
 What is guaranteed
 ------------------
 
 * **One thread reads at a time**: the dispatcher. That is the thread of `run`, or the leader of the
   moment (leading.py, _role.pyx). So requests start in the order in which Linux sent them, and an
-  INTERRUPT is never read before what it is about.
+  INTERRUPT is never read before its request.
 * **Any thread answers**: the one where the body ended, or for a plain call the one that made it.
-  Nobody waits for the dispatcher to have a request answered, so under the second model it crosses
-  threads once, or never. A writev to the device is one message, whole or not at all, so answers
-  need no lock among each other.
-* **Each message has one answer**, if it wants one. A body that fails is answered with its errno. A
-  failure that nobody thought of is logged and answered with EIO. No exception leaves a request,
-  since it would end the loop, and with it the mount: every program on it would get ENOTCONN.
-  FORGET, BATCH_FORGET and INTERRUPT want none; an answer to them would be one to nobody.
-* **What nobody took is taken back.** An answer gives things away: a lookup is counted by Linux, an
-  open has a handle. If the caller was killed meanwhile, writev(2) says ENOENT. Linux has not got
-  the answer then, and will never send the FORGET or the RELEASE. Without `undo` the node or the
-  open file would stay for as long as the mount.
-* **Counted before it is told.** `_answer` counts a request and takes it out of what is under way
-  before it writes. A program that has its answer may look at the counters at once. (Plain calls are
-  answered first, in _role.pyx. For these the counters may be some 10 ms behind.)
+  No answer waits for the dispatcher, so under the second model a request crosses threads once, or
+  never. A writev to the device is one message, whole or not at all, so answers need no lock.
+* **Each message has one answer**, if it wants one. A body that fails is answered with its errno. An
+  unforeseen failure is logged and answered with EIO. No exception leaves a request, since it would
+  end the loop, and with it the mount: every program on it would get ENOTCONN. FORGET, BATCH_FORGET
+  and INTERRUPT want no answer.
+* **An answer that nobody took is taken back.** An answer gives things away: Linux counts a lookup,
+  an open has a handle. If the caller was killed meanwhile, writev(2) says ENOENT. Linux has not
+  got the answer then, and will never send the FORGET or the RELEASE. Without `undo` the node or
+  the open file would stay for as long as the mount.
+* **A request is counted before it is answered.** `_answer` counts it and takes it out of those
+  under way before it writes. A program that has its answer may look at the counters at once. (Plain
+  calls are answered first, in _role.pyx. For these the counters may be some 10 ms behind.)
 
 What would go wrong otherwise
 -----------------------------
 
-* If the device blocked: a request may be withdrawn between the moment that poll(2) announces it and
-  the read. The read would then sleep until the next request, with all that the thread has to do.
-  So the device has O_NONBLOCK, and such a request costs a try. The dispatcher sleeps in poll(2)
-  alone. The device wakes it, an eventfd (`_be_woken`, any thread), or the engine. Leaders sleep in
-  epoll(7). The device wakes one, the same eventfd all, and a leader the next (`Role`).
-* If the device were read without a bound: 20,000 requests stuck on a dead disk would take the
-  memory. At that the device is read no more (`is_full`). Those that wait for a lock of a file or
-  a lease do not count. What they wait for may have to come by the device, and it would never be
-  read.
+* If the device blocked: a request may be withdrawn between its announcement by poll(2) and the
+  read. The read would then sleep until the next request, with all the thread's other work. So the
+  device has O_NONBLOCK, and such a request costs a try. The dispatcher sleeps in poll(2) alone. The
+  device wakes it, an eventfd (`_be_woken`, any thread), or the engine. Leaders sleep in epoll(7).
+  The device wakes one of them, the same eventfd all, and a leader the next (`Role`).
+* If the device were read without a bound: requests stuck on a dead disk would take all memory. At
+  20,000 the device is read no more (`is_full`). Requests that wait for a lock of a file or a lease
+  do not count. The request that ends their wait may have to come by the device, and it would never
+  be read.
 * If one user could have all these: `has_too_many` refuses, with an errno that the program and the
-  kernel can bear (`refusal`). Never refused: write, flush, sync, release, forget, unlock. What
-  they bring or give back would be lost.
-* If the descriptor were closed when the mount ends: its number could be given to another file, and
-  a worker that is about to answer would write into that. `leave` puts /dev/null in its place, and
+  kernel can bear (`refusal`). Never refused are write, flush, sync, release, forget and unlock.
+  What they bring or give back would be lost.
+* If the descriptor were closed when the mount ends: its number could be given to another file. A
+  worker that is about to answer would then write into that. `leave` puts /dev/null in its place.
   `close` gives the number back when nothing is under way any more.
-* If an INTERRUPT ended a request that has had an effect: the program would repeat it. A request
-  that only waits is withdrawn. Any other goes on, as a system call on a disk does (`_interrupt`).
+* If an INTERRUPT ended a request that has had an effect: the program would repeat it. So
+  `_interrupt` ends only waits. If the caller is being killed, it withdraws a request that only
+  waits. After any other signal it ends a wait for a lock of a file or a lease. Other requests go
+  on, as a system call on a disk does.
 
 INIT is the first message, and nothing else is served before it: it says which of the protocol's
-features both sides have (handshake.py). An opcode that is not known is answered with ENOSYS, upon
-which Linux does something of its own and asks no more.
+features both sides have (handshake.py). An unknown opcode is answered with ENOSYS. Linux then does
+something of its own and asks no more.
 
 Locks touched: none but the driver's.
 """

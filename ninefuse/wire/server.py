@@ -1,59 +1,58 @@
 """The server: one export, some sockets to listen at, a task for each connection.
 
-A client of 9P connects to a socket and sends messages: Twalk, Tlopen, Tread, each with a *tag* of
-its choice and with *fids*, numbers that it gives to files itself. Each message is answered by one
-with the same tag, in any order. These are the operations of ninefuse/ops/ by name, so little is
-left to do here: take the bytes, have the body run, send the bytes. The rest is keeping many clients
-from each other, none of whom is trusted.
+A client of 9P connects to a socket and sends messages: Twalk, Tlopen, Tread. Each has a *tag* of
+the client's choice, and *fids*, numbers that the client gives to files itself. Each message is
+answered by one with the same tag, in any order. These are the operations of ninefuse/ops/ by name,
+so little is left to do here: take the bytes, have the body run, send the bytes. The rest is keeping
+many clients from each other, none of whom is trusted.
 
     Server        listens, decides who is served, gives back what the gone have left   (here)
     Connection    one socket: bytes to messages and back, and how much a client may have
-    Conversation  from a Tversion to the next: its fids and tags, what is under way, Tflush
+    Conversation  from a Tversion to the next: its fids and tags, requests under way, Tflush
     requests.py   each T-message as the operation that it asks for
 
 What runs where
 ---------------
 
-* **Everything of the server runs on one thread, by trio**: tasks of it read, write and wait, and
-  take turns wherever one awaits. So a connection's state needs no lock. A task that would block the
-  thread (a name to look up, a file to close) would have all clients wait, so it does not: it has a
-  body run.
+* **Everything of the server runs on one thread, by trio**: its tasks read, write and wait, and
+  take turns wherever one awaits. So a connection's state needs no lock. A task must not block the
+  thread (by looking a name up, or closing a file), or all clients would wait. It has a body run
+  instead.
 * **Bodies run wherever the driver has them run** (executor.py). `start` begins one. Where it ends
   `done` is called, on some thread, and must not touch a connection: `post` brings the rest to the
   server's thread.
 * **The dispatcher is this thread**, if there is a server alone (ninefuse-serve): `Awaiting` tells
   the driver when trio sleeps. Beside a mount (`apart`) the dispatcher is the mount's. Then `start`
-  posts bodies to it, so that both doors' requests begin in one order, and one order of changes, one
+  posts bodies to it, so that both doors' requests begin in one order. One order of changes, one
   table of fids and one rename lock hold for both.
 
 What is guaranteed
 ------------------
 
-* **Nothing that a client sends ends the server.** A message that is wrong gets an error. One that
-  cannot be cut from the next ends its connection. An exception that nobody thought of is logged,
-  with a traceback. From a body it is answered EIO. From a connection's tasks, or where a request
-  is to be answered (`Conversation._finish`), it ends that connection, and no other. The request is
-  given back then, too.
+* **No client can end the server.** A message that is wrong gets an error. A message that cannot be
+  cut from the next ends its connection. An unforeseen exception is logged, with a traceback. From a
+  body it is answered with EIO. From a connection's tasks, or where a request is to be answered
+  (`Conversation._finish`), it ends that connection and no other, and the request is given back.
 * **A client keeps nobody waiting.** Answers that it does not take are bounded, and at the bound it
   is read from no further. One that sends many messages at once lets others come in between. One
-  that says nothing has a minute. One that has vanished is noticed by TCP's keepalives. If answers
-  were awaited where they are made, one client that does not read would hold up a worker for ever.
+  that says nothing has a minute. One that has vanished is noticed by TCP's keepalives. If a worker
+  awaited the sending of an answer, one client that does not read would hold it up for ever.
 * **A client has no more than its share**: of connections (half of them for one user of a Unix
-  socket), fids, requests, bytes. If somebody is refused a connection, the first message is answered
-  with the reason. That, too, has its bounds, or refusing would cost more than serving.
-* **What a client had is given back**, however it went: its requests run to their ends, or are
-  withdrawn where they only wait; its fids are clunked, its locks given back. That is shielded from
-  cancellation. Otherwise the end of the server, which cancels all tasks, would leave locks on the
-  source to nobody. A connection counts as ended only then.
-* **Who a client is** is decided once, when it connects (users.py), by what the kernel says of the
-  socket, and once for each attach. A message can name no other user afterwards.
+  socket), fids, requests, bytes. A refused client's first message is answered with the reason.
+  That, too, has its bounds, or refusing would cost more than serving.
+* **Everything that a client had is given back** when it goes. Its requests run to their ends, or
+  are withdrawn if they only wait. Its fids are clunked and its locks given back. That is shielded
+  from cancellation. Otherwise the end of the server, which cancels all tasks, would leave locks on
+  the source that nobody owns. Only then does a connection count as ended.
+* **A client's identity** is decided once, when it connects (users.py), by what the kernel says of
+  the socket, and once for each attach. A message can name no other user afterwards.
 
 The end
 -------
 
 `end` cancels one scope, from any thread. Listening stops, every connection hangs up and gives back
 what it had, and `run` returns when the last has. A connection that was handed over (``fd:N``) is
-served like one that was taken, and the server ends with it if there is nothing else to serve.
+served like one that was taken. The server ends with it if there is nothing else to serve.
 
 Locks touched: none.
 """

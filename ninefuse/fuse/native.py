@@ -22,9 +22,9 @@ the way above. Python makes a call that is not plain, on the thread that the dri
 requests are handed over (-o handover=request), `run` reads here, by `Device.receive`, and
 `Executor.drive` hands them on.
 
-Reading, a plain call and writing the answer need no interpreter lock. Decoding and encoding do.
-The session decides nothing about files: callbacks.py has the meaning of each request, executor.py
-the choice of threads. This module has what lies between.
+Reading, a plain call and the answer do without the interpreter's lock. Decoding and encoding need
+it. The session decides nothing about files: callbacks.py has the meaning of each request,
+executor.py the choice of threads. This module connects the two.
 
 What is guaranteed
 ------------------

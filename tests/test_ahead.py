@@ -245,7 +245,7 @@ def test_none_is_made_ahead_while_a_body_is_under_way(
 def test_none_is_made_ahead_where_set_id_bits_may_go(
     kernel: Kernel, foreseen: list[str], tmp_path: Path
 ) -> None:
-    """Not by handles from before either, when there are none any more."""
+    """Not by handles from before either, when there are none any more; but on other files."""
     before, elsewhere = opened(kernel, FILE), opened(kernel, OTHER)
     nodeid = nodeid_of(kernel, FILE)
     for mode in (0o4755, 0o755):
@@ -254,9 +254,12 @@ def test_none_is_made_ahead_where_set_id_bits_may_go(
         kernel.settle()
         if mode == 0o4755:
             assert kernel.session.fids.set_id == {nodeid}
-        for handle in (before, elsewhere) * 10:
-            kernel.get(Opcode.WRITE, writing(handle, b"x"))
+        for _ in range(20):
+            kernel.get(Opcode.WRITE, writing(before, b"x"))
         kernel.settle()
+        assert not foreseen
+        write_until_ahead(kernel, elsewhere, foreseen)
+        foreseen.clear()
     kernel.session.fids.set_id.clear()
     for _ in range(20):
         kernel.get(Opcode.WRITE, writing(before, b"x"))

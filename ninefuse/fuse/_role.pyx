@@ -116,7 +116,6 @@ cdef extern from "<time.h>" nogil:
 
 cdef extern from "Python.h":
     int _PyBytes_Resize(PyObject **, Py_ssize_t)
-    Py_ssize_t PySet_GET_SIZE(PyObject *) nogil
 
 cdef enum:
     KNOWN_HANDLES = 256  # of which it is known what calls they make; the newest
@@ -371,7 +370,6 @@ cdef class Role:
     cdef uint64_t aside[MOST_ASIDE]  # inodes of plain calls under way that were not made ahead
     cdef int count_aside
     cdef object foresee
-    cdef object set_id
     cdef int for_user
 
     def __cinit__(self):
@@ -723,18 +721,16 @@ cdef class Role:
 
     # ---- calls made ahead --------------------------------------------------------------------
 
-    def makes_ahead(self, foresee, set set_id not None, int for_user):
+    def makes_ahead(self, foresee, int for_user):
         """Make calls ahead, from now on.
 
         Args:
             foresee: ``foresee(message, began)`` runs the body of a message up to its call, which
                 was begun at ``began`` (nanoseconds, as of time.monotonic_ns()). Its request, or
                 None, if the body asked for something else.
-            set_id: while it is not empty no call is made ahead.
             for_user: how many there may be at a time of one user, but of user 0.
         """
         self.for_user = for_user
-        self.set_id = set_id
         self.foresee = foresee
 
     def begins(self):
@@ -820,10 +816,13 @@ cdef class Role:
             known.is_known = False
         pthread_mutex_unlock(&self.mutex)
 
-    def forgets_all(self):
-        """By no handle that is open now calls are plain."""
+    def forgets_file(self, uint64_t inode):
+        """By no handle of a file that is open now calls are plain."""
+        cdef int i
         pthread_mutex_lock(&self.mutex)
-        memset(self.handles, 0, sizeof(self.handles))
+        for i in range(KNOWN_HANDLES):
+            if self.handles[i].inode == inode:
+                memset(&self.handles[i], 0, sizeof(KnownHandle))
         pthread_mutex_unlock(&self.mutex)
 
     cdef Job *foreseen(self, ssize_t got) noexcept nogil:
@@ -1001,7 +1000,7 @@ cdef class Role:
         cdef int i, count = 0
         if self.busy or self.count_ahead >= MOST_AHEAD or self.in_calls + 1 >= self.threads:
             return False
-        if self.is_over or PySet_GET_SIZE(<PyObject *> self.set_id):
+        if self.is_over:
             return False
         for i in range(self.count_aside):
             if self.aside[i] == known.inode:

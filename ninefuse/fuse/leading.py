@@ -111,10 +111,9 @@ class Leading:
         self._role = Role(device, wake, self._driver.finish, end_process)
         self._has_run = True
         if self._driver.observer is None:  # who is to see what bodies ask for, and when
-            fids = self._front.fids
-            fids.on_set_id = self._role.forgets_all
+            self._front.fids.on_set_id = self._role.forgets_file
             for_user = LEADERS // 2 if self._driver.by_user else _UNBOUNDED
-            self._role.makes_ahead(self._front.foresee, fids.set_id, for_user)
+            self._role.makes_ahead(self._front.foresee, for_user)
         self._role.joins(1)
         self._run(self._begin)
         self._role.retires()

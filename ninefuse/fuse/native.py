@@ -342,8 +342,8 @@ class NativeSession:
             body.close()
             self._refuse(row.name, message, code)
             return None
-        # Where set-id bits may go, a body has more to do than its call.
-        plain = None if self.fids.set_id else row.plain
+        # Where a file's set-id bits may go, a body has more to do than its call.
+        plain = None if message.nodeid in self.fids.set_id else row.plain
         request = self._admit(row, message, body, user, plain)
         try:
             self._driver.drive(request)

@@ -52,7 +52,7 @@ class TableStatistics(NamedTuple):
     descriptors: int  # of nodes' own, O_PATH; each open fid has one more
 
 
-def _nothing() -> None:
+def _nothing(*_: int) -> None:
     pass
 
 
@@ -63,7 +63,7 @@ class FidTable(Counts):
         on_change: called, on any thread and with no lock held, each time that the table has
             grown by ``step`` fids, and when it has become far smaller.
         set_id: the numbers of files that the client was told have set-id bits.
-        on_set_id: called when a number is added to those.
+        on_set_id: called with each number that is added to those.
         passed: the numbers of files that the client may change without our hearing of it: it is
             not to believe their attributes.
 
@@ -77,7 +77,7 @@ class FidTable(Counts):
         self.step = _STEP
         self.on_change: Callable[[], None] = _nothing  # each `step` fids more, and far fewer
         self.set_id: set[int] = set()
-        self.on_set_id: Callable[[], None] = _nothing
+        self.on_set_id: Callable[[int], None] = _nothing
         self.passed: set[int] = set()
         self._fids: dict[int, Fid] = {}
         self._opened = 0  # fids that are open files, directories and attributes
@@ -215,7 +215,7 @@ class FidTable(Counts):
         """The client is about to be told that a file has set-id bits."""
         if number not in self.set_id:
             self.set_id.add(number)
-            self.on_set_id()
+            self.on_set_id(number)
 
     def plain_file_of(self, number: int) -> tuple[Node, OpenFile] | None:
         """The file that a fid has open, if a write to it is no more than that; takes no lock.

@@ -11,7 +11,6 @@ the drivers, one for each threading model), and the body goes on with the comman
   back. No other command may be given in between: whoever waits for a call would have all wait
   who want the lock.
 * ``await Later()``: go on after a while, to try again; or before, where something says so.
-* ``await Ended(tag)``: wait until another request has ended.
 * ``await Behind(turn)``: wait for earlier changes of the same bytes (order.py).
 * ``await Begin(message, fid)``: a message begins. Drivers pass over it; traces show it.
 
@@ -244,21 +243,6 @@ class Release:
         self.taken = taken
 
 
-class Ended(_Other):
-    """Wait until the request ``tag`` has ended: its answer is then on its way.
-
-    One that is not known has.
-    """
-
-    __slots__ = ("tag",)
-
-    def __init__(self, tag: int) -> None:
-        self.tag = tag
-
-    def __str__(self) -> str:
-        return f"the end of request {self.tag}"
-
-
 class Later(_Other):
     """Go on after a while (some hundredths of a second), on no thread meanwhile.
 
@@ -311,7 +295,7 @@ class Begin(_Other):
         self.fid = fid
 
 
-Command = Call[Any] | Acquire | Release | Ended | Later | Behind | Begin
+Command = Call[Any] | Acquire | Release | Later | Behind | Begin
 Body = Coroutine[Any, Any, T]
 
 

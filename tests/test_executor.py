@@ -29,7 +29,7 @@ from helpers_executor import (
     until,
 )
 
-from ninefuse.calls import READ, Acquire, Body, Ended, blocking
+from ninefuse.calls import READ, Acquire, Body, blocking
 from ninefuse.driving import driver as driver_module
 from ninefuse.driving import request as request_module
 from ninefuse.driving import workers
@@ -51,11 +51,6 @@ class Foreign:
 
     def __await__(self) -> Generator[object, Any, None]:
         yield "not a command"
-
-
-async def end_of(tag: int) -> None:
-    """A body that waits for the end of another request."""
-    await Ended(tag)
 
 
 async def one_call(on: int | None, function: Callable[[], Any]) -> Any:
@@ -652,133 +647,6 @@ def test_background_bodies_wait_like_others(model: str) -> None:
 # Waiting for the end of a request
 
 
-@pooled_models
-def test_ended_waits_for_the_end_of_a_request(model: str) -> None:
-    """Several may wait for one; each goes on when that one's body has ended, not before."""
-    gate, busy = threading.Event(), threading.Event()
-    trace: list[str] = []
-
-    async def slow() -> None:
-        busy.set()
-        await blocking(None, passed, gate)
-        await blocking(None, trace.append, "slow")
-        trace.append("its end")
-
-    async def waiter(tag: int, name: str, calls: int) -> None:
-        for _ in range(calls):
-            await blocking(None, int)
-        await Ended(tag)
-        await blocking(None, trace.append, name)
-
-    async def scenario(executor: Executor) -> None:
-        async with trio.open_nursery() as nursery:
-            await begin(nursery, executor, "slow", slow())
-            passed(busy)
-            (tag,) = executor.requests
-            outcomes = [
-                await begin(nursery, executor, f"waiter {n}", waiter(tag, "waiter", n))
-                for n in range(3)
-            ]
-            await until(
-                lambda: sum("the end of request" in r for r in executor.slow_requests(0)) == 3
-            )
-            assert trace == []
-            assert not any(outcome.over for outcome in outcomes)
-            gate.set()
-        assert trace == ["slow", "its end", "waiter", "waiter", "waiter"]
-
-    drive(model, 2, scenario)
-
-
-@pooled_models
-def test_ended_waits_for_a_request_that_fails(model: str) -> None:
-    """A request that raises has ended too."""
-    gate = threading.Event()
-
-    async def fails() -> None:
-        await blocking(None, passed, gate)
-        raise KeyError("on purpose")
-
-    async def scenario(executor: Executor) -> None:
-        async with trio.open_nursery() as nursery:
-            failing = await begin(nursery, executor, "fails", fails())
-            (tag,) = executor.requests
-            waiting = await begin(nursery, executor, "waits", end_of(tag))
-            gate.set()
-        assert isinstance(failing.error, KeyError)
-        assert waiting.over
-        assert waiting.error is None
-
-    drive(model, 1, scenario)
-
-
-@every_model
-def test_ended_returns_at_once_for_unknown_tags_and_for_itself(model: str) -> None:
-    """A tag that was never given, one that has ended, and the request's own."""
-
-    async def waits(*tags: int) -> str:
-        for tag in tags:
-            await Ended(tag)
-        return "went on"
-
-    async def scenario(executor: Executor) -> None:
-        async def waits_for_itself(calls: int) -> str:
-            for _ in range(calls):
-                await blocking(None, int)
-            (tag,) = executor.requests
-            await Ended(tag)
-            return "went on"
-
-        for calls in (0, 1):
-            assert await answer(executor, "itself", waits_for_itself(calls)) == "went on"
-        assert await answer(executor, "unknown", waits(1, 2, 0, -1, 10**9)) == "went on"
-
-    drive(model, 1, scenario)
-
-
-@pooled_models
-def test_no_end_is_missed(model: str) -> None:
-    """Many that wait for requests which end at that moment: none waits for ever."""
-
-    async def scenario(executor: Executor) -> int:
-        count = 0
-
-        async def ends() -> None:
-            await blocking(None, int)
-
-        async def waits() -> None:
-            nonlocal count
-            await blocking(None, int)
-            for tag in list(executor.requests):
-                if tag % 2:  # those that end without waiting themselves
-                    await Ended(tag)
-            count += 1
-
-        async with trio.open_nursery() as nursery:
-            for n in range(600):
-                # Tags are given in the order of admission: odd ones to `ends`.
-                executor_tag = n + 1
-                body = ends if executor_tag % 2 else waits
-                await admitted(nursery, executor, body(), executor_tag)
-        return count
-
-    with eager_switches():
-        assert drive(model, 4, scenario) == 300
-
-
-async def admitted(nursery: trio.Nursery, executor: Executor, body: Body[None], tag: int) -> None:
-    """Start a body, which gets the tag that it is meant to have."""
-    started = trio.Event()
-
-    async def task() -> None:
-        started.set()
-        await answer(executor, f"{tag}", body)
-
-    assert tag not in executor.requests
-    nursery.start_soon(task)
-    await started.wait()
-
-
 # Rule 1: a coroutine that runs is not resumed
 
 
@@ -1262,7 +1130,6 @@ def test_slow_requests_say_what_they_hold_and_wait_for(
             now[0] += 5
             await begin(nursery, executor, "walk", waiter())
             await begin(nursery, executor, "both", two_locks(RenameLock("second lock")))
-            await begin(nursery, executor, "flush", end_of(1))
             await begin(nursery, executor, "read", one_call(STUCK, stuck))
             assert executor.slow_requests(20) == []
             assert executor.slow_requests(5) == [
@@ -1273,8 +1140,7 @@ def test_slow_requests_say_what_they_hold_and_wait_for(
                 "rename (request 1), 7.0 s; on worker-0; holds rename lock (write)",
                 "walk (request 2), 2.0 s; waits for rename lock (read)",
                 "both (request 3), 2.0 s; holds second lock (read); waits for rename lock (write)",
-                "flush (request 4), 2.0 s; waits for the end of request 1",
-                "read (request 5), 2.0 s; queued for stuck",
+                "read (request 4), 2.0 s; queued for stuck",
             ]
             gate.set()
         assert executor.slow_requests(0) == []

@@ -29,7 +29,7 @@ import trio
 from helpers_executor import PATIENCE, answer, begin, bounded, eager_switches, passed, until
 from lock_order import RENAME, Watch, watching
 from mounting import SOAK
-from ops_helpers import ROOT, daemon_umask, no_leaks
+from ops_helpers import ROOT, daemon_umask, no_leaks, nothing
 from ops_helpers import Client as DirectClient
 from servers import need_engine
 
@@ -215,7 +215,7 @@ class World:
     async def end(self) -> None:
         """Forget the directories; nothing is left but the root, and nobody uses that."""
         self.session.kernel.forget([(number, 1) for number in self.directories])
-        await self.run("flush", ops.flush(self.session, 0))  # the last closes come after it
+        await self.run("nothing", nothing(self.session))  # the last closes come after it
         # A descriptor that was lent is exchanged, which is a deferred call, too.
         await until(lambda: self.driver.deferred.is_over and not self.driver.requests)
         await until(lambda: self.session.fids.descriptors == 1)

@@ -22,7 +22,7 @@ import trio
 from helpers_executor import Outcome, answer, begin, drive, until
 from lock_order import watching
 from neighbour import Neighbour
-from ops_helpers import ROOT, Client, Stepper, client_of, fails, no_leaks
+from ops_helpers import ROOT, Client, Stepper, client_of, fails, no_leaks, nothing
 from ops_helpers import client as client
 from ops_helpers import leak_free as leak_free
 from ops_helpers import source as source
@@ -368,15 +368,11 @@ def test_a_handle_that_ends_while_its_owner_locks_by_another(
     locking_ = Stepper(ops.lock(client.session, fids[1], 0, wanted, ONE))
     locking_.before("_try")
     client.session.fids.put(client.session.fids.remove(fids[0]))
-    client.run(nothing())  # after which what was deferred is done
+    client.do(nothing)  # after which what was deferred is done
     assert locking_.finish() is LockStatus.SUCCESS
     assert not neighbour.is_free(20)
     client.do(callbacks.release, fids[1])
     assert neighbour.is_free(0, 0)
-
-
-async def nothing() -> None:
-    """A body without calls."""
 
 
 def test_the_end_of_the_session_ends_all(source: Path, file: Path, neighbour: Neighbour) -> None:
@@ -538,7 +534,7 @@ def scenario(
         session, handles = await opened(executor, source, count)
         await story(executor, session, handles)
         session.fids.clear()
-        await answer(executor, "flush", ops.flush(session, 0))
+        await answer(executor, "nothing", nothing(session))
         await until(lambda: not session.fids.open_descriptors)
         assert len(session.file_locks) == 0
 

@@ -6,15 +6,11 @@ import errno
 import os
 import socket
 import stat
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import trio
-import trio.testing
-from helpers_executor import answer
 from ops_helpers import (
     ILLEGAL_NAMES,
     ROOT,
@@ -31,8 +27,6 @@ from ops_helpers import leak_free as leak_free
 from ops_helpers import source as source
 
 from ninefuse import ops
-from ninefuse.calls import blocking
-from ninefuse.executor import create
 from ninefuse.fuse import callbacks
 from ninefuse.fuse.entries import readdirplus
 from ninefuse.linux.mountinfo import OwnMount
@@ -853,48 +847,6 @@ def test_attaching_again_leaves_numbers_as_they_are(tree: Client) -> None:
     tree.do(ops.attach, tree.new(), str(tree.source))
     assert table.number_of(made_up(7, device=(250, 2))) == second
     assert table.number_of(made_up(7, device=(250, 1))) == first
-
-
-# flush
-
-
-@pytest.mark.parametrize("model", ["first", "second"])
-async def test_flush_answers_after_the_request_it_is_about(client: Client, model: str) -> None:
-    """The old request runs to its end first."""
-    executor = create(model, 2)
-    go_on = threading.Event()
-    order: list[str] = []
-
-    async def stuck() -> None:
-        await blocking(7, go_on.wait, 20)
-        await blocking(None, order.append, "old")
-
-    async def flush(tag: int) -> None:
-        await ops.flush(client.session, tag)
-        order.append("flush")
-
-    try:
-        with trio.fail_after(20):
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(answer, executor, "old", stuck())
-                await trio.testing.wait_all_tasks_blocked()
-                (tag,) = executor.requests
-                nursery.start_soon(answer, executor, "flush", flush(tag))
-                await trio.testing.wait_all_tasks_blocked()
-                assert order == []
-                assert len(executor.requests) == 2
-                go_on.set()
-        assert order == ["old", "flush"]
-    finally:
-        go_on.set()
-        executor.close()
-
-
-def test_flush_of_a_request_that_has_ended_answers_at_once(client: Client) -> None:
-    """There is nothing to wait for: an old tag, one that never was, its own."""
-    for tag in (0, 1, 10**9):
-        client.do(ops.flush, tag)
-    assert not client.executor.requests
 
 
 def test_a_socket_is_walked_to_like_any_file(client: Client) -> None:

@@ -22,7 +22,7 @@ from functools import partial
 from threading import get_ident
 from typing import Any, ClassVar, NamedTuple
 
-from ninefuse.calls import Acquire, Begin, Behind, Body, Call, Ended, Later, Release
+from ninefuse.calls import Acquire, Begin, Behind, Body, Call, Later, Release
 from ninefuse.driving.clock import Clock
 from ninefuse.driving.counters import Answered
 from ninefuse.driving.deferred import Deferred
@@ -312,7 +312,7 @@ class Executor(ABC):
                 command.taken.lock.release(command.taken.mode)
             elif isinstance(command, Acquire) and command.lock.try_acquire(command.mode):
                 request.holds += (command,)
-            elif isinstance(command, (Acquire, Behind, Ended, Later)):
+            elif isinstance(command, (Acquire, Behind, Later)):
                 if self._park(request, command):
                     return Step.PARKED
             elif not isinstance(command, Begin):
@@ -393,7 +393,7 @@ class Executor(ABC):
                 _take_one(self._users, user)
         return True
 
-    def _park(self, request: Request, command: Acquire | Behind | Ended | Later) -> bool:
+    def _park(self, request: Request, command: Acquire | Behind | Later) -> bool:
         """Have a request wait for what it asks for; False if it need not wait any more."""
         if isinstance(command, Later) and not self._may_wait(request, command):
             request.error = error(errno.EAGAIN)
@@ -412,10 +412,8 @@ class Executor(ABC):
             goes_on = command.lock.acquire(command.mode, resume)
             if goes_on:
                 request.holds += (command,)
-        elif isinstance(command, Behind):
-            goes_on = command.turn.has_come(resume)
         else:
-            goes_on = self._join(command.tag, request, resume)
+            goes_on = command.turn.has_come(resume)
         if goes_on:
             request.waits = None
         return not goes_on
@@ -427,25 +425,12 @@ class Executor(ABC):
             if request.user:
                 _take_one(self._waits if request.has_waited else self._users, request.user)
             self._behind.discard(request.tag)
-            joiners = request.joiners
         if request.has_waited:
             self._patience.ended(request.user)
         if request.done is None:
             request.log_failure()
         else:
             request.done(request)
-        for resume in joiners or ():
-            resume()
-
-    def _join(self, tag: int, request: Request, resume: Callable[[], None]) -> bool:
-        with self._registry:
-            other = self.requests.get(tag)
-            if other is None or other is request:
-                return True
-            if other.joiners is None:
-                other.joiners = []
-            other.joiners.append(resume)
-            return False
 
 
 def _take_one(counts: Counter[int], user: int) -> None:

@@ -13,7 +13,7 @@ from enum import Enum
 from threading import get_ident
 from typing import Any, Protocol
 
-from ninefuse.calls import Acquire, Behind, Body, Call, Ended, Later, Pwrite
+from ninefuse.calls import Acquire, Behind, Body, Call, Later, Pwrite
 from ninefuse.driving.patience import Ticket
 from ninefuse.driving.shares import Holder, Whose
 from ninefuse.errors import error
@@ -39,14 +39,6 @@ class Watch(Protocol):
     def waits(self, what: str) -> None: ...
 
     def made_elsewhere(self, call: Call[Any], begin: int, end: int) -> None: ...
-
-
-class Watched(Watch, Protocol):
-    """A body that is watched: it is run in the place of the one that it watches."""
-
-    def send(self, value: Any) -> Any: ...
-
-    def throw(self, *error: Any) -> Any: ...
 
 
 class Observer(Protocol):
@@ -102,7 +94,6 @@ class Request:
         "is_counted",
         "is_interrupted",
         "is_withdrawn",
-        "joiners",
         "name",
         "plain",
         "share",
@@ -147,10 +138,9 @@ class Request:
         self.is_withdrawn = False
         self.is_interrupted = False
         self.ticket: Ticket | None = None
-        self.waits: Acquire | Behind | Ended | Later | None = None
+        self.waits: Acquire | Behind | Later | None = None
         self.since = 0  # when its call was queued for io_uring, where somebody wants to know
         self.thread = ""
-        self.joiners: list[Callable[[], None]] | None = None  # who waits for its end
         self.value: Any = None
         self.error: BaseException | None = None
 

@@ -7,7 +7,7 @@ and raises OSError with the errno of the reply. A driver from executor.py runs i
 It may import tree/, linux/, locks.py and calls.py, but neither fuse/, driving/ and executor.py
 nor threading, trio and pyfuse3.
 
-    attach.py      version, attach, flush
+    attach.py      version, attach
     walk.py        walk, walkgetattr, clunk, remove
     attributes.py  getattr, setattr, readlink, statfs
     opening.py     lopen, lcreate
@@ -21,7 +21,7 @@ Messages are those of 9P2000.L (diod's protocol.md, Linux net/9p), whose precond
 come from the Plan 9 manual, section 5.
 """
 
-from ninefuse.ops.attach import MAX_MSIZE, VERSION, attach, flush, version
+from ninefuse.ops.attach import MAX_MSIZE, VERSION, attach, version
 from ninefuse.ops.attributes import Changes, getattr, readlink, setattr, statfs
 from ninefuse.ops.directory import readdir
 from ninefuse.ops.io import UNKNOWN_WRITE, Writing, fsync, read, write
@@ -41,7 +41,6 @@ __all__ = [
     "Writing",
     "attach",
     "clunk",
-    "flush",
     "fsync",
     "getattr",
     "getlock",

@@ -1,4 +1,4 @@
-"""Beginning and ending a conversation: version, attach, flush.
+"""Beginning a conversation: version, attach.
 
 Locks touched: the fid table's.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 
-from ninefuse.calls import Begin, Ended, blocking
+from ninefuse.calls import Begin, blocking
 from ninefuse.errors import error
 from ninefuse.linux.syscalls import stat_descriptor
 from ninefuse.tree.qids import Qid
@@ -76,17 +76,6 @@ async def attach(session: Session, fid: int, directory: int | str) -> Qid:
     finally:
         session.fids.drop(node)
     return session.fids.qid_of(attributes)
-
-
-async def flush(session: Session, oldtag: int) -> None:
-    """Answer once the request ``oldtag`` can have no effect any more.
-
-    Never an error. A body that has started always runs to its end, so this waits for
-    the old request, whose own answer goes out first (flush(5) of Plan 9).
-    """
-    if session.announces:
-        await Begin("flush")
-    await Ended(oldtag)
 
 
 def _open_root(directory: int | str) -> int:

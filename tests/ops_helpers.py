@@ -9,9 +9,11 @@ ninefuse logs a warning meanwhile (a descriptor closed twice shows as one).
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import errno
 import gc
+import inspect
 import logging
 import os
 import stat
@@ -28,6 +30,7 @@ from helpers_executor import at_once, eager_switches
 from ninefuse import ops
 from ninefuse.calls import Acquire, Behind, Body, Call, FunctionCall, Release
 from ninefuse.executor import NoThreading
+from ninefuse.fuse import callbacks
 from ninefuse.linux import ioctls
 from ninefuse.linux.records import DirectoryEntry, next_entry, read_records
 from ninefuse.linux.syscalls import Attributes
@@ -43,6 +46,17 @@ T = TypeVar("T")
 ROOT = ROOT_NODEID
 UNKNOWN_NODEID = (1 << 63) + 12345
 ILLEGAL_NAMES = [b"", b"/", b"a/b", b"a/", b"../a", b"a\0", b"\0"]
+
+
+def bound_callbacks() -> list[str]:
+    """The names of all callbacks, in the order in which callbacks.py defines or binds them."""
+    found = []
+    for node in ast.parse(inspect.getsource(callbacks)).body:
+        if isinstance(node, ast.AsyncFunctionDef):
+            found.append(node.name)
+        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Attribute):
+            found += [target.id for target in node.targets if isinstance(target, ast.Name)]
+    return [name for name in found if not name.startswith("_")]
 
 
 async def nothing(session: Session) -> None:

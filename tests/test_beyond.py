@@ -659,7 +659,7 @@ def sizes(found: os.statvfs_result) -> tuple[int, ...]:
 
 @needs_root
 def test_statfs_is_of_the_file_asked_for(leak_free: None, source: Path) -> None:
-    """What is mounted in the source answers for itself; without a file, the source does."""
+    """What is mounted in the source answers for itself."""
     (source / "f").touch()
     with mounted("tmpfs", "tmpfs", source / "disk", "size=64k"), client_of(source) as client:
         (source / "disk" / "g").touch()
@@ -669,7 +669,7 @@ def test_statfs_is_of_the_file_asked_for(leak_free: None, source: Path) -> None:
         disk = client.know("disk")
         g = client.know("g", start=disk.number)
         f = client.know("f")
-        assert sizes(client.do(callbacks.statfs)) == here
+        assert sizes(client.do(callbacks.statfs, ROOT)) == here
         for fid, expected in ((f, here), (disk, there), (g, there)):
             assert sizes(client.do(callbacks.statfs, fid.number)) == expected
         with fails(errno.ESTALE):

@@ -334,11 +334,6 @@ def test_setattr_answers_the_new_attributes(tree: Client) -> None:
         tree.do(callbacks.setattr, file.number, handle, Changes(size=0))
 
 
-def test_statfs_is_of_the_root(tree: Client) -> None:
-    """Which is always there."""
-    assert tree.do(callbacks.statfs).f_blocks == os.statvfs(tree.source).f_blocks
-
-
 # Extended attributes
 
 

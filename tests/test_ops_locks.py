@@ -185,13 +185,13 @@ def test_who_is_in_the_way(client: Client, neighbour: Neighbour) -> None:
     assert lock(client, fid, OTHER, READ, 35, 10, 5678)
 
     def getlk(wanted: LockRange) -> LockRange:
-        return client.do(callbacks.getlk, fid, THIRD, wanted)
+        return client.do(callbacks.getlk, fid, wanted, THIRD)
 
     assert getlk(LockRange(READ, 0, 15)) == (WRITE, 10, 10, neighbour.pid)
     assert getlk(LockRange(WRITE, 25, 8)) == (READ, 30, 10, 1234)
     assert getlk(LockRange(WRITE, 41, 1)) == (READ, 35, 10, 5678)
     assert getlk(LockRange(READ, 20, 0, 99)) == (NONE, 20, 0, 99)
-    assert client.do(callbacks.getlk, fid, ONE, LockRange(WRITE, 30, 5, 7)) == (NONE, 30, 5, 7)
+    assert client.do(callbacks.getlk, fid, LockRange(WRITE, 30, 5, 7), ONE) == (NONE, 30, 5, 7)
     assert lock(client, fid, ONE, NONE, 0, 0)
     assert lock(client, fid, OTHER, NONE, 0, 0)
     assert neighbour.record(NONE)

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
 from mounting import SOAK
-from ops_helpers import ROOT, UNKNOWN_NODEID, Client, client_of, fails, no_leaks
+from ops_helpers import ROOT, UNKNOWN_NODEID, Client, bound_callbacks, client_of, fails, no_leaks
 
 from ninefuse import ops
 from ninefuse.fuse import callbacks
@@ -186,7 +186,7 @@ CALLBACKS = [
     step(callbacks.release, fids),
     # Not one that waits: nobody would give anything back.
     *2 * [step(callbacks.setlk, fids, owners, ranges, st.just(False))],
-    step(callbacks.getlk, fids, owners, ranges),
+    step(callbacks.getlk, fids, ranges, owners),
     *2 * [step(callbacks.flock, fids, st.sampled_from([1, 2, 8, 4]), st.just(False))],
     step(callbacks.releasedir, fids),
     step(callbacks.mkdir, fids, names, modes, st.just(ME)),
@@ -370,12 +370,7 @@ def test_each_operation_succeeds_and_fails(
 
 
 def test_every_operation_is_among_them() -> None:
-    sequences = {
-        function
-        for name, function in vars(callbacks).items()
-        if inspect.iscoroutinefunction(function) and function.__module__ == callbacks.__name__
-        if not name.startswith("_")
-    }
+    sequences = {getattr(callbacks, name) for name in bound_callbacks()}
     operations = {
         getattr(ops, name)
         for name in ops.__all__

@@ -44,6 +44,7 @@ from ninefuse.linux.callers import Caller
 from ninefuse.linux.syscalls import Attributes
 from ninefuse.settings import Settings
 from ninefuse.tree.kernel import FIRST_HANDLE
+from ninefuse.tree.qids import ROOT_NODEID
 from ninefuse.tree.session import Session
 from ninefuse.tree.table import Fid
 
@@ -203,7 +204,8 @@ class Adapter(pyfuse3.Operations):
         return await self._answer("readlink", callbacks.readlink(self._session, inode), ctx.uid)
 
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
-        found = await self._answer("statfs", callbacks.statfs(self._session), ctx.uid)
+        # pyfuse3 does not say of which file it is asked.
+        found = await self._answer("statfs", callbacks.statfs(self._session, ROOT_NODEID), ctx.uid)
         data = pyfuse3.StatvfsData()
         data.f_bsize = found.f_bsize
         data.f_frsize = found.f_frsize

@@ -1,9 +1,10 @@
 """The FUSE callbacks, as sequences of 9P messages: the table of docs/operations.md.
 
-One coroutine for each callback, in the order of the table and by its names. Each is itself
-an operation body: whatever threading model runs it runs all of its messages as one request.
-What else the kernel wants stands beside it: changes.py (setattr), entries.py (readdir),
-labels.py (attributes with names). Nothing here knows of pyfuse3.
+One coroutine for each callback, in the order of the table and by its names; a callback that is one
+message is that message itself. Each is an operation body: whatever threading model runs it runs
+all of its messages as one request. What else the kernel wants stands beside it: changes.py
+(setattr), entries.py (readdir), labels.py (attributes with names), beyond.py (what 9P has no
+message for). Nothing here knows of pyfuse3.
 
 What changes attributes besides those that it answers with ends by saying so
 (`Session.attributes_changed`). After most calls the kernel knows by itself which of its
@@ -26,7 +27,6 @@ from ninefuse import ops
 from ninefuse.calls import Begin, blocking
 from ninefuse.errors import error
 from ninefuse.fuse import beyond, changes, entries, forgotten, labels, linking
-from ninefuse.fuse.entries import EntryPlus
 from ninefuse.fuse.handles import (
     Handle,
     attributes_of,
@@ -37,11 +37,9 @@ from ninefuse.fuse.handles import (
     or_clunk,
 )
 from ninefuse.linux.callers import Caller
-from ninefuse.linux.records import DirectoryEntry
 from ninefuse.linux.syscalls import Attributes
 from ninefuse.ops import locking
 from ninefuse.ops.names import AT_REMOVEDIR
-from ninefuse.tree.qids import ROOT_NODEID
 from ninefuse.tree.session import Session
 from ninefuse.tree.table import Fid, open_file_of
 
@@ -82,9 +80,7 @@ def _forget_gently(session: Session, forgets: Sequence[tuple[int, int]]) -> None
         time.sleep(_PAUSE)
 
 
-async def getattr(session: Session, nodeid: int) -> Attributes:
-    """getattr."""
-    return await ops.getattr(session, nodeid)
+getattr = ops.getattr
 
 
 async def setattr(
@@ -109,9 +105,7 @@ async def setattr(
     return await changes.change_exactly(session, nodeid, handle, wanted, caller)
 
 
-async def readlink(session: Session, nodeid: int) -> bytes:
-    """readlink."""
-    return await ops.readlink(session, nodeid)
+readlink = ops.readlink
 
 
 async def mknod(
@@ -222,9 +216,7 @@ async def tmpfile(
     return await or_clunk(session, clone, making)
 
 
-async def read(session: Session, handle: int, offset: int, count: int) -> bytes:
-    """read."""
-    return await ops.read(session, handle, offset, count)
+read = ops.read
 
 
 async def write(
@@ -238,9 +230,7 @@ async def write(
             await changes.note_lost_bits(session, handle)
 
 
-async def getlk(session: Session, handle: int, owner: int, wanted: ops.LockRange) -> ops.LockRange:
-    """getlock."""
-    return await ops.getlock(session, handle, wanted, owner)
+getlk = ops.getlock
 
 
 async def setlk(
@@ -301,28 +291,10 @@ async def flush(session: Session, handle: int, owner: int | None = None) -> None
         session.fids.put(use)
 
 
-async def fsync(session: Session, handle: int, datasync: bool) -> None:
-    """fsync."""
-    await ops.fsync(session, handle, datasync)
-
-
-async def fsyncdir(session: Session, handle: int, datasync: bool) -> None:
-    """fsync."""
-    await ops.fsync(session, handle, datasync)
-
-
-async def release(session: Session, handle: int) -> None:
-    """clunk, which gives back the locks that end with the handle.
-
-    Which these are is known here. The kernel says whether flock(2) was used (RELEASE's
-    FUSE_RELEASE_FLOCK_UNLOCK), and of locks by F_OFD_SETLK nothing.
-    """
-    await ops.clunk(session, handle)
-
-
-async def releasedir(session: Session, handle: int) -> None:
-    """clunk."""
-    await ops.clunk(session, handle)
+fsync = fsyncdir = ops.fsync
+# The locks go that end with the handle. Which these are is known here: the kernel says whether
+# flock(2) was used (RELEASE's FUSE_RELEASE_FLOCK_UNLOCK), and nothing of locks by F_OFD_SETLK.
+release = releasedir = ops.clunk
 
 
 async def opendir(session: Session, nodeid: int, caller: Caller | None = None) -> int:
@@ -332,54 +304,15 @@ async def opendir(session: Session, nodeid: int, caller: Caller | None = None) -
     return clone.number
 
 
-async def readdir(session: Session, handle: int, offset: int, size: int) -> list[DirectoryEntry]:
-    """readdir: as many entries as a reply of that size has room for."""
-    return await entries.readdir(session, handle, offset, size)
-
-
-async def readdirplus(session: Session, handle: int, offset: int) -> list[EntryPlus]:
-    """readdir; walk and getattr of each entry. `entries.fitted` ends it."""
-    return await entries.readdirplus(session, handle, offset)
-
-
-async def statfs(session: Session, nodeid: int = ROOT_NODEID) -> os.statvfs_result:
-    """statfs of the file that was asked for; pyfuse3 does not say which it is."""
-    return await ops.statfs(session, nodeid)
-
-
-async def syncfs(session: Session, nodeid: int) -> None:
-    """No message."""
-    await beyond.syncfs(session, nodeid)
-
-
-async def fallocate(session: Session, handle: int, mode: int, offset: int, length: int) -> None:
-    """No message."""
-    await beyond.fallocate(session, handle, mode, offset, length)
-
-
-async def lseek(session: Session, handle: int, offset: int, whence: int) -> int:
-    """No message."""
-    return await beyond.lseek(session, handle, offset, whence)
-
-
-async def copy_file_range(
-    session: Session, source: int, source_offset: int, target: int, target_offset: int, length: int
-) -> int:
-    """No message."""
-    places = source, source_offset, target, target_offset
-    return await beyond.copy_file_range(session, *places, length)
-
-
-async def ioctl(
-    session: Session,
-    handle: int,
-    command: int,
-    data: bytes,
-    room: int,
-    caller: Caller | None = None,
-) -> bytes:
-    """No message."""
-    return await beyond.ioctl(session, handle, command, data, room, caller)
+readdir = entries.readdir
+readdirplus = entries.readdirplus  # readdir; walk and getattr of each entry
+statfs = ops.statfs
+# No messages.
+syncfs = beyond.syncfs
+fallocate = beyond.fallocate
+lseek = beyond.lseek
+copy_file_range = beyond.copy_file_range
+ioctl = beyond.ioctl
 
 
 async def getxattr(

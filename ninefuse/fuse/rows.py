@@ -171,9 +171,8 @@ class Rows:
 
     def getlk(self, m: Message) -> Body[LockRange]:
         fh, owner, start, end, kind, pid, _ = m.args
-        return callbacks.getlk(
-            self.session, FIRST_HANDLE + fh, owner, _range(kind, start, end, pid)
-        )
+        wanted = _range(kind, start, end, pid)
+        return callbacks.getlk(self.session, FIRST_HANDLE + fh, wanted, owner)
 
     def setlk(self, m: Message) -> Body[None]:
         fh, owner, start, end, kind, pid, _ = m.args

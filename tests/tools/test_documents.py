@@ -19,9 +19,9 @@ from pathlib import Path
 import pytest
 from blocks import Key, block_of, blocks
 from mounting import ENVIRONMENT, PATIENCE, REPO, detach
+from ops_helpers import bound_callbacks
 from pyfuse3 import Operations
 
-from ninefuse.fuse import callbacks
 from ninefuse.fuse.adapter import Adapter
 
 MOUNT = "ninefuse /tmp/src /tmp/mnt --log /tmp/log"
@@ -219,13 +219,7 @@ def test_the_table_of_operations_is_that_of_the_callbacks() -> None:
     text = (REPO / "docs" / "operations.md").read_text(encoding="utf-8")
     rows = text[text.index("| callback |") :].split("\n\n")[0].split("\n")[2:]
     documented = [name for row in rows for name in row.split("|")[1].strip().split(", ")]
-    written = [
-        name
-        for name, function in vars(callbacks).items()
-        if inspect.iscoroutinefunction(function) and function.__module__ == callbacks.__name__
-        if not name.startswith("_")
-    ]
-    assert documented == written
+    assert documented == bound_callbacks()
     for name in documented:
         assert inspect.iscoroutinefunction(vars(Adapter).get(name)) == hasattr(Operations, name)
 

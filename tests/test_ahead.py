@@ -116,7 +116,7 @@ def test_reads_of_what_is_in_memory_leave_the_role_where_it_is(
         assert count < SIZE, "no call was made ahead"
         assert kernel.get(Opcode.READ, reading(handle, 10, count % SIZE // 2)) == b"0" * 10
         count += 1
-    wait_until(lambda: leading(kernel).is_idle, "all bodies have been run")
+    wait_until(lambda: not leading(kernel)._role.count_ahead, "all bodies have been run")
     assert role.passed == passed_on
     while role.passed == passed_on:
         assert count < 2 * SIZE, "none was made ahead"

@@ -141,7 +141,7 @@ def test_the_kernel_is_asked_down_to_seven_eighths_of_the_mark() -> None:
     forgetter = Forgetter(table, 800, kernel.prune)
     table.look_up(*range(10, 800))
     forgetter.note()
-    assert not forgetter._thread.has_started, "there is nothing to ask for"
+    assert forgetter._thread._thread is None, "there is nothing to ask for"
     table.look_up(*range(800, 1010))
     forgetter.note()
     wait_until(lambda: forgetter.asked == 301, "the kernel to be asked")

@@ -32,7 +32,6 @@ from ninefuse.executor import LeadingModel
 from ninefuse.fuse import leading
 from ninefuse.fuse._role import Role
 from ninefuse.fuse._wire import Device
-from ninefuse.fuse.leading import Leading
 from ninefuse.fuse.opcodes import Opcode
 from ninefuse.settings import LEADERS
 
@@ -338,9 +337,8 @@ def test_more_threads_lead_where_one_is_stuck(
 
 def _leading(kernel: Kernel) -> int:
     """How many threads take part in leading, as far as the role knows."""
-    crew = kernel.driver.crew if isinstance(kernel.driver, LeadingModel) else None
-    assert isinstance(crew, Leading)
-    return crew.count
+    assert kernel.role is not None
+    return kernel.role.threads
 
 
 def _leaders() -> int:

@@ -76,7 +76,10 @@ def write_until_ahead(kernel: Kernel, handle: int, foreseen: list[str]) -> None:
         assert count < SIZE, "no call was made ahead"
         assert kernel.get(Opcode.WRITE, writing(handle, b"x", count)) == count_of(1)
         count += 1
-    wait_until(lambda: leading(kernel).is_idle, "all bodies have been run, with nothing after them")
+    wait_until(
+        lambda: not leading(kernel)._role.count_ahead,
+        "all bodies have been run, with nothing after them",
+    )
 
 
 @pytest.mark.parametrize("count", [1, 3])

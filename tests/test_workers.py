@@ -72,10 +72,10 @@ def assert_all_places_free(pool: WorkerPool, on: int) -> None:
         late.set()
         pool.leave(on)
 
-    for _ in range(pool.limit_per_inode):
+    for _ in range(pool._shares.for_inode):
         assert pool.enter(pytest.fail, on)
     assert not pool.enter(refused, on)
-    for _ in range(pool.limit_per_inode):
+    for _ in range(pool._shares.for_inode):
         pool.leave(on)
     passed(late)
     rest(pool)
@@ -127,7 +127,7 @@ def test_one_inode_gets_at_most_half_of_the_pool(threads: int, half: int) -> Non
             passed(gate)
             pool.leave(STUCK)
 
-        assert pool.limit_per_inode == half
+        assert pool._shares.for_inode == half
         for _ in range(2 * threads + 1):
             pool.submit(stuck, STUCK)
         started(running, half)

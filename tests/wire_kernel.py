@@ -23,6 +23,7 @@ from wire_messages import HEADER, INIT_EXT, STRUCTS, UNANSWERED, pack, request
 from ninefuse import ops
 from ninefuse.driving.uring import Refused, Uring
 from ninefuse.executor import Executor, LeadingModel, NoThreading, SecondModel, create
+from ninefuse.fuse._role import Role
 from ninefuse.fuse.leading import Leading
 from ninefuse.fuse.native import NativeSession
 from ninefuse.fuse.opcodes import Opcode
@@ -114,14 +115,19 @@ class Kernel:
 
     def wait_for_leaders(self) -> None:
         """Wait until all threads take part in leading: before, workers stand in for them."""
-        leading = self.driver.crew if isinstance(self.driver, LeadingModel) else None
-        assert isinstance(leading, Leading)
-        wait_until(lambda: leading.count >= LEADERS, "all take part in leading")
+        role = self.role
+        assert role is not None
+        wait_until(lambda: role.threads >= LEADERS, "all take part in leading")
+
+    @property
+    def role(self) -> Role | None:
+        """That threads of the session take in turn; None: they do not."""
+        crew = self.driver.crew if isinstance(self.driver, LeadingModel) else None
+        return crew._role if isinstance(crew, Leading) else None
 
     def _is_idle(self) -> bool:
-        leading = self.driver.crew if isinstance(self.driver, LeadingModel) else None
         # In this order: bodies of calls made ahead become requests.
-        return (not isinstance(leading, Leading) or leading.is_idle) and not self.driver.requests
+        return not (self.role is not None and self.role.count_ahead) and not self.driver.requests
 
     def close(self) -> None:
         """End it, if it has not ended, and close what is open."""

@@ -29,7 +29,7 @@ from ninefuse.driving.deferred import Deferred
 from ninefuse.driving.dispatcher import Dispatcher
 from ninefuse.driving.patience import LONGEST, TICK, Patience, Ticket
 from ninefuse.driving.request import Done, Observer, Request, Step
-from ninefuse.driving.shares import Whose
+from ninefuse.driving.shares import Whose, take_one
 from ninefuse.driving.workers import PoolStatistics
 from ninefuse.errors import error
 
@@ -390,7 +390,7 @@ class Executor(ABC):
             self.waiting += 1
             if user:
                 self._waits[user] += 1
-                _take_one(self._users, user)
+                take_one(self._users, user)
         return True
 
     def _park(self, request: Request, command: Acquire | Behind | Later) -> bool:
@@ -423,7 +423,7 @@ class Executor(ABC):
             del self.requests[request.tag]
             self.waiting -= request.has_waited
             if request.user:
-                _take_one(self._waits if request.has_waited else self._users, request.user)
+                take_one(self._waits if request.has_waited else self._users, request.user)
             self._behind.discard(request.tag)
         if request.has_waited:
             self._patience.ended(request.user)
@@ -431,10 +431,3 @@ class Executor(ABC):
             request.log_failure()
         else:
             request.done(request)
-
-
-def _take_one(counts: Counter[int], user: int) -> None:
-    """Count one less of a user's; nothing is kept of who has none."""
-    counts[user] -= 1
-    if not counts[user]:
-        del counts[user]

@@ -19,6 +19,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 
@@ -27,6 +28,13 @@ class Holder:
     """A user, where he has the kernel keep the lock of an inode until he is answered."""
 
     user: int
+
+
+def take_one(counts: Counter[K], key: K) -> None:
+    """Count one less; nothing is kept of what there is none of."""
+    counts[key] -= 1
+    if not counts[key]:
+        del counts[key]
 
 
 # For whom a place is: a uid, or a user as a `Holder`; None and 0: for nobody in particular.
@@ -108,9 +116,7 @@ class Shares(Generic[T]):
         keys = self._keys(inode, user)
         for key in keys:
             self._moved.add(key)
-            self._taken[key] -= 1
-            if not self._taken[key]:
-                del self._taken[key]
+            take_one(self._taken, key)
         if user and self.for_user is not None:
             self._users -= 1
         if isinstance(user, Holder):

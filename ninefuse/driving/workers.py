@@ -86,7 +86,6 @@ class WorkerPool:
             self._shares: Shares[Job] = Shares(quarter, half, users, SHARE_TIMES, holder)
         else:
             self._shares = Shares(half, times=SHARE_TIMES)
-        self.limit_per_inode = self._shares.for_inode
         # A worker is woken by a token and only then takes a job: it never has one in hand
         # while it runs another. A job is put into its deque before its token.
         self._resumed: deque[Job] = deque()

@@ -27,7 +27,6 @@ import errno
 import fcntl
 import logging
 import os
-import stat
 import struct
 import threading
 
@@ -42,7 +41,7 @@ from ninefuse.settings import Settings
 from ninefuse.tree.identity import Rights
 from ninefuse.tree.nodes import Node
 from ninefuse.tree.opened import OpenFile
-from ninefuse.tree.session import Session
+from ninefuse.tree.session import SET_ID, Session
 from ninefuse.tree.table import open_file_of
 
 log = logging.getLogger(__name__)
@@ -52,7 +51,6 @@ _ID = struct.Struct("=I")
 _BACKING_OPEN = 1 << 30 | _MAP.size << 16 | 229 << 8 | 1  # _IOW(229, 1, …)
 _BACKING_CLOSE = 1 << 30 | _ID.size << 16 | 229 << 8 | 2
 
-_SET_ID = stat.S_ISUID | stat.S_ISGID
 _READABLE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
@@ -194,7 +192,7 @@ class Backings:
     ) -> tuple[Handle, bool]:
         if flags & os.O_DIRECT:
             _check_direct(file.fd)
-        has_bits = file.writable and os.fstat(file.fd).st_mode & _SET_ID
+        has_bits = file.writable and os.fstat(file.fd).st_mode & SET_ID
         spender = caller if caller is not None and needs_acting(caller) else None
         owner = None if spender is None else (spender.uid, spender.gid)
         backing, is_first = self._joined(handle, file, node)

@@ -18,10 +18,9 @@ from ninefuse.calls import blocking
 from ninefuse.linux.callers import ENTER, Caller
 from ninefuse.linux.credentials import acting_as
 from ninefuse.linux.syscalls import Attributes, SetTime, may_write, proc_path, stat_descriptor
-from ninefuse.tree.session import MOST_TRIES, Session
+from ninefuse.tree.session import MOST_TRIES, SET_ID, Session
 
 _A_SECOND = 1_000_000_000  # nanoseconds
-_SET_ID = stat.S_ISUID | stat.S_ISGID
 _NOW = ops.Changes(atime=SetTime.NOW, mtime=SetTime.NOW)
 
 
@@ -45,7 +44,7 @@ async def change(
         return await ops.getattr(session, nodeid)
     await _set(session, fid, changes._replace(mode=None), caller)
     attributes = await ops.getattr(session, nodeid)
-    decided = 0 if attributes.kind == stat.S_IFDIR else _SET_ID
+    decided = 0 if attributes.kind == stat.S_IFDIR else SET_ID
     if (mode ^ stat.S_IMODE(attributes.mode)) & ~decided:
         await _set(session, fid, ops.Changes(mode=mode), caller)
         attributes = await ops.getattr(session, nodeid)
@@ -140,7 +139,7 @@ async def _set_for_write(
 
 def _has_bits(fd: int) -> bool:
     """Whether a file has set-id bits, which a write by whoever may write takes away. Blocks."""
-    return bool(stat_descriptor(fd).mode & _SET_ID)
+    return bool(stat_descriptor(fd).mode & SET_ID)
 
 
 def _may_write_as(caller: Caller, fd: int) -> bool:
@@ -157,9 +156,9 @@ def _is_for_write(fd: int, mode: int | None, caller: Caller) -> bool:
     """
     now = stat.S_IMODE(stat_descriptor(fd).mode)
     if mode is None:
-        return bool(now & _SET_ID)
-    taken = _SET_ID if now & stat.S_IXGRP else stat.S_ISUID
-    if not now & _SET_ID or mode not in (now & ~_SET_ID, now & ~taken):
+        return bool(now & SET_ID)
+    taken = SET_ID if now & stat.S_IXGRP else stat.S_ISUID
+    if not now & SET_ID or mode not in (now & ~SET_ID, now & ~taken):
         return False
     # Who may not write, nor could have the bits taken by that, asks by himself: the kernel
     # believes him to be the owner still.

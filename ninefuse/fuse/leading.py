@@ -125,16 +125,6 @@ class Leading:
         if self._failure is not None:
             raise self._failure
 
-    @property
-    def count(self) -> int:
-        """How many threads take part in leading."""
-        return self._role.threads
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether the bodies of all calls that were made have gone on after them."""
-        return not self._role.count_ahead
-
     # What the driver asks for; see `Crew`.
 
     def reserve(self, request: Request) -> bool:

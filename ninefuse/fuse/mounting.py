@@ -119,12 +119,8 @@ def _made(settings: Settings) -> Mounted:
     number = mountinfo.connection_of(device)
     mounted = Mounted(device, there if number is None else number, keeper=keeper)
     if os.geteuid() == 0 and (there is None or there != mounted.number):
-        _close(mounted)  # and fusermount3 unmounts
+        os.close(device)  # and fusermount3 unmounts
+        if keeper is not None:
+            os.close(keeper)
         raise rootmount.exchanged(mountpoint)
     return mounted
-
-
-def _close(mounted: Mounted) -> None:
-    os.close(mounted.device)
-    if mounted.keeper is not None:
-        os.close(mounted.keeper)

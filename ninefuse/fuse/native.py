@@ -461,14 +461,10 @@ class NativeSession:
             self._fail(row, message, e)
             taken = False
         if not taken and row.undo is not None:
-            self._undo(row, message, result)
-
-    def _undo(self, row: Row, message: Message, result: Any) -> None:
-        assert row.undo is not None
-        try:
-            row.undo(message, result)
-        except Exception:
-            log.exception("%s cannot be taken back", row.name)
+            try:
+                row.undo(message, result)
+            except Exception:
+                log.exception("%s cannot be taken back", row.name)
 
     def _fail(self, row: Row, message: Message, failure: Exception) -> None:
         if isinstance(failure, OSError):

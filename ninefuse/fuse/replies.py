@@ -154,7 +154,7 @@ class Replies:
     # What is taken back
 
     def undo_entry(self, m: Message, found: Found) -> None:
-        self._forget([found[0]])
+        self._forget(found[0])
 
     def undo_open(self, m: Message, handle: Handle) -> None:
         self.background("release", self.files.release(self.session, handle.number))
@@ -164,7 +164,7 @@ class Replies:
 
     def undo_create(self, m: Message, made: Made) -> None:
         handle, fid, _ = made
-        self._forget([fid])
+        self._forget(fid)
         self.undo_open(m, handle)
 
     def _opened(self, handle: Handle, flags: int) -> tuple[int, int, int]:
@@ -208,8 +208,8 @@ class Replies:
             raise error(errno.ERANGE)
         return self.device.data(m.unique, value)
 
-    def _forget(self, fids: list[Fid]) -> None:
-        self.session.kernel.forget([(fid.number, 1) for fid in fids])
+    def _forget(self, fid: Fid) -> None:
+        self.session.kernel.forget([(fid.number, 1)])
 
 
 def _nothing(handle: int) -> None:

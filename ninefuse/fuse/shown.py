@@ -11,10 +11,9 @@ from typing import NamedTuple
 from ninefuse.linux.syscalls import Attributes
 from ninefuse.settings import Settings
 from ninefuse.tree.qids import ROOT_NODEID
-from ninefuse.tree.session import Session
+from ninefuse.tree.session import SET_ID, Session
 from ninefuse.tree.table import Fid
 
-_SET_ID = stat.S_ISUID | stat.S_ISGID
 _HIDDEN = 1 << 31  # the highest bit of a generation: a device whose number is not shown
 
 
@@ -50,7 +49,7 @@ class Shown:
         fids = self._session.fids
         if fids.devices.hides:
             a = fids.devices.shown(a)
-        if a.mode & _SET_ID and stat.S_ISREG(a.mode):
+        if a.mode & SET_ID and stat.S_ISREG(a.mode):
             fids.note_set_id(nodeid)
         # Of the root the kernel knows the nodeid alone.
         return (a.ino if nodeid == ROOT_NODEID else nodeid), a

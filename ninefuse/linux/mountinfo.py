@@ -63,11 +63,8 @@ def _unescaped(path: bytes) -> bytes:
 
 def kind_at(path: str) -> str:
     """The type of what is mounted on top at a real path; "" where nothing is."""
-    kind = b""
-    for line in lines():
-        if line.point == os.fsencode(path):
-            kind = line.kind
-    return os.fsdecode(kind)
+    line = _on_top(path)
+    return "" if line is None else os.fsdecode(line.kind)
 
 
 def connection_at(path: str) -> int | None:
@@ -75,11 +72,16 @@ def connection_at(path: str) -> int | None:
 
     It is the device's minor number. The mount is not asked, which may be the caller's own.
     """
-    on_top = None
+    line = _on_top(path)
+    return None if line is None else int(line.device.partition(b":")[2])
+
+
+def _on_top(path: str) -> MountLine | None:
+    found = None
     for line in lines():
         if line.point == os.fsencode(path):
-            on_top = int(line.device.partition(b":")[2])
-    return on_top
+            found = line
+    return found
 
 
 def of_file(fd: int) -> MountLine | None:
@@ -88,9 +90,15 @@ def of_file(fd: int) -> MountLine | None:
     It is found by its number: names and devices may be ambiguous (bind mounts, mounts on top of
     each other).
     """
+    number = _told_of(fd, b"mnt_id")
+    return next((line for line in lines() if line.number == number), None)
+
+
+def _told_of(fd: int, what: bytes) -> bytes:
+    """A number that the kernel tells of an open file (proc(5), fdinfo); empty: it does not."""
     with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
-        found = re.search(rb"^mnt_id:\t(\d+)$", file.read(), re.M)
-    return next((line for line in lines() if found and line.number == found[1]), None)
+        found = re.search(rb"^%s:\t(\d+)$" % what, file.read(), re.M)
+    return found[1] if found else b""
 
 
 def shows_all(directory: int) -> bool:
@@ -105,11 +113,10 @@ def connection_of(fd: int) -> int | None:
     None where the kernel does not say (6.18 does, old ones do not), or there is none.
     """
     try:
-        with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
-            found = re.search(rb"^fuse_connection:\t(\d+)$", file.read(), re.M)
+        number = _told_of(fd, b"fuse_connection")
     except OSError:
         return None
-    return int(found[1]) if found else None
+    return int(number) if number else None
 
 
 def of_device(fd: int) -> tuple[str, frozenset[str]] | None:
@@ -146,9 +153,7 @@ def place_of(fd: int, device: tuple[int, int], source: bytes) -> bytes:
     distance = 0
     points = [(line.root, line.point) for line in table if line.device == b"%d:%d" % device]
     if not points:
-        with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
-            found = re.search(rb"^mnt_id:\t(\d+)$", file.read(), re.M)
-        number = found[1] if found else b""
+        number = _told_of(fd, b"mnt_id")
         for line in table:
             if line.number == number:
                 distance = device[1] - int(line.device.partition(b":")[2])

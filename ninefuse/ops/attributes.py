@@ -17,9 +17,7 @@ from ninefuse.linux.credentials import acting_as
 from ninefuse.linux.syscalls import Attributes, SetTime, proc_path, set_times, stat_descriptor
 from ninefuse.tree.opened import OpenFile
 from ninefuse.tree.order import END
-from ninefuse.tree.session import PERMISSIONS, Session, Use, check_offset, patiently
-
-_SET_ID = st.S_ISUID | st.S_ISGID
+from ninefuse.tree.session import PERMISSIONS, SET_ID, Session, Use, check_offset, patiently
 
 
 class Changes(NamedTuple):
@@ -165,7 +163,7 @@ def _truncate(fd: int, size: int, caller: Caller | None) -> None:
 
 def _ftruncate(fd: int, size: int, caller: Caller | None) -> None:
     # The descriptor is all the right that is needed, but to keep set-id bits.
-    if caller is not None and not stat_descriptor(fd).mode & _SET_ID:
+    if caller is not None and not stat_descriptor(fd).mode & SET_ID:
         caller = None
     with acting_as(caller, bits=caller is not None):
         os.ftruncate(fd, size)

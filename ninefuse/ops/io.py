@@ -18,10 +18,7 @@ from ninefuse.linux.syscalls import proc_path
 from ninefuse.ops.opening import mark_again
 from ninefuse.tree.opened import AttributeRead, AttributeWrite, OpenDirectory, OpenFile
 from ninefuse.tree.order import END
-from ninefuse.tree.session import (
-    Session,
-    check_offset,
-)
+from ninefuse.tree.session import Session, check_offset
 from ninefuse.tree.table import open_file_of
 
 _RWF_NOAPPEND = 0x20  # pwritev2(2), since Linux 6.9

@@ -136,14 +136,13 @@ async def getlock(
         session.fids.put(use)
 
 
-async def flock(session: Session, fid: int, operation: int, pid: int = 0) -> bool:
+async def flock(session: Session, fid: int, operation: int) -> bool:
     """Set or clear the lock of a whole file that belongs to an open fid; never waits.
 
     Args:
         session: the conversation.
         fid: open, in any mode.
         operation: fcntl.LOCK_SH, LOCK_EX or LOCK_UN.
-        pid: who asks.
 
     Returns:
         False where another open file has a lock in the way. One that this had is gone then
@@ -158,7 +157,7 @@ async def flock(session: Session, fid: int, operation: int, pid: int = 0) -> boo
         raise error(errno.EINVAL)
     use = session.fids.get(fid)
     try:
-        wanted = LockRange(_TYPE_OF[operation], 0, 0, pid)
+        wanted = LockRange(_TYPE_OF[operation], 0, 0)
         return await _set(session, use.node, open_file_of(use), Kind.WHOLE, None, wanted)
     finally:
         session.fids.put(use)
@@ -192,7 +191,7 @@ async def lock_in_time(
     await _in_time(session, fid, Kind.RECORDS, owner, wanted, ask)
 
 
-async def flock_in_time(session: Session, fid: int, operation: int, pid: int = 0) -> None:
+async def flock_in_time(session: Session, fid: int, operation: int) -> None:
     """Set the lock of a whole file, however long another's is in the way; as `lock_in_time`.
 
     Raises:
@@ -201,10 +200,10 @@ async def flock_in_time(session: Session, fid: int, operation: int, pid: int = 0
 
     Source: flock(2) without LOCK_NB.
     """
-    wanted = LockRange(_TYPE_OF.get(operation, fcntl.F_UNLCK), 0, 0, pid)
+    wanted = LockRange(_TYPE_OF.get(operation, fcntl.F_UNLCK), 0, 0)
 
     async def ask() -> bool:
-        return await flock(session, fid, operation, pid)
+        return await flock(session, fid, operation)
 
     await _in_time(session, fid, Kind.WHOLE, None, wanted, ask)
 

@@ -413,6 +413,15 @@ def _rename(
         rename_names(old, oldname, new, newname, flags)
 
 
+def remove_if_same(
+    session: Session, directory: int, name: bytes, node: Node, caller: Caller | None
+) -> None:
+    """Remove a name, if it is a node's file's; else ESTALE. Blocks."""
+    if not node.shows(session.stat_name(directory, name)):
+        raise error(errno.ESTALE)
+    _remove(directory, name, node.kind == stat.S_IFDIR, caller)
+
+
 def _remove(directory: int, name: bytes, is_directory: bool, caller: Caller | None) -> None:
     with acting_as(caller, (ENTER, directory, b""), (TAKE, directory, name)):
         if is_directory:

@@ -12,7 +12,7 @@ import os
 import stat
 from functools import partial
 
-from ninefuse.calls import Begin, blocking, blocking_unless, brief
+from ninefuse.calls import Begin, blocking, brief
 from ninefuse.errors import error
 from ninefuse.linux.callers import ENTER, OWN, Caller, keeps_mark, needs_acting
 from ninefuse.linux.credentials import acting_as
@@ -269,20 +269,13 @@ async def _opened(session: Session, on: int, fd: int, flags: int, caller: Caller
 
     async def ask() -> int:
         if not flags & os.O_TRUNC:
-            return await blocking_unless(on, _open_file_now, _open_file, *how)
+            return await brief(on, _open_file, *how)  # which is asked not to wait
         # In its turn for as long as it is tried, but not while somebody has a lease on the file.
         async with session.ranges.changing(on, 0, END):
             return await blocking(on, _open_file, *how)
 
     # Who opens it without waiting is told of a lease, as on the source.
     return await (ask() if flags & os.O_NONBLOCK else patiently(ask))
-
-
-def _open_file_now(fd: int, flags: int, caller: Caller | None, quiet: bool) -> int:
-    """`_open_file`, unless it may take its time."""
-    if flags & os.O_TRUNC:
-        raise error(errno.EAGAIN)
-    return _open_file(fd, flags, caller, quiet)
 
 
 def _open_file(fd: int, flags: int, caller: Caller | None, quiet: bool) -> int:

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 
 from ninefuse.calls import Begin, blocking, blocking_unless
 from ninefuse.errors import error
-from ninefuse.linux.callers import ENTER, LABEL, TAKE, Caller
+from ninefuse.linux.callers import ENTER, LABEL, Caller
 from ninefuse.linux.credentials import acting_as
 from ninefuse.linux.syscalls import (
     Attributes,
@@ -23,7 +23,7 @@ from ninefuse.linux.syscalls import (
     stat_name,
 )
 from ninefuse.ops.locking import end_locks
-from ninefuse.ops.names import at_its_name
+from ninefuse.ops.names import at_its_name, remove_if_same
 from ninefuse.tree.identity import Mark
 from ninefuse.tree.nodes import Named, Node
 from ninefuse.tree.opened import AttributeWrite, OpenFile
@@ -161,9 +161,7 @@ async def _steps(
         fids.unpin(node)
 
 
-async def look(
-    session: Session, node: Node, name: bytes, caller: Caller | None = None
-) -> tuple[Node, Attributes]:
+async def look(session: Session, node: Node, name: bytes) -> tuple[Node, Attributes]:
     """The node behind a name of a directory, pinned (`Counts.unpin` it), and its attributes.
 
     Raises:
@@ -171,7 +169,7 @@ async def look(
 
     Locks: the rename lock, read.
     """
-    found = await _look(session, node, name, None, 0, caller, is_first=True)
+    found = await _look(session, node, name, None, 0, None, is_first=True)
     assert found is not None
     below, _, attributes = found
     return below, attributes
@@ -448,22 +446,10 @@ async def remove(session: Session, fid: int, caller: Caller | None = None) -> No
             # node of the file may be the one that the kernel knows it by.)
             async with session.names.taking(parent.number, name), session.keeping(parent, name):
                 how = session, parent.fd, name, gone.node, caller
-                await blocking(parent.number, _remove_if_same, *how)
+                await blocking(parent.number, remove_if_same, *how)
             await session.settle(parent)
 
         async with session.using_node(gone.node):
             await at_its_name(session, gone.node, named, take)
     finally:
         session.fids.put(gone)
-
-
-def _remove_if_same(
-    session: Session, directory: int, name: bytes, node: Node, caller: Caller | None
-) -> None:
-    if not node.shows(session.stat_name(directory, name)):
-        raise error(errno.ESTALE)
-    with acting_as(caller, (ENTER, directory, b""), (TAKE, directory, name)):
-        if node.kind == stat.S_IFDIR:
-            os.rmdir(name, dir_fd=directory)
-        else:
-            os.unlink(name, dir_fd=directory)

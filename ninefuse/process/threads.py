@@ -46,11 +46,6 @@ class ThreadOnDemand:
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
 
-    @property
-    def has_started(self) -> bool:
-        """Whether it was ever wanted, and there was one to be had."""
-        return self._thread is not None
-
     def wake(self) -> None:
         """Have it go on. Any thread; does not wait. Without a thread to be had, the next tries."""
         if self._thread is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ninefuse.exitcodes import one_line
@@ -230,13 +230,8 @@ def between(earlier: Snapshot, later: Snapshot) -> Period:
     for name, lock in later.locks.items():
         before = earlier.locks.get(name)
         waits, waited = (before.waits, before.waited) if before else (0, 0.0)
-        locks[name] = Lock(
-            max(0, lock.waits - waits),
-            max(0.0, lock.waited - waited),
-            lock.longest_wait,
-            lock.readers,
-            lock.writing,
-            lock.waiting,
+        locks[name] = replace(
+            lock, waits=max(0, lock.waits - waits), waited=max(0.0, lock.waited - waited)
         )
     return Period(later.time - earlier.time, False, operations, locks, later)
 

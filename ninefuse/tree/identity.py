@@ -103,6 +103,7 @@ class Devices:
         hides: what is not to be shown where a mount forbids it (`mountflags.HIDEABLE`).
         inodes: what finds files of the source's device that the client asks for after it has
             forgotten them; None: it does not ask.
+        own: the source's device, which is asked for most; None before `begin`.
     """
 
     def __init__(self) -> None:
@@ -110,7 +111,7 @@ class Devices:
         self.inodes: Inodes | None = None
         self._source = b"/"
         self._known: WeakValueDictionary[tuple[int, int], Device] = WeakValueDictionary()
-        self._own: Device | None = None  # the source's, which is asked for most
+        self.own: Device | None = None
         self._recent: deque[Device] = deque(maxlen=_MANY)  # keeps those just learned
         self._rights: dict[Rights, Rights] = {}  # one object for all nodes with the same
         self.mounts = Mounts()
@@ -124,12 +125,7 @@ class Devices:
         """
         self._source = os.readlink(b"/proc/self/fd/%d" % fd)
         self.mounts.begin(self._source, a.mount_id)
-        self._own = self.learn(fd, a)
-
-    @property
-    def own(self) -> Device | None:
-        """The source's; None before `begin`."""
-        return self._own
+        self.own = self.learn(fd, a)
 
     def of(self, a: Attributes) -> Device:
         """The device of a file; of one that was not `learn`-ed nothing but the number."""
@@ -180,8 +176,8 @@ class Devices:
             known = Device(number, by, _identity(fd, a, found, self._source), found)
             self._known[number] = known
             self._recent.append(known)
-            if self._own is not None and self._own.number == number:
-                self._own = known
+            if self.own is not None and self.own.number == number:
+                self.own = known
         return known
 
     def has_births(self, a: Attributes) -> bool:
@@ -200,7 +196,7 @@ class Devices:
         if device is None:
             device = self._meet(a, file, name)
         if device.by is _By.BIRTH:
-            if self.inodes is not None and device is self._own:
+            if self.inodes is not None and device is self.own:
                 return Born(a.birth, self.inodes.generation(a.ino, file, name))
             return a.birth
         if device.by is _By.HANDLE:
@@ -235,7 +231,7 @@ class Devices:
         return known
 
     def _get(self, number: tuple[int, int]) -> Device | None:
-        own = self._own
+        own = self.own
         if own is not None and own.number == number:
             return own
         return self._known.get(number)

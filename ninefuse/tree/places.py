@@ -65,7 +65,7 @@ class Mounts:
 
     def __init__(self) -> None:
         self.own = 0
-        self._source = b"/"
+        self._source = self._prefix = b"/"  # its path, and what is before a path below it
         self._known: dict[int, Mount] = {}
         self._lock = threading.Lock()
         self._table: MountTable | None = None
@@ -75,6 +75,7 @@ class Mounts:
         """The source directory's path is this, and its mount's number."""
         with self._lock:
             self._source, self.own = source, number
+            self._prefix = source.rstrip(b"/") + b"/"
             if self._table is None:
                 self._table = MountTable()
             self._is_listed = number in self._table.lines()
@@ -94,9 +95,9 @@ class Mounts:
         """Where in the source the other mounts are that were met here: paths below it."""
         with self._lock:
             table = self._table.lines() if self._table is not None else {}
-            prefix = self._source.rstrip(b"/") + b"/"
             lines = [table[number] for number in self._known if number in table]
-        return [line.point.removeprefix(prefix) for line in lines if line.point.startswith(prefix)]
+        below = self._prefix
+        return [line.point.removeprefix(below) for line in lines if line.point.startswith(below)]
 
     def cover_own(self) -> bool:
         """Whether something may be mounted on a file or directory of the source's own mount."""
@@ -141,8 +142,7 @@ class Mounts:
         if line is None:  # nobody else's, or one that was taken away
             mount.directories = mount.files = hashed(b"mount %d" % mount.number)
         elif any(self._comes_before(rival, line) for rival in self._rivals(line, table)):
-            prefix = self._source.rstrip(b"/") + b"/"
-            mount.directories = hashed(b"place " + line.point.removeprefix(prefix))
+            mount.directories = hashed(b"place " + line.point.removeprefix(self._prefix))
 
     def _compare(self, mount: Mount, line: MountLine | None, table: dict[int, MountLine]) -> None:
         """Find out whether a second mount allows other things than the first."""
@@ -162,13 +162,12 @@ class Mounts:
 
     def _rivals(self, line: MountLine, table: dict[int, MountLine]) -> Iterator[MountLine]:
         """The other mounts in the source that show a part of what this one does, or all."""
-        prefix = self._source.rstrip(b"/") + b"/"
         root = self._root(line)
         for other in table.values():
             if (
                 other.device == line.device
                 and other.number != line.number
-                and (self._is_own(other) or other.point.startswith(prefix))
+                and (self._is_own(other) or other.point.startswith(self._prefix))
                 and other.point != line.point  # it covers that one, or is covered
                 and _have_something_in_common(root, self._root(other))
             ):

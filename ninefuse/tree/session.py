@@ -33,6 +33,7 @@ T = TypeVar("T")
 NAME_MAX = 255  # bytes
 _LAST_OFFSET = (1 << 63) - 1
 PERMISSIONS = 0o7777  # mode bits besides the type: set-user-id and the like are among them
+SET_ID = stat.S_ISUID | stat.S_ISGID
 
 # How often names are looked at that are being moved; at last while each is taken (`Names`).
 MOST_TRIES = 4

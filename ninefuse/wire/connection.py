@@ -26,7 +26,6 @@ import trio
 from ninefuse.calls import Body
 from ninefuse.ops import MAX_MSIZE, VERSION
 from ninefuse.ops.attach import MIN_MSIZE
-from ninefuse.settings import Settings
 from ninefuse.wire.codec import HEADER, HEADER_SIZE, SIZE, Malformed, decode, encode
 from ninefuse.wire.conversation import Broken, Conversation, Door, given_back
 from ninefuse.wire.messages import NUMBER_OF
@@ -51,8 +50,6 @@ _ERROR = NUMBER_OF["Rlerror"]
 
 class Host(Door, Protocol):
     """What a connection needs of the server that it is with."""
-
-    settings: Settings
 
     async def run_to_end(self, name: str, body: Body[None]) -> None:
         """Have a body run, and wait for its end, which no cancellation keeps from that."""

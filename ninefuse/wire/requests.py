@@ -70,9 +70,7 @@ class Users(Protocol):
 
     def caller(self, peer: Any, uname: bytes, n_uname: int) -> Caller | None: ...
 
-    def in_group(
-        self, peer: Any, caller: Caller | None, gid: int, directory: Attributes
-    ) -> Caller | None: ...
+    def in_group(self, peer: Any, caller: Caller, gid: int, directory: Attributes) -> Caller: ...
 
 
 class Conversation(Protocol):

@@ -54,27 +54,25 @@ class Users:
 
     Args:
         squashes: whether root's requests are made as nobody.
+
+    Attributes:
+        act: whether requests are made with the rights of who attached, not with the server's own.
     """
 
     def __init__(self, *, squashes: bool = True) -> None:
-        self._acts = os.geteuid() == 0
+        self.act = os.geteuid() == 0
         self._squashes = squashes
-
-    @property
-    def act(self) -> bool:
-        """Whether requests are made with the rights of who attached, not with the server's own."""
-        return self._acts
 
     @property
     def anybody(self) -> str:
         """As whom one may act of whom the kernel does not say who it is, in words."""
-        if not self._acts:
+        if not self.act:
             return "this server's user"
         return "any user but root" if self._squashes else "any user, and as root"
 
     def may_connect(self, peer: Peer) -> bool:
         """Whether a server that acts as itself alone is for this one: himself, or root."""
-        return self._acts or peer.uid in (None, 0, os.geteuid())
+        return self.act or peer.uid in (None, 0, os.geteuid())
 
     def caller(self, peer: Peer, uname: bytes, n_uname: int) -> Caller | None:
         """As whom to make the requests of who attaches. Blocks: users and groups are looked up.
@@ -90,7 +88,7 @@ class Users:
         Raises:
             OSError: EPERM, it is somebody else, or there is no such user.
         """
-        if not self._acts:
+        if not self.act:
             return None
         uid = _uid_of(uname) if n_uname == NONUNAME else n_uname
         if not peer.may_be_anybody:
@@ -105,22 +103,18 @@ class Users:
             return Caller(0, 0, rights=Rights(capabilities=ALL))
         return _caller_of(NOBODY if uid == 0 else uid, NOBODY)
 
-    def in_group(
-        self, peer: Peer, caller: Caller | None, gid: int, directory: Attributes
-    ) -> Caller | None:
+    def in_group(self, peer: Peer, caller: Caller, gid: int, directory: Attributes) -> Caller:
         """The same caller, making something that is to be of a group.
 
         Args:
             peer: who is at the other end.
             caller: who acts.
-            gid: of what is made, as the client has it; NONUNAME: its own.
+            gid: of what is made, which is not the caller's own.
             directory: of the directory. Where that says of which group it is, that one counts.
 
         Raises:
             OSError: EPERM, the caller is not in that group.
         """
-        if caller is None or gid in (NONUNAME, caller.gid):
-            return caller
         assert caller.rights is not None
         groups = caller.rights.groups
         if directory.mode & stat.S_ISGID and directory.gid == gid:

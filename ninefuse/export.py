@@ -15,12 +15,10 @@ from collections.abc import Callable
 
 from ninefuse import executor, groundwork, ops, sockets
 from ninefuse.exitcodes import ExitCode
-from ninefuse.linux import filesystems
 from ninefuse.process import logs, memory, signals
 from ninefuse.process.notify import notify
 from ninefuse.settings import Settings
 from ninefuse.tree.leaving import Leaver
-from ninefuse.tree.qids import is_on_own_device
 from ninefuse.tree.session import Session
 from ninefuse.watching import report
 from ninefuse.wire import listening
@@ -62,15 +60,7 @@ def _serve(settings: Settings, listeners: list[Listener], ready: Callable[[], No
     sockets.say_who_may_come(users, listeners)
     source, _ = groundwork.open_source(settings)
     os.chdir("/")  # so as not to keep another file system busy
-    inline = settings.inline and settings.model == "second"
-    uring = groundwork.engine(settings, by_user=users.act) if inline else None
-    one_cpu = uring is None if settings.one_cpu is None else settings.one_cpu
-    if one_cpu and settings.model != "none":
-        groundwork.share_one_cpu()
-    driver = groundwork.create_driver(settings, by_user=users.act)
-    if inline and isinstance(driver, executor.SecondModel):
-        driver.is_near = is_on_own_device if filesystems.is_local(source) else None
-        driver.uring = uring
+    driver = groundwork.create_driver(settings, source, by_user=users.act)
     session = Session(
         driver,
         kernel=False,

@@ -17,9 +17,11 @@ from ninefuse import executor
 from ninefuse.driving.uring import Refused, Uring
 from ninefuse.exitcodes import ExitCode, Failure
 from ninefuse.linux import capabilities, mountinfo, syscalls
+from ninefuse.linux.filesystems import file_system_of
 from ninefuse.process import signals
 from ninefuse.process.loglines import ASKED_FOR
 from ninefuse.settings import Settings
+from ninefuse.tree.qids import is_on_own_device
 from ninefuse.tree.session import Session
 from ninefuse.watching import tracing
 from ninefuse.watching.trace_file import TraceFile
@@ -36,22 +38,6 @@ def settle_process() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     log.debug("open files: limit raised from %d to %d", soft, hard)
-
-
-def create_driver(settings: Settings, *, by_user: bool, leads: bool = False) -> executor.Executor:
-    """The driver of the threading model that the settings ask for.
-
-    Args:
-        settings: they.
-        by_user, leads: as of `executor.create`.
-
-    Raises:
-        Failure: USAGE, there is no such model.
-    """
-    try:
-        return executor.create(settings.model, settings.threads, by_user=by_user, leads=leads)
-    except ValueError as error:
-        raise Failure(ExitCode.USAGE, f"--model {settings.model}: {error}") from error
 
 
 def open_source(settings: Settings) -> tuple[int, bool]:
@@ -76,16 +62,39 @@ def open_source(settings: Settings) -> tuple[int, bool]:
         os.close(source)
 
 
-def engine(settings: Settings, *, by_user: bool) -> Uring | None:
-    """The engine that the settings ask for; None: the workers are.
+def create_driver(
+    settings: Settings, source: int, *, by_user: bool, leads: bool = False
+) -> executor.Executor:
+    """The driver of the threading model that the settings ask for, on the processors for that.
 
     Args:
         settings: they.
-        by_user: whether each user is to have his share of it.
+        source: the source directory. Whether it is local decides which calls may wait.
+        by_user, leads: as of `executor.create`.
 
     Raises:
-        Failure: io_uring was asked for, and there is none.
+        Failure: USAGE, there is no such model, or no io_uring where it was asked for.
     """
+    inline = settings.inline and settings.model == "second"
+    uring = _engine(settings, by_user=by_user) if inline and not leads else None
+    # The kernel's threads for io_uring stay where this one is, and are better elsewhere.
+    one_cpu = settings.one_cpu
+    if one_cpu is None:
+        one_cpu = uring is None and not leads
+    if one_cpu and settings.model != "none":
+        _share_one_cpu()
+    try:
+        driver = executor.create(settings.model, settings.threads, by_user=by_user, leads=leads)
+    except ValueError as error:
+        raise Failure(ExitCode.USAGE, f"--model {settings.model}: {error}") from error
+    if inline and isinstance(driver, executor.SecondModel):
+        driver.is_near = is_on_own_device if file_system_of(source).is_local else None
+        driver.uring = uring
+    return driver
+
+
+def _engine(settings: Settings, *, by_user: bool) -> Uring | None:
+    """The engine that the settings ask for; None: the workers are."""
     if settings.engine == "threads":
         return None
     try:
@@ -97,7 +106,7 @@ def engine(settings: Settings, *, by_user: bool) -> Uring | None:
         return None
 
 
-def share_one_cpu() -> None:
+def _share_one_cpu() -> None:
     """Keep all threads there are, and those they start, on one of the processors they may use.
 
     The interpreter's lock lets one of them run Python at a time, and passing it on to a

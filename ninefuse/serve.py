@@ -21,14 +21,14 @@ from ninefuse.exitcodes import ExitCode, Failure
 from ninefuse.fuse import sessions
 from ninefuse.fuse.forgetting import Forgetter
 from ninefuse.fuse.sessions import FuseSession
-from ninefuse.linux import callers, filesystems, mountflags, mountinfo
+from ninefuse.linux import callers, mountflags, mountinfo
 from ninefuse.linux.inodes import inodes_of
 from ninefuse.linux.mountinfo import MountsBelow, OwnMount
 from ninefuse.process import logs, memory, signals
 from ninefuse.process.stopper import Stopper
 from ninefuse.settings import LEADERS, Settings
 from ninefuse.tree.leaving import Leaver
-from ninefuse.tree.qids import ROOT_NODEID, is_on_own_device
+from ninefuse.tree.qids import ROOT_NODEID
 from ninefuse.tree.session import Session
 from ninefuse.watching import report
 
@@ -76,21 +76,10 @@ def _prepare(settings: Settings, ready: Callable[[], None], beside: Beside | Non
     _warn_of_what_it_hides(settings)
     os.chdir("/")  # so as not to keep another file system busy
 
-    inline = settings.inline and settings.model == "second"
     leads = _leads(settings)
     by_user = _serves_several(settings) or beside is not None
-    uring = groundwork.engine(settings, by_user=by_user) if inline and not leads else None
-    # The kernel's threads for io_uring stay where this one is, and are better elsewhere.
-    one_cpu = settings.one_cpu
-    if one_cpu is None:
-        one_cpu = uring is None and not leads
-    if one_cpu and settings.model != "none":
-        groundwork.share_one_cpu()
-    driver = groundwork.create_driver(settings, by_user=by_user, leads=leads)
+    driver = groundwork.create_driver(settings, source, by_user=by_user, leads=leads)
     mounts = MountsBelow(settings.source)
-    if inline and isinstance(driver, executor.SecondModel):
-        driver.is_near = is_on_own_device if filesystems.is_local(source) else None
-        driver.uring = uring
     session = Session(
         driver,
         clients=beside is not None,
@@ -108,13 +97,11 @@ def _prepare(settings: Settings, ready: Callable[[], None], beside: Beside | Non
     session.noatime, session.nodiratime = settings.noatime, settings.nodiratime
     session.fids.devices.hides = mountflags.HIDEABLE & ~_forbidden(settings)
     with contextlib.ExitStack() as trace:
-        tracer = None
         if settings.trace_file is not None:
             source_name, mountpoint = map(report.printable, (settings.source, settings.mountpoint))
             title = f"ninefuse {source_name} on {mountpoint}, model {settings.model}"
             path = settings.trace_file
-            tracer = trace.enter_context(groundwork.traced(path, title, driver, session))
-            front.watch(tracer)
+            front.watch(trace.enter_context(groundwork.traced(path, title, driver, session)))
         try:
             _serve(settings, driver, session, front, source, mounts, ready, beside)
         finally:

@@ -142,9 +142,7 @@ def test_the_structures_have_the_protocols_sizes() -> None:
 
 
 def test_there_is_a_golden_message_of_each_opcode() -> None:
-    # Of the two that only virtiofs has there is nothing to be decoded.
-    others = {Opcode.SETUPMAPPING, Opcode.REMOVEMAPPING}
-    assert set(Opcode) - {one.opcode for one in GOLDEN} == others
+    assert set(Opcode) <= {one.opcode for one in GOLDEN}
 
 
 # Requests

@@ -38,12 +38,9 @@ STRUCTS = {
         "setxattr_in": "4I",
         "getxattr_in": "2I",
         "lk_in": "2Q 2Q2I 2I",
-        "access_in": "2I",
         "init_in": "4I I 11I",
         "interrupt_in": "Q",
-        "bmap_in": "Q 2I",
         "ioctl_in": "Q 2I Q 2I",
-        "poll_in": "2Q 2I",
         "fallocate_in": "3Q 2I",
         "lseek_in": "2Q 2I",
         "copy_file_range_in": "7Q",
@@ -243,13 +240,10 @@ def _all() -> Iterator[Golden]:
     body = pack("lk_in", 61, 1 << 45, 100, 199, 1, 62, 1, 0)
     for name, opcode in (("GETLK", 31), ("SETLK", 32), ("SETLKW", 33)):
         yield Golden(name, opcode, body, (61, 1 << 45, 100, 199, 1, 62, 1))
-    yield Golden("ACCESS", 34, pack("access_in", 4, 0), (4,))
     yield Golden("INTERRUPT", 36, pack("interrupt_in", 1 << 46), (1 << 46,))
-    yield Golden("BMAP", 37, pack("bmap_in", 1 << 47, 4096, 0), (4096, 1 << 47))
     yield Golden("DESTROY", 38, b"", ())
     body = pack("ioctl_in", 71, 16, 0x40086602, 1 << 46, 4, 8) + b"data"
     yield Golden("IOCTL", 39, body, (71, 16, 0x40086602, b"data", 8))
-    yield Golden("POLL", 40, pack("poll_in", 81, 82, 1, 5), (81, 82, 1, 5))
     yield Golden("NOTIFY_REPLY", 41, bytes(40) + b"page", ())
     yield Golden(
         "FALLOCATE", 43, pack("fallocate_in", 91, 1 << 40, 1 << 41, 3, 0), (91, 1 << 40, 1 << 41, 3)

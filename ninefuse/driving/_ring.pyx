@@ -23,8 +23,9 @@ from libc.errno cimport EAGAIN, EBUSY, EINTR, EINVAL, ENOMEM, ENOSYS, ETIME, err
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 
-import os
 import warnings
+
+from ninefuse.errors import error
 
 cdef extern from "Python.h":
     PyObject *PyBytes_FromStringAndSize(const char *, Py_ssize_t) except NULL
@@ -126,10 +127,6 @@ cdef struct Slot:
     Slot *next  # free one
 
 
-cdef object _error(int code):
-    return OSError(code, os.strerror(code))
-
-
 def probe():
     """Return which of read, write and fsync this kernel does; none where it refuses."""
     cdef io_uring ring
@@ -193,19 +190,19 @@ cdef class Ring:
             if result != -EINVAL:
                 break
         if result < 0:
-            raise _error(-result)
+            raise error(-result)
         self.is_open = True
         try:
             # Before 5.12 the requests of a thread were made by other processes' threads.
             if not (params.features & IORING_FEAT_NODROP
                     and params.features & IORING_FEAT_NATIVE_WORKERS):
-                raise _error(ENOSYS)
+                raise error(ENOSYS)
             self.event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
             if self.event < 0:
-                raise _error(errno)
+                raise error(errno)
             result = io_uring_register_eventfd(&self.ring, self.event)
             if result < 0:
-                raise _error(-result)
+                raise error(-result)
         except BaseException:
             self._give_back()
             raise
@@ -376,7 +373,7 @@ cdef class Ring:
         cdef uint64_t count
         self._check()
         if c_read(self.event, &count, sizeof(count)) < 0 and errno not in (EAGAIN, EINTR):
-            raise _error(errno)
+            raise error(errno)
 
     def cancel_writes(self):
         """Ask the kernel to give up the writes that it has queued and not begun.
@@ -410,7 +407,7 @@ cdef class Ring:
         values[1] = unbounded
         result = io_uring_register_iowq_max_workers(&self.ring, values)
         if result < 0:
-            raise _error(-result)
+            raise error(-result)
         return values[0], values[1]
 
     def register_personality(self):
@@ -426,10 +423,10 @@ cdef class Ring:
         self._check()
         result = io_uring_register_personality(&self.ring)
         if result < 0:
-            raise _error(-result)
+            raise error(-result)
         # 0 would be this thread's own rights, and the rest would not get through.
         if not 1 <= result <= 0xFFFF:
-            raise _error(EINVAL)
+            raise error(EINVAL)
         return result
 
     def unregister_personality(self, int number):
@@ -446,7 +443,7 @@ cdef class Ring:
         self._submit()
         result = io_uring_unregister_personality(&self.ring, number)
         if result < 0:
-            raise _error(-result)
+            raise error(-result)
 
     def close(self):
         """Wait for what is in flight and give everything back. A second time does nothing.
@@ -478,7 +475,7 @@ cdef class Ring:
                 result = io_uring_wait_cqe_timeout(&self.ring, &cqe, &patience)
             self.busy = False
             if result < 0 and result not in (-ETIME, -EINTR, -EAGAIN):
-                raise _error(-result)
+                raise error(-result)
             self._harvest([])
             PyErr_CheckSignals()
         self.early = []
@@ -570,14 +567,14 @@ cdef class Ring:
                 # No memory, or no room for more completions: what is taken makes some.
                 tries += 1
                 if tries > TRIES:
-                    raise _error(EAGAIN)
+                    raise error(EAGAIN)
                 self._harvest(self.early)
                 self.busy = True
                 with nogil:
                     usleep(1000)
                 self.busy = False
             elif result != -EINTR:
-                raise _error(-result)
+                raise error(-result)
         return done
 
     cdef int _harvest(self, list taken) except -1:

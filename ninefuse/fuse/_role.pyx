@@ -39,9 +39,9 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 import logging
-import os
 
 from ninefuse.calls import Fsync, Pread, Pwrite
+from ninefuse.errors import error
 from ninefuse.fuse._wire cimport (
     FSYNC_FDATASYNC,
     OP_FSYNC,
@@ -391,7 +391,7 @@ cdef class Role:
         self.epoll = epoll_create1(EPOLL_CLOEXEC)
         self.nudge = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK) if self.epoll >= 0 else -1
         if self.nudge < 0:
-            raise OSError(errno, os.strerror(errno))
+            raise error(errno)
         self.hear_of(wake, 0)  # by all
         self.hear_of(device.fd, EPOLLET)
         self.hear_of(self.nudge, EPOLLET)
@@ -403,7 +403,7 @@ cdef class Role:
         event.events = EPOLLIN | how
         event.data.fd = fd
         if epoll_ctl(self.epoll, EPOLL_CTL_ADD, fd, &event) < 0:
-            raise OSError(errno, os.strerror(errno))
+            raise error(errno)
 
     def close(self):
         """Close what is its own; no thread is to come back. Again: nothing."""
@@ -716,7 +716,7 @@ cdef class Role:
     cdef Message message(self, ssize_t got):
         """What was read; None if it has not even a header."""
         if got < 0:
-            raise OSError(-got, os.strerror(<int> -got))
+            raise error(-got)
         return decoded(self.device.buffer, got, self.device.short_setxattr)
 
     # ---- calls made ahead --------------------------------------------------------------------
@@ -949,12 +949,11 @@ cdef class Role:
         pthread_mutex_unlock(&self.mutex)
         return found
 
-    def catches_up(self):
-        """Run the bodies of all calls made ahead, up to these. Any thread that runs Python."""
-        self.catch_up()
+    cpdef catch_up(self):
+        """Run the bodies of all calls made ahead, up to these: another body is about to begin.
 
-    cdef catch_up(self):
-        """Run the bodies of all calls made ahead, up to these: another body is about to begin."""
+        Any thread that runs Python.
+        """
         cdef Job *job
         cdef bint is_any
         while True:

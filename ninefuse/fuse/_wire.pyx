@@ -29,16 +29,14 @@ Who reads gets a `Message`. Its ``args`` are, for each opcode (sizes in bytes):
     LISTXATTR                            size
     INIT                                 major, minor, readahead, flags (64 bits)
     GETLK, SETLK, SETLKW                 handle, owner, start, end, type, pid, flags
-    ACCESS                               mask
     INTERRUPT                            unique
-    BMAP                                 block size, block
     IOCTL                                handle, flags, command, data, room for the answer
-    POLL                                 handle, kernel's handle, flags, events
     FALLOCATE                            handle, offset, length, mode
     LSEEK                                handle, offset, whence
     COPY_FILE_RANGE, COPY_FILE_RANGE_64  handle, offset, nodeid, handle, offset, length, flags
     STATX                                flags, handle, statx flags, mask
-    READLINK, STATFS, SYNCFS, DESTROY    nothing
+    READLINK, STATFS, SYNCFS, DESTROY,
+    and what is not served               nothing
 
 Source: Linux include/uapi/linux/fuse.h; fs/fuse/dev.c, fuse_dev_do_read and fuse_dev_do_write.
 
@@ -53,7 +51,7 @@ from libc.stdint cimport int32_t, int64_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memchr, memcpy, memset
 
-import os
+from ninefuse.errors import error
 
 cdef extern from "<stdlib.h>" nogil:
     int posix_memalign(void **, size_t, size_t)
@@ -81,7 +79,7 @@ cdef struct SetattrIn:
 cdef struct FourIn:  # mknod_in, create_in
     uint32_t a, b, c, d
 
-cdef struct TwoIn:  # mkdir_in, open_in, access_in, getxattr_in, batch_forget_in
+cdef struct TwoIn:  # mkdir_in, open_in, getxattr_in, batch_forget_in
     uint32_t a, b
 
 cdef struct RenameIn:
@@ -100,19 +98,11 @@ cdef struct LockIn:
 cdef struct InitIn:
     uint32_t major, minor, max_readahead, flags
 
-cdef struct BmapIn:
-    uint64_t block
-    uint32_t blocksize, padding
-
 cdef struct IoctlIn:
     uint64_t fh
     uint32_t flags, cmd
     uint64_t arg
     uint32_t in_size, out_size
-
-cdef struct PollIn:
-    uint64_t fh, kh
-    uint32_t flags, events
 
 cdef struct FallocateIn:
     uint64_t fh, offset, length
@@ -215,7 +205,6 @@ cdef enum:
     _FORGET = 2
     _GETATTR = 3
     _SETATTR = 4
-    _READLINK = 5
     _SYMLINK = 6
     _MKNOD = 8
     _MKDIR = 9
@@ -225,7 +214,6 @@ cdef enum:
     _LINK = 13
     _OPEN = 14
     _READ = 15
-    _STATFS = 17
     _RELEASE = 18
     _SETXATTR = 21
     _GETXATTR = 22
@@ -240,20 +228,15 @@ cdef enum:
     _GETLK = 31
     _SETLK = 32
     _SETLKW = 33
-    _ACCESS = 34
     _CREATE = 35
     _INTERRUPT = 36
-    _BMAP = 37
-    _DESTROY = 38
     _IOCTL = 39
-    _POLL = 40
     _BATCH_FORGET = 42
     _FALLOCATE = 43
     _READDIRPLUS = 44
     _RENAME2 = 45
     _LSEEK = 46
     _COPY_FILE_RANGE = 47
-    _SYNCFS = 50
     _TMPFILE = 51
     _STATX = 52
     _COPY_FILE_RANGE_64 = 53
@@ -376,9 +359,7 @@ cdef tuple arguments_of(Message message, Reader *r, bint short_setxattr):
     cdef FsyncIn fsync
     cdef LockIn lock
     cdef InitIn init
-    cdef BmapIn bmap
     cdef IoctlIn ioctl
-    cdef PollIn polled
     cdef FallocateIn fallocate
     cdef LseekIn lseek
     cdef CopyIn copy
@@ -483,21 +464,12 @@ cdef tuple arguments_of(Message message, Reader *r, bint short_setxattr):
             take(r, &two.a, sizeof(two.a))
             number |= <uint64_t> two.a << 32
         return init.major, init.minor, init.max_readahead, number
-    if opcode == _ACCESS:
-        take(r, &two, sizeof(two))
-        return (two.a,)
     if opcode == _INTERRUPT:
         take(r, &number, sizeof(number))
         return (number,)
-    if opcode == _BMAP:
-        take(r, &bmap, sizeof(bmap))
-        return bmap.blocksize, bmap.block
     if opcode == _IOCTL:
         take(r, &ioctl, sizeof(ioctl))
         return ioctl.fh, ioctl.flags, ioctl.cmd, take_bytes(r, ioctl.in_size), ioctl.out_size
-    if opcode == _POLL:
-        take(r, &polled, sizeof(polled))
-        return polled.fh, polled.kh, polled.flags, polled.events
     if opcode == _FALLOCATE:
         take(r, &fallocate, sizeof(fallocate))
         return fallocate.fh, fallocate.offset, fallocate.length, fallocate.mode
@@ -765,12 +737,12 @@ cdef class Device:
                     continue
                 if code == ECONNRESET:  # as below, and answers were not read
                     code = ENODEV
-                raise OSError(code, os.strerror(code))
+                raise error(code)
             message = decoded(self.buffer, got, self.short_setxattr)
             if message is not None:
                 return message
             if not got:  # the other end of what stands for a device
-                raise OSError(ENODEV, os.strerror(ENODEV))
+                raise error(ENODEV)
 
     def wait(self, int wake, int other, int milliseconds):
         """Sleep until there is a request, or one of two other descriptors is readable.

@@ -183,7 +183,7 @@ class Leading:
         me = threading.get_ident()
         is_away = me in self._away
         self._away.discard(me)  # others' requests that end in this are not what it is away for
-        self._role.catches_up()
+        self._role.catch_up()
         if is_away:
             self._away.add(me)
 

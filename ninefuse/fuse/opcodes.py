@@ -11,7 +11,7 @@ from enum import IntEnum
 
 
 class Opcode(IntEnum):
-    """What a request asks for."""
+    """What a request asks for, of what is answered with anything but ENOSYS."""
 
     LOOKUP = 1
     FORGET = 2
@@ -44,13 +44,10 @@ class Opcode(IntEnum):
     GETLK = 31
     SETLK = 32
     SETLKW = 33
-    ACCESS = 34
     CREATE = 35
     INTERRUPT = 36
-    BMAP = 37
     DESTROY = 38
     IOCTL = 39
-    POLL = 40
     NOTIFY_REPLY = 41
     BATCH_FORGET = 42
     FALLOCATE = 43
@@ -58,8 +55,6 @@ class Opcode(IntEnum):
     RENAME2 = 45
     LSEEK = 46
     COPY_FILE_RANGE = 47
-    SETUPMAPPING = 48
-    REMOVEMAPPING = 49
     SYNCFS = 50
     TMPFILE = 51
     STATX = 52

@@ -16,7 +16,7 @@ from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport abort
 
-import os
+from ninefuse.errors import error
 
 cdef extern from *:
     """
@@ -315,10 +315,6 @@ def look(int pid, int proc, bytes uid_map not None):
     return seen.uid, seen.gid, groups, seen.effective, is_ours != 0
 
 
-cdef object _error(int code):
-    return OSError(code, os.strerror(code))
-
-
 def get_sets(int pid):
     """A thread's capabilities: effective, permitted, inheritable; 0: this one's (capget(2)).
 
@@ -328,7 +324,7 @@ def get_sets(int pid):
     cdef nf_sets sets
     cdef int result = nf_capget(pid, &sets)
     if result:
-        raise _error(-result)
+        raise error(-result)
     return sets.effective, sets.permitted, sets.inheritable
 
 
@@ -378,7 +374,7 @@ cdef class Acting:
                 self.change_groups()
             result = nf_take(&self.a)
             if result < 0:
-                raise _error(-result)
+                raise error(-result)
         except BaseException:
             self.give_back()
             raise
@@ -396,7 +392,7 @@ cdef class Acting:
         self.a.own_groups = _room(count)
         count = nf_getgroups(count, self.a.own_groups)
         if count < 0:
-            raise _error(-count)
+            raise error(-count)
         if self.groups == frozenset([self.a.own_groups[i] for i in range(count)]):
             return 0
         wanted = _room(len(self.groups))
@@ -409,7 +405,7 @@ cdef class Acting:
         finally:
             PyMem_Free(wanted)
         if result < 0:  # nothing to give back, and no right to
-            raise _error(-result)
+            raise error(-result)
         self.a.own_count = count
         return 0
 

@@ -218,12 +218,3 @@ def file_handle(file: int, name: bytes = b"") -> bytes:
     _name_to_handle_at(file, name, buffer, ctypes.byref(mount_id), flags)
     size, _ = HANDLE_HEADER.unpack_from(buffer)
     return buffer.raw[: HANDLE_HEADER.size + size]
-
-
-def is_local(fd: int) -> bool:
-    """Whether an open file lies on a file system that needs no server to answer.
-
-    One that is not known is taken for one that does; so is overlayfs, whose layers may be
-    anything.
-    """
-    return file_system_of(fd).is_local

@@ -1,4 +1,4 @@
-"""FUSE's messages, decoded and encoded (ninefuse/fuse/_wire.pyx), without a kernel.
+"""FUSE's messages, decoded and encoded (_message.pyx and _wire.pyx in fuse/), without a kernel.
 
 The structures and the messages are those of wire_messages.py. What stands for the device is one end
 of a pair of sockets that keep messages apart.
@@ -45,15 +45,18 @@ from ninefuse.fuse.opcodes import Opcode
 from ninefuse.linux.syscalls import Attributes
 
 if TYPE_CHECKING:
-    from ninefuse.fuse._wire import SIZES, Device, Entries, Message, decode
+    from ninefuse.fuse._message import SIZES as SIZES_IN
+    from ninefuse.fuse._message import Message, decode
+    from ninefuse.fuse._wire import SIZES as SIZES_OUT
+    from ninefuse.fuse._wire import Device, Entries
 else:
     try:
-        built = importlib.import_module("ninefuse.fuse._wire")
+        message = importlib.import_module("ninefuse.fuse._message")
+        wire = importlib.import_module("ninefuse.fuse._wire")
     except ImportError as refused:
         pytest.skip(f"the extension is not built: {refused}", allow_module_level=True)
-    SIZES, Device, Entries, Message, decode = (
-        getattr(built, name) for name in ("SIZES", "Device", "Entries", "Message", "decode")
-    )
+    SIZES_IN, Message, decode = message.SIZES, message.Message, message.decode
+    SIZES_OUT, Device, Entries = wire.SIZES, wire.Device, wire.Entries
 
 FAULTS = (errno.EIO, errno.EINVAL)
 UNIQUE = 0x8877665544332211
@@ -138,7 +141,8 @@ def check(message: Message, data: bytes) -> None:
 
 
 def test_the_structures_have_the_protocols_sizes() -> None:
-    assert {name: STRUCTS[name].size for name in SIZES} == SIZES
+    sizes = SIZES_IN | SIZES_OUT
+    assert {name: STRUCTS[name].size for name in sizes} == sizes
 
 
 def test_there_is_a_golden_message_of_each_opcode() -> None:

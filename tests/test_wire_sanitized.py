@@ -22,31 +22,33 @@ pytestmark = [
     pytest.mark.skipif(not SOAK, reason="takes minutes: make soak"),
 ]
 
-SOURCE = REPO / "ninefuse" / "fuse" / "_wire.pyx"
+SOURCES = [REPO / "ninefuse" / "fuse" / f"{name}.pyx" for name in ("_message", "_wire")]
 FUZZ = REPO / "tests" / "wire_fuzz.py"
 INPUTS = 1_000_000
 
 
-def build(directory: Path, source: str) -> Path:
-    """The extension of that source, with the sanitizers in it."""
+def build(directory: Path, good: str = "", bad: str = "") -> None:
+    """Build both extensions with the sanitizers in them, what is in one of them once exchanged."""
     library(MEMORY)  # or skip
-    pyx, c, built = (directory / f"_wire.{suffix}" for suffix in ("pyx", "c", "so"))
-    pyx.write_text(source)
-    shutil.copy(SOURCE.with_suffix(".pxd"), directory)
-    subprocess.run([sys.executable, "-m", "cython", "-3", str(pyx), "-o", str(c)], check=True)
     include = sysconfig.get_path("platinclude")
-    subprocess.run(
-        [*COMPILER, "-shared", "-fPIC", "-O1", "-g", "-w", *MEMORY, f"-I{include}", str(c)]
-        + ["-o", str(built)],
-        check=True,
-    )
-    return built
+    for source in SOURCES:
+        pyx, c, built = (directory / f"{source.stem}.{suffix}" for suffix in ("pyx", "c", "so"))
+        text = source.read_text()
+        pyx.write_text(text.replace(good, bad) if good and good in text else text)
+        shutil.copy(source.with_suffix(".pxd"), directory)
+        cython = [sys.executable, "-m", "cython", "-3", f"-I{REPO}"]
+        subprocess.run([*cython, str(pyx), "-o", str(c)], check=True)
+        subprocess.run(
+            [*COMPILER, "-shared", "-fPIC", "-O1", "-g", "-w", *MEMORY, f"-I{include}", str(c)]
+            + ["-o", str(built)],
+            check=True,
+        )
 
 
-def fuzz(built: Path, seed: int, inputs: int) -> subprocess.CompletedProcess[str]:
+def fuzz(directory: Path, seed: int, inputs: int) -> subprocess.CompletedProcess[str]:
     """Feed inputs to a build, in a process of its own."""
     return subprocess.run(
-        [sys.executable, str(FUZZ), str(built), str(seed), str(inputs)],
+        [sys.executable, str(FUZZ), str(directory), str(seed), str(inputs)],
         env=environment(MEMORY),
         capture_output=True,
         text=True,
@@ -56,9 +58,9 @@ def fuzz(built: Path, seed: int, inputs: int) -> subprocess.CompletedProcess[str
 
 def test_a_million_bad_requests(tmp_path: Path) -> None:
     began = time.monotonic()
-    built = build(tmp_path, SOURCE.read_text())
+    build(tmp_path)
     print(f"built in {time.monotonic() - began:.0f} s")
-    done = fuzz(built, 1, INPUTS)
+    done = fuzz(tmp_path, 1, INPUTS)
     print(done.stdout, done.stderr[-4000:])
     assert done.returncode == 0
 
@@ -82,8 +84,8 @@ BROKEN = {
 def test_a_bound_that_is_missing_is_noticed(tmp_path: Path, what: str) -> None:
     """Else the test above would say nothing."""
     good, bad = BROKEN[what]
-    source = SOURCE.read_text()
-    assert source.count(good) == 1
-    done = fuzz(build(tmp_path, source.replace(good, bad)), 1, INPUTS // 10)
+    assert sum(source.read_text().count(good) for source in SOURCES) == 1
+    build(tmp_path, good, bad)
+    done = fuzz(tmp_path, 1, INPUTS // 10)
     assert done.returncode != 0
     assert "ERROR: AddressSanitizer" in done.stderr, done.stderr

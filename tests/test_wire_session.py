@@ -42,7 +42,7 @@ from ninefuse import ops
 from ninefuse.driving.request import Request
 from ninefuse.executor import NoThreading
 from ninefuse.fuse import callbacks, native
-from ninefuse.fuse._wire import Message
+from ninefuse.fuse._message import Message
 from ninefuse.fuse.native import NativeSession
 from ninefuse.fuse.opcodes import Opcode
 from ninefuse.settings import Settings

@@ -1,6 +1,6 @@
-"""Feeds bad input to a build of ninefuse/fuse/_wire.pyx; what test_wire_sanitized.py runs.
+"""Feeds bad input to a build of _message.pyx and _wire.pyx; what test_wire_sanitized.py runs.
 
-    python wire_fuzz.py EXTENSION SEED INPUTS
+    python wire_fuzz.py DIRECTORY SEED INPUTS
 
 It ends with 0 if nothing was wrong. What the sanitizers find ends it at once.
 """
@@ -23,12 +23,12 @@ _NUMBERS = (-1, 0, 1, 255, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 32, (1 <<
 _SECONDS = (0.0, -1.0, 0.5, 1e9, 1e15, 1e300, math.inf, math.nan)
 
 
-def load(path: str) -> Any:
-    """The extension at that path."""
-    spec = importlib.util.spec_from_file_location("ninefuse.fuse._wire", path)
+def load(directory: str, name: str) -> Any:
+    """An extension that was built there, in the place of ninefuse's."""
+    spec = importlib.util.spec_from_file_location(f"ninefuse.fuse.{name}", f"{directory}/{name}.so")
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
@@ -37,11 +37,12 @@ class Feeder:
     """Both ends of a device.
 
     Args:
-        wire: the extension.
+        message, wire: the extensions.
         choose: makes the inputs.
     """
 
-    def __init__(self, wire: Any, choose: Random) -> None:
+    def __init__(self, message: Any, wire: Any, choose: Random) -> None:
+        self._message = message
         self._wire = wire
         self._choose = choose
         self._ours, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -53,7 +54,7 @@ class Feeder:
         """Have one request decoded, by itself and from a device whose buffer it just fills."""
         data = random_input(self._choose)
         short = self._choose.random() < 0.5
-        message = self._wire.decode(data, short)
+        message = self._message.decode(data, short)
         if len(data) < HEADER:
             assert message is None
             self.seen["no message"] += 1
@@ -123,8 +124,10 @@ class Feeder:
 
 def main() -> None:
     """Feed as many requests as were asked for, and some replies."""
-    path, seed, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    feeder = Feeder(load(path), Random(seed))
+    directory, seed, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    # In this order: the second has what it imports of the first from this build.
+    message, wire = load(directory, "_message"), load(directory, "_wire")
+    feeder = Feeder(message, wire, Random(seed))
     began = time.monotonic()
     for turn in range(count):
         feeder.request()

@@ -12,7 +12,8 @@ from ninefuse.errors import error
 from ninefuse.executor import NoThreading
 from ninefuse.fuse import mounting
 from ninefuse.fuse import opcodes as op
-from ninefuse.fuse._wire import Device, Entries, Message
+from ninefuse.fuse._message import Message
+from ninefuse.fuse._wire import Device, Entries
 from ninefuse.fuse.native import NativeSession
 from ninefuse.fuse.opcodes import Opcode
 from ninefuse.fuse.rows import Known, Row

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ninefuse.driving.request import Request
-from ninefuse.fuse._wire import Device, Message
+from ninefuse.fuse._message import Message
+from ninefuse.fuse._wire import Device
 from ninefuse.linux.callers import Caller
 
 class Role:

@@ -42,24 +42,19 @@ import logging
 
 from ninefuse.calls import Fsync, Pread, Pwrite
 from ninefuse.errors import error
-from ninefuse.fuse._wire cimport (
+from ninefuse.fuse._message cimport (
     FSYNC_FDATASYNC,
     OP_FSYNC,
     OP_READ,
     OP_WRITE,
-    POLLIN,
     WRITE_CACHE,
-    Device,
     FsyncIn,
     InHeader,
     Message,
-    OutHeader,
     ReadIn,
     decoded,
-    iovec,
-    poll,
-    pollfd,
 )
+from ninefuse.fuse._wire cimport POLLIN, Device, OutHeader, iovec, poll, pollfd
 from ninefuse.linux._transfer cimport pwrite_as, read_nowait
 
 log = logging.getLogger(__name__)

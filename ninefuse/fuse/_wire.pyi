@@ -1,22 +1,8 @@
 """Types of the optional extension ninefuse.fuse._wire; _wire.pyx says what it does."""
 
-from typing import Any
+from ninefuse.fuse._message import Message
 
 SIZES: dict[str, int]
-
-class Message:
-    opcode: int
-    unique: int
-    nodeid: int
-    uid: int
-    gid: int
-    pid: int
-    args: Any
-    fault: int
-    groups: tuple[int, ...] | None
-    contexts: tuple[tuple[bytes, bytes], ...] | None
-
-def decode(data: bytes, short_setxattr: bool = False) -> Message | None: ...
 
 class Entries:
     reply: bytes

@@ -34,8 +34,9 @@ from typing import Protocol
 from ninefuse.driving.clock import STUCK
 from ninefuse.driving.request import Request
 from ninefuse.executor import LeadingModel
+from ninefuse.fuse._message import Message
 from ninefuse.fuse._role import Role
-from ninefuse.fuse._wire import Device, Message
+from ninefuse.fuse._wire import Device
 from ninefuse.linux.credentials import end_process
 from ninefuse.process.threads import start_quietly
 from ninefuse.settings import LEADERS

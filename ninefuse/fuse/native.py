@@ -96,7 +96,8 @@ from ninefuse.executor import LeadingModel
 from ninefuse.exitcodes import ExitCode, Failure
 from ninefuse.fuse import callbacks, handshake, mounting, notices
 from ninefuse.fuse import opcodes as op
-from ninefuse.fuse._wire import Device, Message
+from ninefuse.fuse._message import Message
+from ninefuse.fuse._wire import Device
 from ninefuse.fuse.answers import errno_for_kernel, errno_of, share_of, shortened
 from ninefuse.fuse.backing import Backings
 from ninefuse.fuse.handles import Files

@@ -16,7 +16,8 @@ from ninefuse.calls import Body
 from ninefuse.errors import error
 from ninefuse.fuse import callbacks
 from ninefuse.fuse import opcodes as op
-from ninefuse.fuse._wire import Device, Entries, Message
+from ninefuse.fuse._message import Message
+from ninefuse.fuse._wire import Device, Entries
 from ninefuse.fuse.answers import Opens, without_statistics
 from ninefuse.fuse.entries import EntryPlus, fitted
 from ninefuse.fuse.handles import Files, Handle, Made

@@ -20,7 +20,7 @@ from ninefuse.calls import Body, Call, Fsync, Pread, Pwrite
 from ninefuse.errors import error
 from ninefuse.fuse import callbacks
 from ninefuse.fuse import opcodes as op
-from ninefuse.fuse._wire import Message
+from ninefuse.fuse._message import Message
 from ninefuse.fuse.answers import Opens, is_statistics, refuse_statistics
 from ninefuse.fuse.entries import EntryPlus
 from ninefuse.fuse.handles import Files, Handle, Made

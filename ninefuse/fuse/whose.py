@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import fcntl
 
-from ninefuse.fuse._wire import Message
+from ninefuse.fuse._message import Message
 from ninefuse.fuse.answers import NOT_REFUSED
 from ninefuse.fuse.opcodes import Opcode
 from ninefuse.tree.kernel import FIRST_HANDLE

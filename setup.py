@@ -3,8 +3,8 @@
 They are optional. Without liburing's headers or pkg-config, ninefuse is built without
 ninefuse.driving._ring, and does its input and output on threads. Without a compiler or Cython it
 is also built without ninefuse.linux._rights, _statx and _transfer and ninefuse.tree._known, and
-does what these do in Python, and without ninefuse.fuse._message, _wire and _role, and is served by
-pyfuse3's session.
+does what these do in Python, and without those of ninefuse.fuse, and is served by pyfuse3's
+session.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def extensions() -> list[Extension]:
     except ImportError:
         return []
     wanted = [
+        Extension("ninefuse.fuse._ahead", ["ninefuse/fuse/_ahead.pyx"]),
         Extension("ninefuse.fuse._message", ["ninefuse/fuse/_message.pyx"]),
+        Extension("ninefuse.fuse._plain", ["ninefuse/fuse/_plain.pyx"]),
         Extension("ninefuse.fuse._role", ["ninefuse/fuse/_role.pyx"]),
         Extension("ninefuse.fuse._wire", ["ninefuse/fuse/_wire.pyx"]),
         Extension("ninefuse.linux._rights", ["ninefuse/linux/_rights.pyx"]),

@@ -213,7 +213,7 @@ def threads(text: str) -> int:
 
 # setup.py has what each is for.
 COMPILED = (
-    *("fuse._message", "fuse._wire", "fuse._role"),
+    *("fuse._message", "fuse._wire", "fuse._plain", "fuse._ahead", "fuse._role"),
     *("linux._rights", "linux._statx", "linux._transfer", "tree._known"),
     "driving._ring",
 )

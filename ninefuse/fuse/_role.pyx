@@ -8,18 +8,19 @@ nothing.
 
 The leader runs a request's body to its first call that blocks. If that is *plain* (a read, a write
 or a sync, whose good outcome is the answer), it is made and answered here, without the
-interpreter's lock:
+interpreter's lock (_plain.pyx):
 
 * by the leader itself, once it has passed the role on (`make`);
 * by a *hand*: a thread that makes plain calls only (`hand`, `work`). The leader goes on to read
   then, and keeps the interpreter's lock while requests stand in line.
 
 A read, write or sync that can meet nothing under way needs not even its body: the message says
-which call the body is going to ask for. So the call is made *ahead*, and answered. A read of what
-is in memory needs not even another leader: it waits for nobody (`read_now`). The body is run
-afterwards, up to this call, and on with what came of it. It is run before any other body. So
-whatever comes later finds it under way, or over. Where several clients go side by side, it may wait
-for more of them. One thread then runs all, and the interpreter's lock changes hands once for many.
+which call the body is going to ask for. So the call is made *ahead*, and answered (_ahead.pyx has
+which ones). A read of what is in memory needs not even another leader: it waits for nobody
+(`read_now`). The body is run afterwards, up to this call, and on with what came of it. It is run
+before any other body. So whatever comes later finds it under way, or over. Where several clients go
+side by side, it may wait for more of them. One thread then runs all, and the interpreter's lock
+changes hands once for many.
 
 What is left of a body after its answer is table work. A thread that has the interpreter's lock
 anyway does it: before it looks at another request, and before it waits. It must not wait for a
@@ -30,44 +31,32 @@ Locks touched: the mutex of a `Role`, for a few instructions; the interpreter's 
 waited for inside.
 """
 
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_Clear
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.errno cimport EAGAIN, ECONNRESET, EINTR, EIO, ENODEV, ENOENT, ENOMEM, errno
 from libc.stdint cimport int64_t, uint32_t, uint64_t
-from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy, memset
 
 import logging
 
-from ninefuse.calls import Fsync, Pread, Pwrite
 from ninefuse.errors import error
-from ninefuse.fuse._message cimport (
-    FSYNC_FDATASYNC,
-    OP_FSYNC,
-    OP_READ,
-    OP_WRITE,
-    WRITE_CACHE,
-    FsyncIn,
-    InHeader,
-    Message,
-    ReadIn,
-    decoded,
+from ninefuse.fuse._ahead cimport (
+    Ahead,
+    pthread_mutex_lock,
+    pthread_mutex_t,
+    pthread_mutex_unlock,
 )
-from ninefuse.fuse._wire cimport POLLIN, Device, OutHeader, iovec, poll, pollfd
-from ninefuse.linux._transfer cimport pwrite_as, read_nowait
+from ninefuse.fuse._message cimport Message, decoded
+from ninefuse.fuse._plain cimport RAW, READ, READY, Job, answer, do, is_plain, job_of, let_go, now
+from ninefuse.fuse._wire cimport POLLIN, Device, poll, pollfd
+from ninefuse.linux._transfer cimport read_nowait
 
 log = logging.getLogger(__name__)
 
 cdef extern from "<pthread.h>" nogil:
-    ctypedef struct pthread_mutex_t:
-        pass
     ctypedef struct pthread_cond_t:
         pass
     ctypedef unsigned long pthread_t
-    int pthread_mutex_init(pthread_mutex_t *, void *)
-    int pthread_mutex_lock(pthread_mutex_t *)
-    int pthread_mutex_unlock(pthread_mutex_t *)
     int pthread_cond_init(pthread_cond_t *, void *)
     int pthread_cond_wait(pthread_cond_t *, pthread_mutex_t *)
     int pthread_cond_signal(pthread_cond_t *)
@@ -76,10 +65,6 @@ cdef extern from "<pthread.h>" nogil:
 
 cdef extern from "<unistd.h>" nogil:
     ssize_t read(int, void *, size_t)
-    ssize_t pread(int, void *, size_t, int64_t)
-    ssize_t pwrite(int, const void *, size_t, int64_t)
-    int fsync(int)
-    int fdatasync(int)
     int close(int)
 
 cdef extern from "<sys/epoll.h>" nogil:
@@ -99,205 +84,13 @@ cdef extern from "<sys/eventfd.h>" nogil:
     int eventfd(unsigned int, int)
     int eventfd_write(int, uint64_t)
 
-cdef extern from "<fcntl.h>" nogil:
-    int O_APPEND
-
-cdef extern from "<time.h>" nogil:
-    cdef struct timespec:
-        long tv_sec
-        long tv_nsec
-    int CLOCK_MONOTONIC
-    int clock_gettime(int, timespec *)
-
 cdef extern from "Python.h":
     int _PyBytes_Resize(PyObject **, Py_ssize_t)
 
 cdef enum:
-    KNOWN_HANDLES = 256  # of which it is known what calls they make; the newest
-    MOST_AHEAD = 64  # calls made ahead whose bodies are still to be run
-    LARGEST_AHEAD = 65536  # bytes of a message, which is copied, or of what is read
-    MOST_ASIDE = 64  # plain calls under way, not made ahead, beside which others are
     CROWD = 2  # calls that others are in: so many come back soon, and a body may wait for them
     BATCH = 32  # calls made ahead, the bodies of which are run at the latest when there are as many
     BATCH_TIME = 10  # milliseconds after which they are, if nothing else comes
-
-cdef uint64_t LAST_BYTE = 0x7FFFFFFFFFFFFFFF
-cdef uint64_t BEYOND = LAST_BYTE + 1
-
-cdef enum Kind:
-    READ
-    WRITE
-    SYNC
-    SYNC_DATA
-
-cdef enum State:
-    RAW  # a call made ahead, of a message that nobody has decoded yet
-    CLAIMED  # somebody runs its body up to the call
-    READY  # its body waits for what comes of the call, as any other's
-
-cdef struct KnownHandle:
-    # An open handle, by which reads, writes and syncs are plain calls.
-    bint is_known, is_near, is_readable, is_writable, appends, for_caller
-    uint32_t user  # who opened it; 0: nobody whose share is bounded
-    uint64_t handle
-    uint64_t inode
-    int fd
-    uint32_t uid
-    uint32_t gid
-
-cdef struct Job:
-    # One plain call, and what has become of it.
-    PyObject *request
-    PyObject *data  # the bytes that are written, or read into
-    Kind kind
-    int fd
-    char *start
-    size_t size
-    int64_t offset
-    bint for_caller  # with these ids
-    uint32_t uid
-    uint32_t gid
-    uint64_t unique
-    ssize_t result  # bytes, or a negated errno
-    bint by_hand
-    bint is_answered
-    bint is_back  # whether the thread has its own rights
-    Job *next
-    # Of calls made ahead:
-    State state
-    char *message
-    size_t message_size
-    char *buffer  # what is read
-    uint64_t inode
-    uint64_t begin  # of the bytes that it reads or changes
-    uint64_t end
-    uint32_t user
-    int64_t began  # as of time.monotonic_ns()
-    bint is_made  # it went well, and nothing is left but to say so
-    bint is_over
-    Job *next_ahead
-
-
-cdef Job *job_of(request, uint64_t unique) except? NULL:
-    """The plain call that a request asks for, with references of its own.
-
-    Raises:
-        MemoryError: there is no room.
-    """
-    call = request.call
-    kind = type(call)
-    cdef Job *job = <Job *> malloc(sizeof(Job))
-    if job == NULL:
-        raise MemoryError
-    memset(job, 0, sizeof(Job))
-    job.state = READY
-    try:
-        job.fd = call.fd
-        job.unique = unique
-        if kind is Pwrite:
-            job.kind = WRITE
-            data = call.data
-            job.offset = call.offset
-            if call.writer is not None:
-                job.for_caller = True
-                job.uid, job.gid = call.writer.uid, call.writer.gid
-        elif kind is Pread:
-            job.kind = READ
-            data = PyBytes_FromStringAndSize(NULL, call.count)
-            job.offset = call.offset
-        else:
-            job.kind = SYNC_DATA if call.data_only else SYNC
-            data = b""
-        job.start = PyBytes_AS_STRING(data)
-        job.size = PyBytes_GET_SIZE(data)
-    except BaseException:
-        free(job)
-        raise
-    Py_INCREF(data)
-    job.data = <PyObject *> data
-    Py_INCREF(request)
-    job.request = <PyObject *> request
-    return job
-
-
-cdef void do(Job *job) noexcept nogil:
-    """Make the call."""
-    cdef ssize_t done = 0, more
-    cdef int is_back = 1
-    job.is_back = True
-    if job.kind == READ:
-        # A short read is the end of the file to whoever asked; make sure that it is.
-        while <size_t> done < job.size:
-            more = pread(job.fd, job.start + done, job.size - done, job.offset + done)
-            if more < 0 and errno == EINTR:
-                continue
-            if more < 0:
-                done = -errno  # of what was read before nobody is told: it would be the end
-            if more <= 0:
-                break
-            done += more
-        job.result = done
-        return
-    while True:
-        if job.kind == WRITE and job.for_caller:
-            done = pwrite_as(
-                job.fd, job.start, job.size, job.offset, job.uid, job.gid, &is_back
-            )
-            if not is_back:
-                job.is_back = False
-                return
-        else:
-            if job.kind == WRITE:
-                done = pwrite(job.fd, job.start, job.size, job.offset)
-            else:
-                done = fsync(job.fd) if job.kind == SYNC else fdatasync(job.fd)
-            if done < 0:
-                done = -errno
-        if done != -EINTR:
-            job.result = done
-            return
-
-
-cdef bint is_plain(Job *job) noexcept nogil:
-    """Whether a call went well, in whole."""
-    return job.result >= (<ssize_t> job.size if job.kind == WRITE else 0)
-
-
-cdef void answer(Job *job, Device device) noexcept nogil:
-    """Answer a request whose call went well; else Python has more to do with it."""
-    cdef OutHeader header
-    cdef iovec parts[2]
-    cdef uint32_t out[2]
-    cdef int count = 2
-    if not is_plain(job):
-        return
-    header.error = 0
-    header.unique = job.unique
-    parts[0].iov_base, parts[0].iov_len = &header, sizeof(header)
-    if job.kind == READ:
-        parts[1].iov_base, parts[1].iov_len = job.start, <size_t> job.result
-    elif job.kind == WRITE:
-        out[0], out[1] = <uint32_t> job.result, 0
-        parts[1].iov_base, parts[1].iov_len = out, sizeof(out)
-    else:
-        count = 1
-    # One that nobody waits for any more is answered, too. What the kernel refuses is said again
-    # by Python, which tells of it.
-    job.is_answered = device.send(parts, count) in (0, ENOENT, ENODEV)
-
-
-cdef str name_of(Job *job):
-    """What the request is called that asks for a call."""
-    if job.kind == READ:
-        return "read"
-    return "write" if job.kind == WRITE else "fsync"
-
-
-cdef int64_t now() noexcept nogil:
-    """Nanoseconds, as of time.monotonic_ns()."""
-    cdef timespec t
-    clock_gettime(CLOCK_MONOTONIC, &t)
-    return <int64_t> t.tv_sec * 1000000000 + t.tv_nsec
 
 
 cdef take_one(dict counts, key):
@@ -309,7 +102,7 @@ cdef take_one(dict counts, key):
         del counts[key]
 
 
-cdef class Role:
+cdef class Role(Ahead):
     """The role of one device's dispatcher, and what is done without it.
 
     Args:
@@ -332,11 +125,8 @@ cdef class Role:
         idle: hands that have nothing to do.
         hands: how many there are.
         passed: when the role was passed on last, in nanoseconds, as of time.monotonic_ns().
-        count_ahead: calls made ahead whose bodies have not gone on after them.
-        busy: requests under way, but for those whose calls were made ahead.
     """
 
-    cdef pthread_mutex_t mutex
     cdef pthread_cond_t is_free, has_job, is_ready
     cdef bint is_taken, is_over
     cdef pthread_t leader
@@ -351,7 +141,6 @@ cdef class Role:
     cdef readonly int threads, in_calls, handed, queued, idle, hands
     cdef readonly long finished
     cdef readonly int64_t passed
-    cdef readonly int busy
     cdef Job *done  # by calls that were made, and whose bodies have not gone on
     cdef Job *first  # that hands are to make
     cdef Job *last
@@ -359,18 +148,9 @@ cdef class Role:
     cdef int wake
     cdef object finish, end_process
     cdef dict users, inodes  # plain calls that are under way, of each
-    cdef KnownHandle handles[KNOWN_HANDLES]
-    cdef Job *ahead  # calls made ahead, until their bodies have gone on after them
-    cdef readonly int count_ahead
-    cdef uint64_t aside[MOST_ASIDE]  # inodes of plain calls under way that were not made ahead
-    cdef int count_aside
-    cdef object foresee
-    cdef int for_user
 
     def __cinit__(self):
         self.epoll = self.nudge = -1
-        if pthread_mutex_init(&self.mutex, NULL):
-            raise MemoryError
         if pthread_cond_init(&self.is_free, NULL) or pthread_cond_init(&self.has_job, NULL):
             raise MemoryError
         if pthread_cond_init(&self.is_ready, NULL):
@@ -495,9 +275,7 @@ cdef class Role:
             pthread_mutex_lock(&self.mutex)
             self.take_ahead(job)
             pthread_mutex_unlock(&self.mutex)
-            free(job.message)
-            free(job.buffer)
-        free(job)
+        let_go(job)
 
     # ---- the role -----------------------------------------------------------------------------
 
@@ -607,7 +385,7 @@ cdef class Role:
         cdef Job *job
         cdef ssize_t got = self.next_message(is_empty)
         while got > 0:
-            job = self.foreseen(got)
+            job = self.foreseen(self.device.buffer, got)
             if job == NULL:
                 break
             if not (job.kind == READ and self.read_now(job)):
@@ -716,189 +494,9 @@ cdef class Role:
 
     # ---- calls made ahead --------------------------------------------------------------------
 
-    def makes_ahead(self, foresee, int for_user):
-        """Make calls ahead, from now on.
-
-        Args:
-            foresee: ``foresee(message, began)`` runs the body of a message up to its call, which
-                was begun at ``began`` (nanoseconds, as of time.monotonic_ns()). Its request, or
-                None, if the body asked for something else.
-            for_user: how many there may be at a time of one user, but of user 0.
-        """
-        self.for_user = for_user
-        self.foresee = foresee
-
-    def begins(self):
-        """A body is about to be run, beside which no call is made ahead."""
-        pthread_mutex_lock(&self.mutex)
-        self.busy += 1
-        pthread_mutex_unlock(&self.mutex)
-
-    def ends(self):
-        """Such a body has ended, or stands still."""
-        pthread_mutex_lock(&self.mutex)
-        self.busy -= 1
-        pthread_mutex_unlock(&self.mutex)
-
-    def sets_aside(self, uint64_t inode):
-        """A body has come to a plain call on an inode: those on others may be made ahead again.
-
-        Returns:
-            False if there are too many of these; then they may not.
-        """
-        cdef bint is_aside
-        pthread_mutex_lock(&self.mutex)
-        is_aside = self.count_aside < MOST_ASIDE
-        if is_aside:
-            self.aside[self.count_aside] = inode
-            self.count_aside += 1
-            self.busy -= 1
-        pthread_mutex_unlock(&self.mutex)
-        return is_aside
-
-    def comes_back(self, uint64_t inode, bint goes_on):
-        """Such a body goes on after its call, or has ended.
-
-        Args:
-            inode: that of its call.
-            goes_on: whether it goes on, so that none is made ahead beside it.
-        """
-        cdef int i
-        pthread_mutex_lock(&self.mutex)
-        self.busy += goes_on
-        for i in range(self.count_aside):
-            if self.aside[i] == inode:
-                self.count_aside -= 1
-                self.aside[i] = self.aside[self.count_aside]
-                break
-        pthread_mutex_unlock(&self.mutex)
-
-    def knows(
-        self, uint64_t handle, uint64_t inode, int fd, bint is_near, bint is_readable,
-        bint is_writable, bint appends, writer, uint32_t user,
-    ):
-        """By this handle reads, writes and syncs are plain calls, until `forgets`.
-
-        Args:
-            handle: the kernel's number of it.
-            inode: its file's, as calls have it.
-            fd: by which calls are made.
-            is_near: whether a read of what is in memory waits for nobody. Else none is made ahead.
-            is_readable: whether it may be read.
-            is_writable: whether it may be written to.
-            appends: whether it was opened to append (fcntl(2) may have changed that).
-            writer: a `Caller` for whom it is written; None: the daemon.
-            user: the user id of who opened it.
-        """
-        cdef KnownHandle known
-        known.is_known, known.is_near, known.is_readable = True, is_near, is_readable
-        known.is_writable, known.appends = is_writable, appends
-        known.for_caller = writer is not None
-        known.handle, known.inode, known.fd = handle, inode, fd
-        known.user = user
-        known.uid = known.gid = 0
-        if writer is not None:
-            known.uid, known.gid = writer.uid, writer.gid
-        pthread_mutex_lock(&self.mutex)
-        self.handles[handle % KNOWN_HANDLES] = known
-        pthread_mutex_unlock(&self.mutex)
-
-    def forgets(self, uint64_t handle):
-        """A handle is about to be closed."""
-        cdef KnownHandle *known = &self.handles[handle % KNOWN_HANDLES]
-        pthread_mutex_lock(&self.mutex)
-        if known.handle == handle:
-            known.is_known = False
-        pthread_mutex_unlock(&self.mutex)
-
-    def forgets_file(self, uint64_t inode):
-        """By no handle of a file that is open now calls are plain."""
-        cdef int i
-        pthread_mutex_lock(&self.mutex)
-        for i in range(KNOWN_HANDLES):
-            if self.handles[i].inode == inode:
-                memset(&self.handles[i], 0, sizeof(KnownHandle))
-        pthread_mutex_unlock(&self.mutex)
-
-    cdef Job *foreseen(self, ssize_t got) noexcept nogil:
-        """As the leader: the call of the message just read, or NULL."""
-        cdef InHeader header
-        cdef ReadIn write, read
-        cdef FsyncIn sync
-        cdef const char *start = self.device.buffer
-        cdef Kind kind
-        cdef uint64_t handle, offset = 0, size = 0
-        cdef bint appends = False
-        cdef KnownHandle *known
-        cdef Job *job
-        if self.foresee is None or got < <ssize_t> sizeof(header) or got > LARGEST_AHEAD:
-            return NULL
-        memcpy(&header, start, sizeof(header))
-        if header.len != <size_t> got:
-            return NULL
-        if header.opcode == OP_WRITE and <size_t> got > sizeof(header) + sizeof(write):
-            memcpy(&write, start + sizeof(header), sizeof(write))
-            if write.more_flags & WRITE_CACHE or write.offset > LAST_BYTE - write.size:
-                return NULL
-            if write.size != <size_t> got - sizeof(header) - sizeof(write):
-                return NULL
-            kind, handle, offset, size = WRITE, write.fh, write.offset, write.size
-            appends = write.flags & O_APPEND != 0
-        elif header.opcode == OP_READ and <size_t> got == sizeof(header) + sizeof(read):
-            memcpy(&read, start + sizeof(header), sizeof(read))
-            if not 0 < read.size <= LARGEST_AHEAD or read.offset > LAST_BYTE - read.size:
-                return NULL
-            kind, handle, offset, size = READ, read.fh, read.offset, read.size
-        elif header.opcode == OP_FSYNC and <size_t> got == sizeof(header) + sizeof(sync):
-            memcpy(&sync, start + sizeof(header), sizeof(sync))
-            kind = SYNC_DATA if sync.flags & FSYNC_FDATASYNC else SYNC
-            handle = sync.fh
-        else:
-            return NULL
-        job = <Job *> malloc(sizeof(Job))
-        if job == NULL:
-            return NULL
-        memset(job, 0, sizeof(Job))
-        job.message = <char *> malloc(<size_t> got)
-        if job.message == NULL:
-            free(job)
-            return NULL
-        if kind == READ:
-            job.buffer = <char *> malloc(size)
-            if job.buffer == NULL:
-                free(job.message)
-                free(job)
-                return NULL
-        job.kind, job.unique, job.offset, job.state = kind, header.unique, <int64_t> offset, RAW
-        job.began = now()
-        # What is appended begins where the file ends: nobody here knows where that is.
-        job.begin = offset
-        job.end = BEYOND if appends else offset + size
-        known = &self.handles[handle % KNOWN_HANDLES]
-        pthread_mutex_lock(&self.mutex)
-        if (
-            not known.is_known
-            or known.handle != handle
-            or (kind == READ and not (known.is_readable and known.is_near))
-            or (kind == WRITE and (not known.is_writable or appends != known.appends))
-            or not self.is_quiet_for(job, known)
-        ):
-            pthread_mutex_unlock(&self.mutex)
-            free(job.buffer)
-            free(job.message)
-            free(job)
-            return NULL
-        job.fd, job.inode, job.user = known.fd, known.inode, known.user
-        job.for_caller, job.uid, job.gid = known.for_caller, known.uid, known.gid
-        memcpy(job.message, start, <size_t> got)
-        job.message_size = <size_t> got
-        job.size = size
-        job.start = job.buffer
-        if kind == WRITE:
-            job.start = job.message + sizeof(header) + sizeof(write)
-        self.add_ahead(job)
-        pthread_mutex_unlock(&self.mutex)
-        return job
+    cdef bint has_room(self) noexcept nogil:
+        """Whether another thread can lead while this one makes a call. The mutex is held."""
+        return not self.is_over and self.in_calls + 1 < self.threads
 
     cdef bint read_now(self, Job *job) noexcept nogil:
         """As the leader: make a read, and answer it, if all is in memory. It waits for nobody."""
@@ -930,19 +528,6 @@ cdef class Role:
             job.next, self.done = self.done, job
         # Else who runs its body finishes it; or whoever runs Python claims it, before it waits.
         self.unlock_and_finish(can_wait)
-
-    def made_ahead(self):
-        """Of each call made ahead that is not over: what it is, its inode, and when it was begun."""
-        cdef Job *job
-        found = []
-        pthread_mutex_lock(&self.mutex)
-        job = self.ahead
-        while job != NULL:
-            if not job.is_over and job.state == RAW:
-                found.append((name_of(job), job.inode, job.began))
-            job = job.next_ahead
-        pthread_mutex_unlock(&self.mutex)
-        return found
 
     cpdef catch_up(self):
         """Run the bodies of all calls made ahead, up to these: another body is about to begin.
@@ -985,80 +570,6 @@ cdef class Role:
         pthread_mutex_unlock(&self.mutex)
         if is_over:
             self.finish_one(job)
-
-    # The mutex is held:
-
-    cdef bint is_quiet_for(self, Job *wanted, KnownHandle *known) noexcept nogil:
-        """Whether nothing is under way that a call could meet, and one may be made."""
-        cdef Job *job = self.ahead
-        cdef int i, count = 0
-        if self.busy or self.count_ahead >= MOST_AHEAD or self.in_calls + 1 >= self.threads:
-            return False
-        if self.is_over:
-            return False
-        for i in range(self.count_aside):
-            if self.aside[i] == known.inode:
-                return False
-        while job != NULL:
-            if not job.is_over and known.user and job.user == known.user:
-                count += 1
-            if job.inode == known.inode:
-                # One that did not go well goes on in its body, perhaps with another call. One that
-                # is stuck keeps no others on this inode from having their share.
-                if not job.is_made:
-                    return False
-                if job.kind == READ and wanted.kind == READ:
-                    job = job.next_ahead
-                    continue
-                # Its body may still say that it changes these bytes, and another would wait for it.
-                if job.begin < wanted.end and wanted.begin < job.end:
-                    return False
-            job = job.next_ahead
-        return count < self.for_user
-
-    cdef void add_ahead(self, Job *job) noexcept nogil:
-        cdef Job **at = &self.ahead
-        while at[0] != NULL:
-            at = &at[0].next_ahead
-        at[0] = job
-        self.count_ahead += 1
-
-    cdef void take_ahead(self, Job *job) noexcept nogil:
-        cdef Job **at = &self.ahead
-        while at[0] != job:
-            at = &at[0].next_ahead
-        at[0] = job.next_ahead
-        self.count_ahead -= 1
-
-    cdef Job *first_ahead(self, State state, bint is_over) noexcept nogil:
-        """The first call made ahead that has come so far; or NULL.
-
-        Args:
-            state: how far.
-            is_over: only one that is over.
-        """
-        cdef Job *job = self.ahead
-        while job != NULL and (job.state != state or (is_over and not job.is_over)):
-            job = job.next_ahead
-        return job
-
-    cdef Job *claimed(self, bint is_over) noexcept nogil:
-        """The first call made ahead whose body nobody runs, claimed; or NULL.
-
-        Args:
-            is_over: only one that is over.
-        """
-        cdef Job *job = self.first_ahead(RAW, is_over)
-        if job != NULL:
-            job.state = CLAIMED
-        return job
-
-    cdef bint is_any_left(self) noexcept nogil:
-        """Whether a call made ahead is over, and nobody has begun with its body."""
-        return self.first_ahead(RAW, True) != NULL
-
-    cdef bint is_any_claimed(self) noexcept nogil:
-        return self.first_ahead(CLAIMED, False) != NULL
 
     # ---- plain calls --------------------------------------------------------------------------
 
@@ -1236,6 +747,6 @@ cdef class Role:
             found.append(<object> job.request)
             Py_DECREF(<object> job.request)
             Py_DECREF(<object> job.data)
-            free(job)
+            let_go(job)
         found.reverse()
         return found

@@ -14,13 +14,13 @@ cdef extern from *:
 
     /* What setfsuid and setfsgid do they do not report; asked with an id that there cannot be,
        they tell what is in force. */
-    static int acts_as(uid_t uid, gid_t gid)
+    static inline int acts_as(uid_t uid, gid_t gid)
     {
         return (uid_t) setfsuid(-1) == uid && (gid_t) setfsgid(-1) == gid;
     }
 
     /* preadv2(2) of what the page cache holds; the negated errno. */
-    static ssize_t read_nowait(int fd, void *buffer, size_t count, off_t offset)
+    static inline ssize_t read_nowait(int fd, void *buffer, size_t count, off_t offset)
     {
         struct iovec part = { buffer, count };
         ssize_t result = preadv2(fd, &part, 1, offset, RWF_NOWAIT);
@@ -29,8 +29,8 @@ cdef extern from *:
 
     /* pwrite(2) with other file system ids than the thread has otherwise; the negated errno. All
        that may be wrong in the end is *is_back: whether the thread has its own rights again. */
-    static ssize_t pwrite_as(int fd, const void *data, size_t count, off_t offset,
-                             uid_t uid, gid_t gid, int *is_back)
+    static inline ssize_t pwrite_as(int fd, const void *data, size_t count, off_t offset,
+                                    uid_t uid, gid_t gid, int *is_back)
     {
         struct __user_cap_header_struct header = { _LINUX_CAPABILITY_VERSION_3, 0 };
         struct __user_cap_data_struct own[2];

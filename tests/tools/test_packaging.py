@@ -32,7 +32,8 @@ OLDEST = "3.10"
 PYTHONS = (OLDEST, "3.11", "3.12", "3.13", "3.14")
 # What is built wherever there is a compiler.
 WITH_A_COMPILER = [
-    *("ninefuse/fuse/_message", "ninefuse/fuse/_role", "ninefuse/fuse/_wire"),
+    *("ninefuse/fuse/_ahead", "ninefuse/fuse/_message", "ninefuse/fuse/_plain"),
+    *("ninefuse/fuse/_role", "ninefuse/fuse/_wire"),
     *("ninefuse/linux/_rights", "ninefuse/linux/_statx", "ninefuse/linux/_transfer"),
     "ninefuse/tree/_known",
 ]

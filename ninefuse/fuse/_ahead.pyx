@@ -41,8 +41,6 @@ from ninefuse.fuse._plain cimport (
 cdef extern from "<fcntl.h>" nogil:
     int O_APPEND
 
-cdef extern from "Python.h":
-
 cdef enum:
     MOST_AHEAD = 64  # calls made ahead whose bodies are still to be run
     LARGEST_AHEAD = 65536  # bytes of a message, which is copied, or of what is read

@@ -621,6 +621,52 @@ def test_where_all_are_stuck_more_are_started_and_end_again(
         passed(late)
 
 
+def test_further_workers_end_though_there_is_always_a_little_to_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Workers take turns, so each has something to do again before it has waited for long."""
+    monkeypatch.setattr(workers, "_SPARE_TIME", 0.2)
+    gate = threading.Event()
+    deadline = time.monotonic() + PATIENCE
+    with pool_of(2) as pool:
+        for _ in range(20):
+            pool.submit(lambda: passed(gate))
+        while pool.statistics().threads < 20:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        gate.set()
+        while pool.statistics().threads > 2:
+            assert time.monotonic() < deadline
+            for _ in range(20):
+                one = threading.Event()
+                pool.submit(one.set)
+                passed(one)
+
+
+def test_a_further_worker_stays_where_the_others_are_stuck(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is looked for by more than are idle, for longer than a spare one waits."""
+    monkeypatch.setattr(workers, "_SPARE_TIME", 0.02)
+    gate = threading.Event()
+    with pool_of(4) as pool:
+        for _ in range(4):
+            pool.submit(lambda: passed(gate))
+        seen: set[threading.Thread] = set()
+
+        def note(one: threading.Event) -> None:
+            seen.add(threading.current_thread())
+            one.set()
+
+        over = time.monotonic() + 20 * workers._SPARE_TIME
+        while time.monotonic() < over:
+            one = threading.Event()
+            pool.submit(partial(note, one))
+            passed(one)
+        assert all(thread.is_alive() for thread in seen)
+        gate.set()
+
+
 def test_what_is_let_through_is_begun_by_workers_that_there_are(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -12,8 +12,8 @@ queue.
 What is stuck must keep nobody waiting for longer than a tenth of a second, though: a queue of an
 inode or a user that has not moved for so long is let through, up to `SHARE_TIMES` the share; and
 when jobs are queued and none has begun for so long, more workers are started, up to `MOST_TIMES`
-as many. They end when there is nothing left to do. Users other than root never take the last
-workers.
+as many. They end when they have not been needed for a while. Users other than root never take the
+last workers.
 
 Locks touched: the pool's own mutex, for dictionary work and starting threads only.
 """
@@ -26,6 +26,8 @@ from collections import deque
 from collections.abc import Callable
 from enum import Enum
 from queue import Empty, SimpleQueue
+from threading import get_ident
+from time import monotonic
 from typing import NamedTuple
 
 from ninefuse.driving.clock import STUCK
@@ -40,7 +42,7 @@ MOST_TIMES = 64  # as many workers as asked for, where all are stuck
 SHARE_TIMES = 4  # as many for an inode or a user, where those are stuck
 _HOLDER_TIMES = 8  # as many for a user, of requests for which the kernel keeps a lock
 _RESERVE = 4  # times as many as asked for, that are for root alone
-_SPARE_TIME = 10.0  # seconds that a further worker waits for something to do
+_SPARE_TIME = 10.0  # seconds that a further worker stays without being needed
 
 
 class Place(Enum):
@@ -91,6 +93,7 @@ class WorkerPool:
         self._resumed: deque[Job] = deque()
         self._submitted: deque[Job] = deque()
         self._queue: SimpleQueue[bool] = SimpleQueue()  # True: look for a job; False: end
+        self._idle: set[int] = set()  # threads that wait for a token, or are just getting one
         self._begun = 0  # jobs; of interest is whether it has changed
         self._is_closed = False
         self._is_watched = False  # whether somebody looks if the jobs queued are begun
@@ -206,7 +209,7 @@ class WorkerPool:
             self._look.set()
 
     def _work(self) -> None:
-        while self._queue.get():
+        while self._is_to_go_on():
             self._run_next()
         # What running jobs still hand on now comes after the last token: whoever put it
         # there finds it here.
@@ -214,21 +217,44 @@ class WorkerPool:
             pass
 
     def _work_for_a_while(self) -> None:
-        """As `_work`, of a further worker: it ends when there is nothing to do."""
+        """As `_work`, of a further worker: it ends when it has not been needed for a while.
+
+        It is not needed where as many others are idle as there are to begin with. To be idle
+        itself is no measure: idle workers take turns, so a job now and then keeps all of them.
+        """
+        spare_since = monotonic()
         while True:
             try:
-                goes_on = self._queue.get(timeout=_SPARE_TIME)
+                if not self._is_to_go_on(_SPARE_TIME):
+                    break
             except Empty:
-                with self._mutex:
-                    if not self._is_closed:
-                        self._workers.discard(threading.current_thread())
-                        return
+                if self._has_left():
+                    return
                 continue  # it was counted among those that are told to end
-            if not goes_on:
-                break
+            if len(self._idle) < self.threads:
+                spare_since = monotonic()
             self._run_next()
+            if monotonic() - spare_since > _SPARE_TIME and self._has_left(self.threads):
+                return
         while self._run_next():
             pass
+
+    def _is_to_go_on(self, timeout: float | None = None) -> bool:
+        """Wait for a token."""
+        me = get_ident()
+        self._idle.add(me)
+        try:
+            return self._queue.get(timeout=timeout)
+        finally:
+            self._idle.discard(me)
+
+    def _has_left(self, idle: int = 0) -> bool:
+        """Take this worker out of the pool, unless it is closed or fewer others are idle."""
+        with self._mutex:
+            if self._is_closed or len(self._idle) < idle:
+                return False
+            self._workers.discard(threading.current_thread())
+            return True
 
     def _run_next(self) -> bool:
         """Run the job whose turn it is, if there is one left."""

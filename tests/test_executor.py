@@ -33,6 +33,7 @@ from ninefuse.calls import READ, Acquire, Body, blocking
 from ninefuse.driving import driver as driver_module
 from ninefuse.driving import request as request_module
 from ninefuse.driving import workers
+from ninefuse.driving.pooled import Pooled
 from ninefuse.driving.shares import Holder
 from ninefuse.executor import Executor, NoThreading, create
 from ninefuse.locks import RenameLock, TableLock
@@ -1187,6 +1188,36 @@ def test_a_deferred_call_that_hangs_keeps_none_waiting_that_came_with_it(model: 
         gate.set()
 
     drive(model, 8, scenario)
+
+
+@pooled_models
+def test_deferred_calls_that_wait_ask_for_one_worker(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for one with each request that ends meanwhile: as many more would be started."""
+    monkeypatch.setattr(workers, "STUCK", 1000.0)
+    gate, made = threading.Event(), threading.Semaphore(0)
+
+    async def stuck() -> None:
+        await blocking(None, passed, gate)
+
+    async def scenario(executor: Executor) -> None:
+        async def close() -> None:
+            executor.defer(made.release)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(2):
+                await begin(nursery, executor, "stuck", stuck())
+            for _ in range(20):
+                await answer(executor, "close", close())
+            assert isinstance(executor, Pooled)
+            queued = executor.pool.statistics().queued
+            gate.set()
+        for _ in range(20):
+            await until(lambda: made.acquire(blocking=False))
+        assert queued == 1
+
+    drive(model, 2, scenario)
 
 
 @pooled_models

@@ -25,6 +25,7 @@ class Pooled(Executor):
         self.by_user = by_user  # whether each user has a share
         self.pool = WorkerPool(threads, by_user=by_user, refuse=self._refuse)
         self._cleans_later = False
+        self._has_asked = False  # a worker to make deferred calls, and none has begun
         self._is_closing = False
 
     def close(self) -> None:
@@ -47,14 +48,21 @@ class Pooled(Executor):
 
     def _after(self) -> None:
         """Have workers do what bodies left to be done."""
-        if self.deferred.calls:
-            self.pool.resume(self.deferred.make_all)
+        if self.deferred.calls and not self._has_asked:
+            # One is enough for all: where closes take their time every request comes by here,
+            # and the pool would take the length of its queue for the number of those stuck.
+            self._has_asked = True
+            self.pool.resume(self._make_deferred)
         while self._background:
             try:
                 request = self._background.popleft()
             except IndexError:  # another thread was quicker
                 return
             self.pool.resume(partial(self._rest, request))
+
+    def _make_deferred(self) -> None:
+        self._has_asked = False  # first: what is deferred from here on may not be seen
+        self.deferred.make_all()
 
     def _unqueue(self, request: Request) -> bool:
         # What is not queued may be running elsewhere: all that is sure is what the pool finds.

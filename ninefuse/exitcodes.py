@@ -19,7 +19,7 @@ class ExitCode(enum.IntEnum):
     MOUNTPOINT_MISSING = 6  # MNT does not exist
     MOUNTPOINT_NOT_DIRECTORY = 7  # MNT is a file or something else that is no directory
     MOUNTPOINT_DEAD = 8  # MNT holds a mount whose daemon has died or does not answer
-    SAME_DIRECTORY = 9  # SRC and MNT are one directory
+    SAME_DIRECTORY = 9  # SRC and MNT are one directory, or SRC is mounted on MNT already
     MOUNTPOINT_INSIDE_SOURCE = 10  # requests would come back into the daemon and freeze it
     SOURCE_INSIDE_MOUNTPOINT = 11  # the mount would hide its own source
     NO_FUSE_DEVICE = 12  # the kernel offers no /dev/fuse

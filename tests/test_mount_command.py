@@ -242,6 +242,23 @@ def test_source_and_mount_point_the_same(source: Path, tmp_path: Path) -> None:
     refused(ExitCode.SAME_DIRECTORY, done, "same directory")
 
 
+def test_a_source_that_is_mounted_there_already(
+    new_mount: Callable[..., Mount], tmp_path: Path
+) -> None:
+    """Only there, and only that: another directory may be mounted on top."""
+    mount = new_mount()
+    (tmp_path / "link").symlink_to(mount.source)
+    for source in (mount.source, tmp_path / "link"):
+        done = run(*NINEFUSE, source, mount.path)
+        refused(ExitCode.SAME_DIRECTORY, done, "already", f"fusermount3 -u {mount.path}")
+    for source, place in ((tmp_path / "other", mount.path), (mount.source, tmp_path / "place")):
+        source.mkdir(exist_ok=True)
+        place.mkdir(exist_ok=True)
+        assert run(*NINEFUSE, source, place).returncode == ExitCode.OK
+        unmount(place)
+    assert is_mounted(mount.path)
+
+
 def test_a_mount_point_inside_the_source(source: Path) -> None:
     (source / "below/deeper").mkdir(parents=True)
     done = run(*NINEFUSE, source, source / "below/deeper")

@@ -21,6 +21,9 @@ from ninefuse.settings import FUSE_DEVICE, Settings
 FUSE_CONF = "/etc/fuse.conf"
 FUSERMOUNT = "fusermount3"
 
+# The type of our mounts in the mount table, unless they have a subtype= of their own.
+_KIND = b"fuse.ninefuse"
+
 # How long a directory may take to answer stat(2) before it counts as hung, in seconds.
 STAT_TIMEOUT = 5.0
 
@@ -160,6 +163,15 @@ def _check_overlap(source: str, mountpoint: str, real_mountpoint: str) -> None:
         raise Failure(
             ExitCode.SAME_DIRECTORY,
             f"{source} and {mountpoint} are the same directory: give another mount point",
+        )
+    there = mountinfo.on_top(real_mountpoint)
+    names = (os.fsencode(source), os.fsencode(real_source))
+    if there and there.kind == _KIND and there.source in names:
+        # A second daemon would cover the first, and what programs have open stays with that.
+        raise Failure(
+            ExitCode.SAME_DIRECTORY,
+            f"{source} is mounted on {mountpoint} already: give another mount point, or unmount "
+            f"it first with: fusermount3 -u {shlex.quote(mountpoint)}",
         )
     if _is_inside(real_mountpoint, real_source):
         raise _inside_source(source, mountpoint)

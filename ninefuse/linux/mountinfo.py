@@ -37,6 +37,7 @@ class MountLine(NamedTuple):
     root: bytes = b"/"  # what of the file system it shows
     flags: bytes = b""  # options of the mount, separated by commas
     parent: bytes = b""  # the number of the mount that it is mounted on
+    source: bytes = b""  # what is mounted, as its maker says
 
 
 def lines_of(table: bytes) -> Iterator[MountLine]:
@@ -44,9 +45,9 @@ def lines_of(table: bytes) -> Iterator[MountLine]:
     for line in table.split(b"\n")[:-1]:
         mount, _, file_system = line.partition(b" - ")
         number, parent, device, root, point, flags = (mount.split(b" ", 6) + [b""] * 6)[:6]
-        kind, _, options = (file_system.split(b" ") + [b""] * 3)[:3]
-        root, point = map(_unescaped, (root, point))
-        yield MountLine(device, point, kind, options, number, root, flags, parent)
+        kind, source, options = (file_system.split(b" ") + [b""] * 3)[:3]
+        root, point, source = map(_unescaped, (root, point, source))
+        yield MountLine(device, point, kind, options, number, root, flags, parent, source)
 
 
 def lines() -> Iterator[MountLine]:
@@ -61,10 +62,19 @@ def _unescaped(path: bytes) -> bytes:
     return path.decode("unicode_escape").encode("latin-1")
 
 
+def on_top(path: str) -> MountLine | None:
+    """What is mounted on top at a real path; None where nothing is."""
+    top = None
+    for line in lines():
+        if line.point == os.fsencode(path):
+            top = line
+    return top
+
+
 def kind_at(path: str) -> str:
     """The type of what is mounted on top at a real path; "" where nothing is."""
-    line = _on_top(path)
-    return "" if line is None else os.fsdecode(line.kind)
+    line = on_top(path)
+    return os.fsdecode(line.kind) if line else ""
 
 
 def connection_at(path: str) -> int | None:
@@ -72,16 +82,8 @@ def connection_at(path: str) -> int | None:
 
     It is the device's minor number. The mount is not asked, which may be the caller's own.
     """
-    line = _on_top(path)
-    return None if line is None else int(line.device.partition(b":")[2])
-
-
-def _on_top(path: str) -> MountLine | None:
-    found = None
-    for line in lines():
-        if line.point == os.fsencode(path):
-            found = line
-    return found
+    line = on_top(path)
+    return int(line.device.partition(b":")[2]) if line else None
 
 
 def of_file(fd: int) -> MountLine | None:

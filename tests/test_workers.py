@@ -621,6 +621,20 @@ def test_where_all_are_stuck_more_are_started_and_end_again(
         passed(late)
 
 
+def test_no_more_are_started_where_some_are_idle() -> None:
+    """They are not stuck: the machine is busy, and has not let them run yet."""
+    with pool_of(2) as pool:
+        done = threading.Semaphore(0)
+        for _ in range(2):
+            pool._submitted.append(done.release)  # whose tokens come late
+        pool._have_watched()
+        time.sleep(5 * clock.STUCK)
+        assert pool.statistics().threads == 2
+        for _ in range(2):
+            pool._queue.put(True)
+        started(done, 2)
+
+
 def test_further_workers_end_though_there_is_always_a_little_to_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -11,9 +11,9 @@ queue.
 
 What is stuck must keep nobody waiting for longer than a tenth of a second, though: a queue of an
 inode or a user that has not moved for so long is let through, up to `SHARE_TIMES` the share; and
-when jobs are queued and none has begun for so long, more workers are started, up to `MOST_TIMES`
-as many. They end when they have not been needed for a while. Users other than root never take the
-last workers.
+when jobs are queued, none has begun for so long, and too few workers are idle, more are started, up
+to `MOST_TIMES` as many. They end when they have not been needed for a while. Users other than root
+never take the last workers.
 
 Locks touched: the pool's own mutex, for dictionary work and starting threads only.
 """
@@ -293,8 +293,9 @@ class WorkerPool:
                 self._refuse_all(hopeless)
                 if not (queued or overdue or waits):
                     break
-                if queued and begun == self._begun:
-                    self._grow(queued)
+                # Whoever is idle has a token coming, and only waits for a processor.
+                if begun == self._begun and queued > len(self._idle):
+                    self._grow(queued - len(self._idle))
                 begun = self._begun
                 self._look.wait(STUCK)
             if self._is_closed:

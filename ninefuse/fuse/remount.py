@@ -66,7 +66,7 @@ def change(source: str, mountpoint: str, words: Iterable[str]) -> None:
         raise _none_there(mountpoint) from None
     try:
         line = mountinfo.of_file(point)
-        place = os.fsencode(os.readlink(f"/proc/self/fd/{point}"))
+        place = os.fsencode(os.readlink(syscalls.proc_path(point)))
         if line is None or line.kind.partition(b".")[0] != b"fuse" or line.point != place:
             raise _none_there(mountpoint)
         now = [*os.fsdecode(line.options).split(","), *os.fsdecode(line.flags).split(",")]
@@ -87,7 +87,7 @@ def change(source: str, mountpoint: str, words: Iterable[str]) -> None:
                 )
         flags = _flags_of([*now, *asked])
         try:
-            syscalls.mount("none", f"/proc/self/fd/{point}", "fuse", _REMOUNT | flags, "")
+            syscalls.mount("none", syscalls.proc_path(point), "fuse", _REMOUNT | flags, "")
         except OSError as e:
             raise _refused(mountpoint, e) from None
     finally:

@@ -24,6 +24,7 @@ import re
 
 from ninefuse.exitcodes import ExitCode, Failure
 from ninefuse.linux import syscalls
+from ninefuse.linux.syscalls import proc_path
 from ninefuse.settings import FUSE_DEVICE, Settings
 
 log = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ class MountPoint:
             top = os.open(self.name, flags, dir_fd=self.parent)
             try:
                 if syscalls.device_behind(top, b"") == (0, self.number):
-                    syscalls.detach(_link_to(top))
+                    syscalls.detach(proc_path(top))
             finally:
                 os.close(top)
         except OSError as e:
@@ -140,7 +141,7 @@ def _mount_on(
         mode = os.fstat(point).st_mode
         data += [f"fd={device}", f"rootmode={mode:o}", "user_id=0", f"group_id={os.getegid()}"]
         try:
-            syscalls.mount(fsname, _link_to(point), f"fuse.{subtype}", flags, ",".join(data))
+            syscalls.mount(fsname, proc_path(point), f"fuse.{subtype}", flags, ",".join(data))
         except OSError as e:
             if e.errno != errno.EPERM:
                 raise
@@ -169,12 +170,8 @@ def _opened(mountpoint: str) -> int:
     return point
 
 
-def _link_to(fd: int) -> str:
-    return f"/proc/self/fd/{fd}"
-
-
 def _path_of(fd: int) -> str:
-    return os.readlink(_link_to(fd))
+    return os.readlink(proc_path(fd))
 
 
 def exchanged(mountpoint: str) -> Failure:

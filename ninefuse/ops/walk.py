@@ -19,6 +19,7 @@ from ninefuse.linux.syscalls import (
     Attributes,
     open_cached,
     open_step,
+    proc_path,
     stat_descriptor,
     stat_name,
 )
@@ -394,28 +395,24 @@ async def _commit(session: Session, fid: Fid, new: AttributeWrite) -> None:
     if len(new.data) != new.size:
         raise error(errno.EINVAL)
     async with session.using_node(fid.node) as node:
-        path = f"/proc/self/fd/{node.fd}"
         try:
-            if new.remove:
-                await blocking(node.number, _removexattr, node.fd, path, new)
-            else:
-                await blocking(node.number, _setxattr, node.fd, path, new)
+            await blocking(node.number, _removexattr if new.remove else _setxattr, node.fd, new)
         finally:
             # At the end: who asked meanwhile may have been told of before.
             if node.rare is not None:
                 node.rare.bare_until = node.rare.bare_asked = 0.0
 
 
-def _setxattr(fd: int, path: str, new: AttributeWrite) -> None:
+def _setxattr(fd: int, new: AttributeWrite) -> None:
     # Setting a list changes the mode, too.
     bits = new.caller is not None and new.name == b"system.posix_acl_access"
     with acting_as(new.caller, (LABEL, fd, b""), bits=bits):
-        os.setxattr(path, new.name, new.data, new.flags)
+        os.setxattr(proc_path(fd), new.name, new.data, new.flags)
 
 
-def _removexattr(fd: int, path: str, new: AttributeWrite) -> None:
+def _removexattr(fd: int, new: AttributeWrite) -> None:
     with acting_as(new.caller, (LABEL, fd, b"")):
-        os.removexattr(path, new.name)
+        os.removexattr(proc_path(fd), new.name)
 
 
 async def remove(session: Session, fid: int, caller: Caller | None = None) -> None:

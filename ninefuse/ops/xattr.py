@@ -47,13 +47,12 @@ async def xattrwalk(
     if session.announces:
         await Begin("xattrwalk", fid)
     async with session.using(fid) as use:
-        path = proc_path(use.fd)
         if b"\0" in name:
             raise error(errno.EINVAL)
         if name:
-            value = await blocking(use.node.number, _getxattr, use.fd, path, name, caller)
+            value = await blocking(use.node.number, _getxattr, use.fd, name, caller)
         else:
-            value = await blocking(use.node.number, _list, path, caller)
+            value = await blocking(use.node.number, _list, use.fd, caller)
         session.fids.add(newfid, use.node, AttributeRead(value))
     return len(value)
 
@@ -100,15 +99,15 @@ async def xattrcreate(
         session.fids.put(use)
 
 
-def _getxattr(fd: int, path: str, name: bytes, caller: Caller | None) -> bytes:
+def _getxattr(fd: int, name: bytes, caller: Caller | None) -> bytes:
     # Of the first the file's permission bits are looked at, the second are root's (xattr(7)).
     asks = caller if name.startswith((b"user.", b"trusted.")) else None
     with acting_as(asks, (ENTER, fd, b"")):
-        return os.getxattr(path, name)
+        return os.getxattr(proc_path(fd), name)
 
 
-def _list(path: str, caller: Caller | None) -> bytes:
-    names = list(map(os.fsencode, os.listxattr(path)))
+def _list(fd: int, caller: Caller | None) -> bytes:
+    names = list(map(os.fsencode, os.listxattr(proc_path(fd))))
     # A daemon of root sees all; the source shows these to those who have CAP_SYS_ADMIN.
     trusted = any(name.startswith(b"trusted.") for name in names)
     if trusted and caller is not None and not may_see_trusted(caller):

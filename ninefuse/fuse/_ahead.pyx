@@ -1,9 +1,9 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
 """Which calls are made ahead: those that can meet nothing under way.
 
-A read, write or sync by a handle that is known for it is told from its message. What is under way is
-counted: bodies that run, inodes of plain calls beside which others may be made, and calls made ahead
-whose bodies have not gone on after them. When and by whom they are made is said in _role.pyx.
+A read, write or sync by a handle that is known for it is told from its message. What is under way
+is counted: bodies that run, inodes of plain calls beside which others may be made, and calls made
+ahead whose bodies have not gone on after them. By whom they are made, and when, _role.pyx says.
 
 Locks touched: the mutex of the `Role` that an `Ahead` is, for a few instructions.
 """
@@ -267,7 +267,7 @@ cdef class Ahead:
         return job
 
     def made_ahead(self):
-        """Of each call made ahead that is not over: what it is, its inode, and when it was begun."""
+        """Of each call made ahead that is not over: what it is, its inode, when it was begun."""
         cdef Job *job
         found = []
         pthread_mutex_lock(&self.mutex)

@@ -6,7 +6,6 @@ AddressSanitizer and UndefinedBehaviorSanitizer end a process that touches what 
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -35,8 +34,9 @@ def build(directory: Path, good: str = "", bad: str = "") -> None:
         pyx, c, built = (directory / f"{source.stem}.{suffix}" for suffix in ("pyx", "c", "so"))
         text = source.read_text()
         pyx.write_text(text.replace(good, bad) if good and good in text else text)
-        shutil.copy(source.with_suffix(".pxd"), directory)
-        cython = [sys.executable, "-m", "cython", "-3", f"-I{REPO}"]
+        # By its name in ninefuse: the one is compiled against the other.
+        name = f"ninefuse.fuse.{source.stem}"
+        cython = [sys.executable, "-m", "cython", "-3", f"-I{REPO}", "--module-name", name]
         subprocess.run([*cython, str(pyx), "-o", str(c)], check=True)
         subprocess.run(
             [*COMPILER, "-shared", "-fPIC", "-O1", "-g", "-w", *MEMORY, f"-I{include}", str(c)]

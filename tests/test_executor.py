@@ -1208,10 +1208,12 @@ def test_deferred_calls_that_wait_ask_for_one_worker(
         async with trio.open_nursery() as nursery:
             for _ in range(2):
                 await begin(nursery, executor, "stuck", stuck())
+            assert isinstance(executor, Pooled)
+            pool = executor.pool
+            await until(lambda: not pool.statistics().queued)  # both have begun
             for _ in range(20):
                 await answer(executor, "close", close())
-            assert isinstance(executor, Pooled)
-            queued = executor.pool.statistics().queued
+            queued = pool.statistics().queued
             gate.set()
         for _ in range(20):
             await until(lambda: made.acquire(blocking=False))

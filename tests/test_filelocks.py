@@ -403,3 +403,31 @@ def test_nobody_misses_what_is_given_back(story: str, neighbour: bool) -> None:
     ways = explore([filelocks], scenario, 2, one_in=1 if SOAK else 30)
     print(f"{story}: {ways} ways")
     assert ways > 50
+
+
+def test_an_owner_ends_once_though_he_unlocks_as_the_file_is_closed() -> None:
+    """Else his descriptor's number would be closed twice, which may be another's by then."""
+
+    def scenario(run: Run) -> None:
+        locks = Place(run.lock()).locks
+        file, other = cast("Locked", SimpleFile()), cast("Locked", SimpleFile())
+        holder = locks.enter(AT, "owner")
+        holder.is_own = True
+        locks.set(holder, LockRange(WRITE, 0, 0), file)
+        assert not locks.leave(holder)
+        ended: list[Holder] = []
+
+        def close() -> None:
+            ended.extend(one for one in list(file.holders or ()) if locks.leaves(one, file))
+
+        def unlock() -> None:
+            one = locks.enter(AT, "owner")
+            locks.set(one, ALL, other)
+            if locks.leave(one):
+                ended.append(one)
+
+        run.threads(close, unlock)
+        assert ended == [holder]
+        assert len(locks) == 0
+
+    assert explore([filelocks], scenario, 2) > 50

@@ -34,7 +34,7 @@ from ninefuse.fuse import callbacks
 from ninefuse.linux.callers import Caller
 from ninefuse.ops import LockRange, LockStatus, locking
 from ninefuse.settings import MODELS
-from ninefuse.tree.filelocks import Kind, where
+from ninefuse.tree.filelocks import Holder, Kind, where
 from ninefuse.tree.qids import is_on_own_device
 from ninefuse.tree.session import Session
 
@@ -316,14 +316,20 @@ def test_release_drops_what_goes_with_the_handle(client: Client, neighbour: Neig
 
 
 @pytest.mark.parametrize("in_use", [False, True], ids=["", "while somebody uses the fid"])
+@pytest.mark.parametrize("ending", [callbacks.release, ops.remove])
 def test_locks_are_given_back_before_the_file_is_closed(
-    client: Client, neighbour: Neighbour, monkeypatch: pytest.MonkeyPatch, in_use: bool
+    client: Client,
+    neighbour: Neighbour,
+    monkeypatch: pytest.MonkeyPatch,
+    ending: Callable[[Session, int], Any],
+    in_use: bool,
 ) -> None:
     """Which comes later, and may take its time."""
     fid = handle(client)
     assert client.do(locking.flock, fid, EXCLUSIVE)
     assert lock(client, fid, ONE, WRITE, 0, 0)
     assert lock(client, fid, None, READ, 0, 0) is False
+    assert not neighbour.is_free(0, 0)
     deferred: list[Callable[[], object]] = []
 
     def defer(function: Callable[..., object], *args: object) -> None:
@@ -335,7 +341,7 @@ def test_locks_are_given_back_before_the_file_is_closed(
     with monkeypatch.context() as patch:
         patch.setattr(client.session, "defer", defer)
         patch.setattr(client.session.fids, "_defer", defer)
-        client.do(callbacks.release, fid)
+        client.do(ending, fid)
         assert neighbour.is_free(0, 0)
         assert neighbour.whole(EXCLUSIVE)
         if in_use:
@@ -343,6 +349,47 @@ def test_locks_are_given_back_before_the_file_is_closed(
     assert deferred
     for function in deferred:
         function()
+
+
+@pytest.mark.parametrize("fails_", [False, True])
+def test_remove_keeps_locks_until_the_name_has_gone(
+    client: Client, file: Path, neighbour: Neighbour, fails_: bool
+) -> None:
+    """A file may be there for its lock: who gets that next looks whether the file still is."""
+    fid = handle(client)
+    assert lock(client, fid, ONE, WRITE, 0, 0)
+    removing = Stepper(ops.remove(client.session, fid))
+    removing.before("remove_if_same")
+    assert not neighbour.is_free(0)
+    if fails_:
+        file.unlink()
+        with fails(errno.ENOENT):
+            removing.finish()
+    else:
+        removing.after("remove_if_same")
+        assert not neighbour.is_free(0)
+        removing.finish()
+    assert neighbour.is_free(0, 0)
+
+
+def test_an_owner_unlocks_by_another_handle_as_the_first_is_closed(
+    client: Client, neighbour: Neighbour, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """His descriptor is closed once: its number may be another's by then."""
+    fids = [handle(client) for _ in range(2)]
+    assert lock(client, fids[0], ONE, WRITE, 0, 0)
+    lost = Holder.lost
+
+    def meanwhile(holder: Holder, *args: Any) -> None:
+        unlocking = ops.lock(client.session, fids[1], 0, LockRange(NONE, 0, 0), ONE)
+        assert Stepper(unlocking).finish() is LockStatus.SUCCESS
+        lost(holder, *args)
+
+    monkeypatch.setattr(Holder, "lost", meanwhile)
+    client.session.fids.put(client.session.fids.remove(fids[0]))
+    client.rest()
+    assert neighbour.is_free(0, 0)
+    assert client.session.fids.open_descriptors == 1
 
 
 def test_an_owner_keeps_his_locks_as_long_as_he_has_a_handle(

@@ -418,6 +418,8 @@ def _removexattr(fd: int, new: AttributeWrite) -> None:
 async def remove(session: Session, fid: int, caller: Caller | None = None) -> None:
     """Remove the file of a fid, and end the fid even if that fails.
 
+    Locks that end with the fid are given back afterwards.
+
     Args:
         session: the conversation.
         fid: it.
@@ -435,18 +437,23 @@ async def remove(session: Session, fid: int, caller: Caller | None = None) -> No
     named = session.fids.name_of(use)
     session.fids.put(use)
     gone = session.fids.remove(fid)
+
+    async def take(parent: Node, name: bytes) -> None:
+        # Nobody else takes the name away between the look at whose it is and its end. (Another
+        # node of the file may be the one that the kernel knows it by.)
+        async with session.names.taking(parent.number, name), session.keeping(parent, name):
+            how = session, parent.fd, name, gone.node, caller
+            await blocking(parent.number, remove_if_same, *how)
+        await session.settle(parent)
+
     try:
-        session.writable()
-
-        async def take(parent: Node, name: bytes) -> None:
-            # Nobody else takes the name away between the look at whose it is and its end. (Another
-            # node of the file may be the one that the kernel knows it by.)
-            async with session.names.taking(parent.number, name), session.keeping(parent, name):
-                how = session, parent.fd, name, gone.node, caller
-                await blocking(parent.number, remove_if_same, *how)
-            await session.settle(parent)
-
-        async with session.using_node(gone.node):
-            await at_its_name(session, gone.node, named, take)
+        try:
+            session.writable()
+            async with session.using_node(gone.node):
+                await at_its_name(session, gone.node, named, take)
+        finally:
+            # Only now: whoever gets a lock next is to see that the name has gone.
+            if isinstance(gone.opened, OpenFile) and gone.opened.holders:
+                await end_locks(session, gone.node, gone.opened)
     finally:
         session.fids.put(gone)

@@ -362,12 +362,12 @@ class FileLocks:
     # The end of a holder
 
     def leaves(self, holder: Holder, file: Locked) -> bool:
-        """An open file has been closed; whether a holder ends with it."""
+        """An open file has been closed; whether a holder ends with it, and nobody has ended him."""
         with self.mutex:
             holder.files.discard(file)
             if file.holders is not None:
                 file.holders.discard(holder)
-            if holder.files or holder.is_busy:
+            if holder.files or holder.is_busy or not self._has(holder):
                 return False
             self._remove(holder)
             return True
@@ -411,12 +411,17 @@ class FileLocks:
 
     # Helpers that expect the mutex to be held
 
+    def _has(self, holder: Holder) -> bool:
+        """Whether a holder has locks here: he has taken some, and has not been ended."""
+        file = self._files.get(holder.where)
+        return file is not None and file.holders.get(holder.owner) is holder
+
     def _remove(self, holder: Holder) -> None:
         for one in holder.files:
             if one.holders is not None:
                 one.holders.discard(holder)
-        file = self._files.get(holder.where)
-        if file is not None and file.holders.get(holder.owner) is holder:
+        if self._has(holder):
+            file = self._files[holder.where]
             del file.holders[holder.owner]
             file.parts -= len(holder.held)
             self._shrink(holder.where, file)

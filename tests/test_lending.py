@@ -7,13 +7,14 @@ import fcntl
 import os
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 from file_systems import mounted
-from ops_helpers import ROOT, Client, Stepper, client_of, module_of, needs_root
+from ops_helpers import ROOT, Client, Stepper, client_of, fails, module_of, needs_root
 from ops_helpers import client as client
 from ops_helpers import leak_free as leak_free
 from ops_helpers import source as source
@@ -307,6 +308,36 @@ def test_where_no_descriptor_is_left_the_file_stays_open(
     assert client.do(ops.getattr, file.number).nlink == 0
     assert client.session.fids.open_descriptors == 0
     assert client.session.fids.descriptors == 2
+
+
+def test_a_close_that_fails_is_counted_off_all_the_same(
+    client: Client, file: Fid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The node has lost what it was lent, and a server tells of a write that it could not make."""
+
+    def full(*_: object) -> int:
+        raise OSError(errno.EMFILE, "no more")
+
+    def failing(fd: int) -> None:
+        close(fd)
+        raise OSError(errno.EIO, "an earlier write has failed")
+
+    close, deferred = os.close, list[Callable[[], object]]()
+    table = client.session.fids
+    handle = opened(client, file, os.O_RDWR)
+    assert lend(client) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(table, "_defer", lambda *call: deferred.append(partial(*call)))
+        client.do(ops.clunk, handle)
+    with table._counts:
+        assert table._take(file.node) == -1
+    (closing,) = deferred
+    with monkeypatch.context() as patch, fails(errno.EIO):
+        patch.setattr(os, "open", full)
+        patch.setattr(os, "close", failing)
+        closing()
+    assert table.open_descriptors == 0
+    assert file.node.refs == 1
 
 
 def test_a_lender_whose_owner_has_locks_by_another_file(client: Client, file: Fid) -> None:

@@ -392,6 +392,35 @@ def test_an_owner_unlocks_by_another_handle_as_the_first_is_closed(
     assert client.session.fids.open_descriptors == 1
 
 
+def test_a_close_that_fails_keeps_nobody_elses_locks(
+    source: Path, file: Path, neighbour: Neighbour, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server tells so of an earlier write. What was closed is closed all the same."""
+    close = os.close
+
+    def failing(fd: int) -> None:
+        close(fd)
+        if fd in failing_ones:
+            failing_ones.remove(fd)
+            raise OSError(errno.EIO, "an earlier write has failed")
+
+    with client_of(source) as client:
+        fid = handle(client)
+        for owner in range(5):
+            assert lock(client, fid, owner, WRITE, owner, 1)
+        assert client.do(locking.flock, fid, EXCLUSIVE)
+        (records, _) = client.session.file_locks._files.values()
+        failing_ones = {records.holders[owner].fd for owner in (1, 3)} | {client.descriptor(fid)}
+        assert not neighbour.is_free(4)
+        monkeypatch.setattr(os, "close", failing)
+        client.session.fids.put(client.session.fids.remove(fid))
+        client.rest()
+        assert not failing_ones
+        assert neighbour.is_free(0, 0)
+        assert neighbour.whole(EXCLUSIVE)
+        assert own_descriptors(client) == client.session.fids.open_descriptors == 0
+
+
 def test_an_owner_keeps_his_locks_as_long_as_he_has_a_handle(
     client: Client, neighbour: Neighbour
 ) -> None:

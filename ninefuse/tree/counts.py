@@ -240,12 +240,14 @@ class Counts:
                 del self._lent[node]
                 self._give(node, fd)
                 self.descriptors += 1
-        if not is_its:
-            os.close(fd)
-        elif node in self._visitors:
-            self.on_visit()
-        self.unclaim(owner)
-        self.drop(node)
+        try:
+            if not is_its:
+                os.close(fd)
+            elif node in self._visitors:
+                self.on_visit()
+        finally:
+            self.unclaim(owner)
+            self.drop(node)
 
     # Reclaiming descriptors
 

@@ -190,6 +190,9 @@ class FidTable(Counts):
     def close_locked(self, file: OpenFile, lent_to: Node | None = None) -> None:
         """Close the descriptor of an open fid by which locks were taken: they end. Blocks.
 
+        The owners' own descriptors are closed afterwards, each by a call of its own: one close may
+        fail (a server tells so of an earlier write), or hang, and the others' locks are to end.
+
         Args:
             file: what it has open.
             lent_to: whom its descriptor was lent to (`close_lent`), if to anybody.
@@ -201,7 +204,7 @@ class FidTable(Counts):
                 self.close_open(file.fd, file.owner)
         finally:
             for holder in list(file.holders or ()):
-                holder.lost(file, self.close_open)
+                self._defer(holder.lost, file, self.close_open)
 
     def owner_of(self, number: int) -> int | None:
         """The user id of who opened a fid, if that is known. Takes no lock.

@@ -379,6 +379,8 @@ def test_a_fid_moves_to_another_node(table: Table) -> None:
     assert table.closed == [30, 40]
     with fails(errno.EINVAL):
         table.open(fid, OpenFile(42, os.O_RDONLY))
+    with fails(errno.EINVAL):
+        table.move(fid, first)
     table.drop(third)
     table.clear()
     assert table.closed == [30, 40, 41, 50]

@@ -231,6 +231,53 @@ def test_an_open_fid_cannot_walk_to_itself(tree: Client) -> None:
     assert tree.do(ops.read, file, 0, 3) == b"top"
 
 
+@pytest.mark.parametrize("names", [(), (b"b",)])
+def test_a_fid_that_is_opened_as_it_walks_to_itself_stays(
+    tree: Client, monkeypatch: pytest.MonkeyPatch, names: tuple[bytes, ...]
+) -> None:
+    """After the look at whether it is open: it would have one directory open and be another."""
+    fid, fids = tree.walk("a"), tree.session.fids
+    move = fids.move
+
+    def meanwhile(*args: Any) -> None:
+        Stepper(ops.lopen(tree.session, fid, os.O_RDONLY)).finish()
+        move(*args)
+
+    monkeypatch.setattr(fids, "move", meanwhile)
+    with fails(errno.EINVAL):
+        tree.do(ops.walk, fid, fid, names)
+    assert tree.do(ops.getattr, fid).ino == os.fstat(tree.descriptor(fid)).st_ino
+
+
+@pytest.mark.parametrize(
+    "opening",
+    [
+        lambda s, fid: ops.lopen(s, fid, os.O_RDONLY),
+        lambda s, fid: ops.lcreate(s, fid, b"new", os.O_RDWR, 0o600),
+        lambda s, fid: ops.lcreate(s, fid, b"there", os.O_RDWR, 0o600),
+    ],
+    ids=["lopen", "lcreate", "lcreate of what is there"],
+)
+def test_a_fid_that_walks_to_itself_as_it_is_opened_is_not_opened(
+    tree: Client, monkeypatch: pytest.MonkeyPatch, opening: Callable[[Session, int], Any]
+) -> None:
+    """It is where it has walked to, and can be opened there."""
+    (tree.source / "a" / "there").touch()
+    fid, fids = tree.walk("a"), tree.session.fids
+
+    def meanwhile(*args: Any) -> None:
+        Stepper(ops.walk(tree.session, fid, fid, [b"b"])).finish()
+        type(fids).open(fids, *args)
+
+    with monkeypatch.context() as patch, fails(errno.EINVAL):
+        patch.setattr(fids, "open", meanwhile)
+        tree.do(opening, fid)
+    assert tree.do(ops.getattr, fid).ino == (tree.source / "a" / "b").stat().st_ino
+    tree.do(ops.lopen, fid, os.O_RDONLY)
+    assert fids.lend(9) == 1
+    assert tree.do(ops.getattr, fid).ino == os.fstat(tree.descriptor(fid)).st_ino
+
+
 def test_a_walk_takes_sixteen_names(tree: Client) -> None:
     """17 are refused with EINVAL before any is looked at."""
     deep = tree.source.joinpath(*["d"] * MAXWELEM)

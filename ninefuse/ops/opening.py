@@ -33,7 +33,6 @@ from ninefuse.tree.session import (
     check_new_name,
     patiently,
 )
-from ninefuse.tree.table import Fid
 
 # What a server keeps of a client's flags. Creating has been decided already; O_NOFOLLOW
 # would refuse the way through /proc; O_DIRECT asks for an alignment that buffers here
@@ -64,8 +63,8 @@ async def lopen(
             it, and need not have that to read it.
 
     Raises:
-        OSError: EINVAL, the fid is open already; EROFS; EISDIR, a directory for
-            writing; ENXIO, neither file nor directory (a device of the server is not
+        OSError: EINVAL, the fid is open already, or walks elsewhere meanwhile; EROFS; EISDIR, a
+            directory for writing; ENXIO, neither file nor directory (a device of the server is not
             the client's); the errors of open(2).
 
     Source: Tlopen of 9P2000.L; CVE-2023-2861.
@@ -73,19 +72,19 @@ async def lopen(
     if session.announces:
         await Begin("lopen", fid)
     async with session.using(fid) as use:
-        return await _open(session, use.fid, use.node, flags, caller, executes)
+        return await _open(session, use, use.node, flags, caller, executes)
 
 
 async def _open(
     session: Session,
-    fid: Fid,
+    use: Use,
     node: Node,
     flags: int,
     caller: Caller | None,
     executes: bool = False,
 ) -> Qid:
     """Open a node, which is pinned; the fid is an open one on it from then on."""
-    if fid.opened is not None:
+    if use.fid.opened is not None:
         raise error(errno.EINVAL)
     if flags & (os.O_ACCMODE | os.O_TRUNC):
         session.writable()
@@ -120,7 +119,7 @@ async def _open(
                 opened.opener = caller
                 if has_mark(attributes.mode):
                     await blocking(on, keep_mark, opened)
-        session.fids.open(fid, opened, None if fid.node is node else node)
+        session.fids.open(use.fid, opened, node, use.node)
     except BaseException:
         await blocking(on, session.fids.close_open, opened.fd, owner)
         raise
@@ -143,9 +142,9 @@ async def lcreate(
         caller: whose file it is to be; None: the daemon's.
 
     Raises:
-        OSError: EINVAL, the fid is open; ENOTDIR; EEXIST, with O_EXCL or for ``.`` and
-            ``..``; EROFS; the errors of open(2), and of lopen where the file exists: then
-            without O_EXCL it is opened, as lopen does it.
+        OSError: EINVAL, the fid is open, or walks elsewhere meanwhile; ENOTDIR; EEXIST, with
+            O_EXCL or for ``.`` and ``..``; EROFS; the errors of open(2), and of lopen where the
+            file exists: then without O_EXCL it is opened, as lopen does it.
 
     Locks: the rename lock, read, if the file exists.
 
@@ -232,7 +231,7 @@ async def _create(
             opened.opener = caller
             if opened.writable and has_mark(attributes.mode):
                 await blocking(on, keep_mark, opened)
-            session.fids.open(use.fid, opened, node)
+            session.fids.open(use.fid, opened, node, use.node)
         finally:
             session.fids.drop(node)
     except BaseException:
@@ -250,7 +249,7 @@ async def _open_existing(
     try:
         if node.kind == stat.S_IFDIR:
             raise error(errno.EISDIR)
-        return await _open(session, use.fid, node, flags, caller)
+        return await _open(session, use, node, flags, caller)
     finally:
         session.fids.unpin(node)
 

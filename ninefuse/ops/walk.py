@@ -354,8 +354,6 @@ def _arrive(session: Session, start: Fid, newfid: int | Numbering, node: Node) -
     if not isinstance(newfid, int):
         return newfid(node, None)
     if newfid == start.number:
-        if start.opened is not None:
-            raise error(errno.EINVAL)
         session.fids.move(start, node)
         return start
     return session.fids.add(newfid, node)

@@ -271,20 +271,35 @@ class FidTable(Counts):
         return fid
 
     def move(self, fid: Fid, node: Node) -> None:
-        """Make an unopened fid stand on another node (walk to itself)."""
-        with self.lock.writing:
-            self._move(fid, node)
-
-    def open(self, fid: Fid, opened: Opened, node: Node | None = None) -> None:
-        """Make an unopened fid an open one, on another node if one is given (lcreate).
+        """Make an unopened fid stand on another node (walk to itself).
 
         Raises:
-            OSError: EINVAL, somebody else opened it meanwhile; ``opened`` is not used.
+            OSError: EINVAL, it is open.
         """
         with self.lock.writing:
             if fid.opened is not None:
                 raise error(errno.EINVAL)
-            if node is not None:
+            self._move(fid, node)
+
+    def open(
+        self, fid: Fid, opened: Opened, node: Node | None = None, was: Node | None = None
+    ) -> None:
+        """Make an unopened fid an open one.
+
+        Args:
+            fid: it.
+            opened: what it has open from now on.
+            node: whose file that is, if it may be another than the fid stands on (lcreate).
+            was: the node that the fid stood on when that was looked for.
+
+        Raises:
+            OSError: EINVAL, somebody opened it meanwhile, or moved it from there; ``opened`` is not
+                used.
+        """
+        with self.lock.writing:
+            if fid.opened is not None or (was is not None and fid.node is not was):
+                raise error(errno.EINVAL)
+            if node is not None and node is not fid.node:
                 self._move(fid, node)
             fid.opened = opened
             if opened.fd >= 0:

@@ -142,6 +142,21 @@ def test_attach(c: Client, source: Path) -> None:
         c.call("Tgetattr", 13, BASIC)
 
 
+def test_an_attach_that_fails_makes_no_fid(
+    server: Served, c: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The source may not answer just then: the number is free for the next try."""
+
+    def away(fd: int) -> None:
+        raise OSError(errno.EIO, "it does not answer")
+
+    with monkeypatch.context() as patch, fails(errno.EIO):
+        patch.setattr(module_of(ops.getattr), "stat_descriptor", away)
+        c.call("Tattach", 5, NOFID, b"", b"", os.geteuid())
+    assert server.session.fids.statistics().fids == 2  # the server's own, and ROOT
+    c.call("Tattach", 5, NOFID, b"", b"", os.geteuid())
+
+
 def test_nobody_authenticates_himself(c: Client) -> None:
     with fails(errno.ENOENT):  # which says that it is not needed
         c.call("Tauth", 20, b"me", b"", NONUNAME)

@@ -91,7 +91,7 @@ class Conversation(Protocol):
 async def attach(
     c: Conversation, _: Caller | None, fid: int, afid: int, uname: bytes, aname: bytes, n_uname: int
 ) -> Values:
-    """walk from the server's own fid, as who the client says that he is, if that may be; getattr.
+    """getattr of the server's own fid, and a walk from it, as who the client says that he is.
 
     attach is for the server: it begins a session.
     """
@@ -100,9 +100,11 @@ async def attach(
     if aname not in c.exports:
         raise error(errno.ENOENT)
     caller = await blocking(None, c.users.caller, c.peer, uname, n_uname)
+    attributes = await ops.getattr(c.session, c.root)
+    # At last, since nobody ends the fid of an attach that fails.
     await ops.walk(c.session, c.root, fid)
     c.attached(fid, caller)
-    return (c.session.fids.qid_of(await ops.getattr(c.session, fid)),)
+    return (c.session.fids.qid_of(attributes),)
 
 
 async def walk(

@@ -366,6 +366,33 @@ def test_a_name_that_cannot_be_looked_at_keeps_the_descriptor(
         assert fid.node.fd >= 0
 
 
+def test_a_file_that_cannot_be_asked_for_its_names_keeps_no_other_from_being_left(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It keeps its own descriptor; the leaver lets go of it as of the others, and says so."""
+    make_files(source, 5)
+    with few_descriptors(source, 1000) as client:
+        fids = look_up_all(client)
+        for fid in fids:
+            fid.node.recent = False
+        nodes = client.session.fids.coldest(5)
+        assert set(nodes) == {fid.node for fid in fids}
+        bad = nodes[1].fd
+
+        def asked(fd: int) -> bool:
+            if fd == bad:
+                raise OSError(errno.EIO, "broken")
+            return True
+
+        said: list[tuple[object, ...]] = []
+        monkeypatch.setattr(leaving, "has_names", asked)
+        monkeypatch.setattr(leaving.log, "warning", lambda *words: said.append(words))
+        leaving.Leaver(client.session.fids, lambda numbers: None)._leave(0, nodes)
+        assert [node.fd for node in nodes] == [-1, bad, -1, -1, -1]
+        assert len(said) == 1
+        client.check_idle()
+
+
 @pytest.mark.parametrize("how", ["unlinked", "replaced", "directory", "parent gone", "parent file"])
 def test_a_reclaimed_file_that_has_gone_is_stale(source: Path, how: str) -> None:
     """By somebody else's hand: ESTALE, for then the kernel walks the path again."""

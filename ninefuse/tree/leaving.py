@@ -88,6 +88,8 @@ class Leaver:
                         nameless.append(node.number)
                     else:
                         fd = fids.take_descriptor(node, uses)
+                except OSError as e:  # of this one alone; it is asked again at the next look
+                    log.warning("a descriptor on another mount cannot be closed: %s", e)
                 finally:
                     fids.unpin(node)
                 if fd >= 0:

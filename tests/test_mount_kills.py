@@ -436,4 +436,5 @@ def test_a_daemon_that_does_not_do_what_it_answers_is_found_out(
         victim(guard, tmp_path / "place", "--model", "none", command=command) as it,
         pytest.raises(AssertionError, match="not as answered"),
     ):
-        it.kill(random.Random(1))
+        for seed in range(50):  # one kill may come when all was done
+            it.kill(random.Random(seed))

@@ -29,7 +29,7 @@ needs_namespace = pytest.mark.skipif(
 AS_NOBODY = (
     sys.executable,
     "-c",
-    "import encodings.unicode_escape, os, sys; from ninefuse import serve;"
+    "import encodings.unicode_escape, locale, os, sys; from ninefuse import serve;"
     " from ninefuse.command import cli; os.setgroups([]);"
     f" os.setresgid({NOBODY}, {NOBODY}, {NOBODY}); os.setresuid({NOBODY}, {NOBODY}, {NOBODY});"
     " sys.exit(cli.main())",

@@ -305,6 +305,10 @@ class Victim:
         words = [*self._command, str(self.source), str(self.path)]
         return Mount(self._watchdog, self.source, self.path, self._log, words, r"mounted on .*\n")
 
+    def kill_often(self, times: int) -> list[Outcome]:
+        """`kill` so often, each time otherwise."""
+        return [self.kill(random.Random(seed)) for seed in range(times)]
+
     def kill(self, dice: random.Random) -> Outcome:
         """Kill the daemon under load, unmount, compare, and mount again."""
         tops = [f"client{number}" for number in range(CLIENTS)]
@@ -436,5 +440,4 @@ def test_a_daemon_that_does_not_do_what_it_answers_is_found_out(
         victim(guard, tmp_path / "place", "--model", "none", command=command) as it,
         pytest.raises(AssertionError, match="not as answered"),
     ):
-        for seed in range(50):  # one kill may come when all was done
-            it.kill(random.Random(seed))
+        it.kill_often(50)  # one may come when all was done

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -141,6 +142,38 @@ def test_a_status_that_cannot_be_read_is_left_to_python(proc: Proc) -> None:
     proc.look(status(caps="0000000000000001"))
     (proc.path / "uid_map").unlink()
     assert _rights.look(PID, proc.fd, OUR_MAP) is None
+
+
+@pytest.mark.parametrize(
+    ("code", "is_no_more"),
+    [
+        (errno.ENOENT, True),
+        (errno.ESRCH, True),
+        (errno.EMFILE, False),
+        (errno.ENFILE, False),
+        (errno.ENOMEM, False),
+        (errno.EACCES, False),
+    ],
+)
+def test_who_cannot_be_looked_at_is_not_taken_for_one_being_killed(
+    proc: Proc, monkeypatch: pytest.MonkeyPatch, code: int, is_no_more: bool
+) -> None:
+    """Only who is no more is; his request would end with EINTR, though he goes on."""
+
+    def fail(*_: object, **__: object) -> bytes:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(callers, "_read", fail)
+    assert callers.is_being_killed(PID) is is_no_more
+    monkeypatch.setattr(callers, "_own", None)  # what is asked first
+    (proc.path.parent / "self").symlink_to(str(os.getpid()))
+    assert callers.is_being_killed(PID) is False
+
+
+@pytest.mark.parametrize(("pending", "is_killed"), [("0000000000000100", True), ("4000", False)])
+def test_a_pending_kill_is_seen(proc: Proc, pending: str, is_killed: bool) -> None:
+    (proc.path / "status").write_text(f"Name:\tcat\nSigPnd:\t{pending}\nCapEff:\t0\n")
+    assert callers.is_being_killed(PID) is is_killed
 
 
 def test_a_forked_process_asks_for_its_own_ids(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,6 +192,27 @@ def test_a_signal_ends_a_wait_among_many(source: Path, model: str) -> None:
         locks.end()
 
 
+@models
+@in_turn
+def test_a_signal_ends_nothing_where_its_request_cannot_be_looked_at(
+    source: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    """The mount, above all. Who waits goes on waiting, and has the lock in his turn."""
+
+    def fail(_: int) -> bool:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(native, "is_being_killed", fail)
+    with serving(source, model) as kernel:
+        locks = Locks(kernel, source, 2)
+        locks.take(0)
+        (waiting,) = locks.wait(1)
+        kernel.send(request(Opcode.INTERRUPT, pack("interrupt_in", waiting), unique=waiting | 1))
+        locks.give(0)
+        assert kernel.answer(waiting) == (0, b"")
+        locks.end()
+
+
 # How many may wait
 
 

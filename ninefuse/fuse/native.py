@@ -492,16 +492,19 @@ class NativeSession:
         """A signal has come to a caller: a request of his that only waits waits no more.
 
         One that waits for a worker does so only if he is being killed. Who goes on is not to be
-        told EINTR by calls that no file system interrupts.
+        told EINTR by calls that no file system interrupts. Raises nothing: a signal ends no mount.
         """
         request = self._asked.get(unique)
         if request is None:  # it is answered
             return
         assert isinstance(request.done, partial)
-        if is_being_killed(request.done.args[-1].pid):
-            self._driver.withdraw(request)
-        else:
-            self._driver.interrupt(request)
+        try:
+            if is_being_killed(request.done.args[-1].pid):
+                self._driver.withdraw(request)
+            else:
+                self._driver.interrupt(request)
+        except Exception:
+            log.exception("%s goes on in spite of a signal", request.name)
 
     def _be_woken(self) -> None:
         with contextlib.suppress(OSError):  # it has ended

@@ -6,6 +6,7 @@ Locks touched: none.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import signal
@@ -118,15 +119,20 @@ def may_change_projects(caller: Caller) -> bool:
 def is_being_killed(pid: int) -> bool:
     """Whether a caller's thread is about to end: by SIGKILL, or another signal that ends it.
 
+    Raises nothing: one that cannot be looked at, for want of a descriptor say, is not.
+
     Args:
         pid: the thread's number; 0: it is not known.
     """
-    if not pid or not _own_ids():
+    try:
+        if not pid or not _own_ids():
+            return False
+    except OSError:
         return False
     try:
         found = _PENDING.search(_read_status(pid))
-    except OSError:
-        return True  # it is no more
+    except OSError as e:
+        return e.errno in (errno.ENOENT, errno.ESRCH)  # it is no more
     return found is not None and bool(int(found[1], 16) & 1 << signal.SIGKILL - 1)
 
 

@@ -27,7 +27,7 @@ class ExitCode(enum.IntEnum):
     NO_FUSERMOUNT = 14  # fusermount3, which mounts for everybody but root, is not installed
     ALLOW_OTHER_DENIED = 15  # allow_other without user_allow_other in /etc/fuse.conf
     MOUNT_REFUSED = 16  # the kernel or fusermount3 refused the mount
-    LISTENING_REFUSED = 17  # an address of --listen cannot be had
+    LISTENING_REFUSED = 17  # an address of --listen cannot be had, or not served
 
 
 def one_line(text: str) -> str:

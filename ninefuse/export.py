@@ -43,7 +43,7 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
         The process's exit code.
 
     Raises:
-        Failure: an address cannot be listened at.
+        Failure: an address cannot be listened at, or clients cannot be served there.
     """
     # While the umask is what it was.
     listeners = listening.open_all(sockets.addresses_of(settings))

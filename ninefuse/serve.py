@@ -51,7 +51,7 @@ def serve(settings: Settings, ready: Callable[[], None]) -> int:
         The process's exit code.
 
     Raises:
-        Failure: the mount was refused.
+        Failure: the mount was refused, or clients at sockets cannot be served.
     """
     if not settings.listen:
         return _prepare(settings, ready, None)

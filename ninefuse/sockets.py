@@ -12,6 +12,7 @@ import threading
 import time
 
 from ninefuse.driving.driver import Executor
+from ninefuse.exitcodes import ExitCode, Failure
 from ninefuse.settings import Settings
 from ninefuse.tree.session import Session
 from ninefuse.wire import listening
@@ -69,6 +70,34 @@ def say_where(settings: Settings, listeners: list[Listener]) -> None:
             print(": ".join(filter(None, (listener.name, listener.mount_line))), flush=True)
 
 
+class _Start:
+    """The start of a server on another thread: who waits for it is told also of its failure."""
+
+    def __init__(self) -> None:
+        self._is_over = threading.Event()
+        self._failure: BaseException | None = None
+
+    def run(self, server: Server, listeners: list[Listener]) -> None:
+        """Run a server to its end. On its thread."""
+        try:
+            server.run(listeners, self._is_over.set)
+        except BaseException as e:
+            if self._is_over.is_set():  # nobody waits any more
+                log.exception("clients at sockets are served no more")
+            self._failure = e
+            self._is_over.set()
+
+    def wait(self) -> None:
+        """Wait until clients are served.
+
+        Raises:
+            BaseException: why they are not.
+        """
+        self._is_over.wait()
+        if self._failure is not None:
+            raise self._failure
+
+
 class Beside:
     """Sockets beside a mount, served by a thread of their own; the mount's dispatcher runs bodies.
 
@@ -87,14 +116,22 @@ class Beside:
         self._thread: threading.Thread | None = None
 
     def start(self, driver: Executor, session: Session, root: int) -> None:
-        """Serve them from now on. Arguments as of a `Server`."""
+        """Serve them from now on. Arguments as of a `Server`.
+
+        Raises:
+            Failure: LISTENING_REFUSED, the server or its thread cannot be started.
+        """
         say_who_may_come(self._users, self._listeners)
         server = create_server(self._settings, driver, session, root, self._users, apart=True)
-        started = threading.Event()
-        arguments = (self._listeners, started.set)
-        thread = threading.Thread(target=server.run, args=arguments, name="sockets", daemon=True)
-        thread.start()
-        started.wait()
+        start = _Start()
+        arguments = (server, self._listeners)
+        thread = threading.Thread(target=start.run, args=arguments, name="sockets", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as e:
+            text = f"clients cannot be served ({e}): raise the limit of processes (ulimit -u)"
+            raise Failure(ExitCode.LISTENING_REFUSED, text) from None
+        start.wait()
         self._server, self._thread = server, thread
         say_where(self._settings, self._listeners)
 

@@ -6,15 +6,19 @@ import errno
 import fcntl
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from client9p import LIMIT, ROOT, Client
 from mounting import NINEFUSE, Mount, in_child, run, wait_until
 from ops_helpers import fails
 
+from ninefuse import sockets
+from ninefuse.linux import mountinfo
 from ninefuse.wire.listening import Address
 from ninefuse.wire.messages import NOFID, NONUNAME
 
@@ -229,6 +233,66 @@ def test_an_address_that_cannot_be_had(tmp_path: Path, mountpoint: Path) -> None
         assert done.returncode in (2, 17)
         assert "--listen" in done.stderr
     assert not os.path.ismount(mountpoint)
+
+
+# Programs in which a server cannot start.
+NO_DESCRIPTOR = """
+import os, resource, sys, trio
+from ninefuse.command import cli
+
+def run(*_):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (99, 99))
+    while True:
+        os.open("/dev/null", os.O_RDONLY)
+
+trio.run = run
+sys.exit(cli.main())
+"""
+NO_THREAD = """
+import sys, threading
+from ninefuse.command import cli
+
+def start(thread, start=threading.Thread.start):
+    if thread.name == "sockets":
+        raise RuntimeError("can't start new thread")
+    start(thread)
+
+threading.Thread.start = start
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.parametrize("words", [("-f",), ()], ids=["foreground", "daemon"])
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [(NO_DESCRIPTOR, "Too many open files"), (NO_THREAD, "can't start new thread")],
+    ids=["descriptors", "threads"],
+)
+def test_a_server_that_cannot_start_is_the_end_of_the_mount(
+    tmp_path: Path, mountpoint: Path, program: str, reason: str, words: tuple[str, ...]
+) -> None:
+    """Whoever waits for the mount is told why there is none."""
+    (tmp_path / "source").mkdir()
+    words += ("--listen", f"unix:{tmp_path / 'socket'}")
+    command = (sys.executable, "-c", program, *words)
+    done = run(*command, tmp_path / "source", mountpoint, seconds=LIMIT)
+    assert done.returncode == 17
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith(f"ninefuse: clients cannot be served ({reason}): raise ")
+    assert mountinfo.connection_at(str(mountpoint)) is None
+    assert not (tmp_path / "socket").exists()
+
+
+def test_a_server_that_fails_later_is_said_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """A daemon's standard error leads nowhere. The mount goes on."""
+
+    def run(listeners: object, started: Callable[[], None]) -> None:
+        started()
+        raise RuntimeError("the loop failed")
+
+    sockets._Start().run(SimpleNamespace(run=run), [])  # type: ignore[arg-type]
+    assert "served no more" in caplog.text
+    assert "the loop failed" in caplog.text
 
 
 def test_who_is_at_the_mount_asks_anew_for_a_file_that_a_client_has_replaced(

@@ -363,6 +363,25 @@ def test_failures(
     assert not (tmp_path / "s").exists()
 
 
+def test_a_server_that_cannot_start_says_why(tmp_path: Path, source: Path) -> None:
+    program = (
+        "import sys, trio; from ninefuse.command import server\n"
+        "def fail(*_): raise OSError(24, 'Too many open files')\n"
+        "trio.run = fail; sys.exit(server.main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "-f", "--listen", f"unix:{tmp_path / 'socket'}", source],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=False,
+    )
+    assert done.returncode == 17
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("ninefuse-serve: clients cannot be served (Too many open files)")
+    assert not (tmp_path / "socket").exists()
+
+
 def test_there_is_nowhere_to_listen(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
     monkeypatch.setattr(os, "geteuid", lambda: 1000)

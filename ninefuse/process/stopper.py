@@ -82,7 +82,8 @@ class Stopper:
             return False
 
     def announce(self) -> None:
-        """Tell the service manager, once, that this is the end."""
+        """This is the end: tell the service manager, once; what follows may take descriptors."""
+        self._give_up_spare()
         if not self._is_announced:
             self._is_announced = True
             notify("STOPPING=1")
@@ -94,7 +95,6 @@ class Stopper:
         ends in here.
         """
         self.announce()
-        self._give_up_spare()
         until = time.monotonic() + BUSY_GRACE
         helper = self._helper() if self.is_mounted() else None
         # A busy mount is detached, and kept alive by the helper until nobody has a file
@@ -160,5 +160,6 @@ class Stopper:
         return command
 
     def _give_up_spare(self) -> None:
-        while self._spare:
-            os.close(self._spare.pop())
+        with contextlib.suppress(IndexError):  # that was the last, whichever thread closed it
+            while True:
+                os.close(self._spare.pop())

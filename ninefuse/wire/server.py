@@ -76,6 +76,7 @@ from ninefuse.awaiting import Awaiting
 from ninefuse.calls import Body, blocking
 from ninefuse.driving.driver import Executor
 from ninefuse.driving.request import Request
+from ninefuse.exitcodes import ExitCode, Failure
 from ninefuse.process import memory
 from ninefuse.settings import Settings
 from ninefuse.tree.clients import FIRST_CONVERSATION, ClientsTable
@@ -167,8 +168,16 @@ class Server:
         Args:
             listeners: where clients come; they stay the caller's.
             started: called once they are served.
+
+        Raises:
+            Failure: LISTENING_REFUSED, there are no descriptors for trio's loop.
         """
-        trio.run(self._serve, list(listeners), started)
+        try:
+            trio.run(self._serve, list(listeners), started)
+        except OSError as e:  # before the loop runs: what comes out of it comes in a group
+            reason = e.strerror or str(e)
+            text = f"clients cannot be served ({reason}): raise the limit of open files (ulimit -n)"
+            raise Failure(ExitCode.LISTENING_REFUSED, text) from None
 
     def end(self) -> None:
         """End it. Any thread."""

@@ -261,8 +261,8 @@ class SecondModel(Pooled):
 
     def before_wait(self, *, sleeps: bool) -> None:
         """As of an `Executor`: the engine gets all that was queued in this round."""
-        if self.uring is not None:
-            self.uring.submit()
+        if self.uring is not None and not self.uring.submit():
+            self._mind()  # which ends the wait soon
         super().before_wait(sleeps=sleeps)
 
     def after_wait(self) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ import trio
 import trio.testing
 from helpers_executor import answer, drive
 from helpers_executor import engine as engine
-from mounting import Mount
+from mounting import Mount, wait_until
 from ops_helpers import needs_root
 
 from ninefuse import executor, ops
@@ -607,18 +608,32 @@ def test_with_it_synchronous_writes_cross_no_threads(
 
 
 class HoldingRing:
-    """A ring whose calls come back when a test lets them."""
+    """A ring whose calls come back when a test lets them.
+
+    Attributes:
+        lacks: what the kernel has none of, as an error; None: it takes all.
+    """
 
     def __init__(self) -> None:
         self.in_flight = 0
         self.tokens: list[object] = []
         self.back: list[tuple[object, int, bytes | None]] = []
         self.cancelled = 0
+        self.submitted = 0
+        self.lacks: Exception | None = None
+
+    def submit(self) -> None:
+        if self.lacks is not None:
+            raise self.lacks
+        self.submitted = len(self.tokens)
 
     def cancel_writes(self) -> None:
         self.cancelled += 1
+        self.submit()
 
     def write(self, token: object, *rest: object) -> None:
+        if isinstance(self.lacks, MemoryError):
+            raise self.lacks
         self.tokens.append(token)
         self.in_flight += 1
 
@@ -627,11 +642,11 @@ class HoldingRing:
         self.in_flight -= len(back)
         return back
 
-    fsync = write
+    read = fsync = write
 
-    def let_go(self, request: Request, result: int = 1) -> None:
+    def let_go(self, request: Request, result: int = 1, data: bytes | None = None) -> None:
         self.tokens.remove(request)
-        self.back.append((request, result, None))
+        self.back.append((request, result, data))
 
     def close(self) -> None:
         pass
@@ -829,6 +844,94 @@ def test_writes_that_move_are_not_asked_back(holding: tuple[Uring, HoldingRing])
         engine.done()
         engine.overdue()
     assert ring.cancelled == 0
+
+
+# What goes wrong in the ring ends no mount
+
+
+NO_MEMORY = OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+
+def test_what_the_kernel_does_not_take_is_submitted_again(
+    holding: tuple[Uring, HoldingRing],
+) -> None:
+    """The dispatcher is woken for that, though nothing else comes; meanwhile workers make calls."""
+    engine, ring = holding
+    driver = SecondModel(1)
+    driver.is_near, driver.uring = lambda _: True, engine
+    woken = threading.Event()
+    driver.dispatcher.wake = woken.set
+    ended: list[Request] = []
+
+    async def body() -> str:
+        await Fsync(7, 3)
+        return "synced"
+
+    try:
+        request = driver.start("sync", body(), ended.append)
+        ring.lacks = NO_MEMORY
+        for _ in range(2):
+            driver.before_wait(sleeps=True)
+            assert not engine.start(syncing(1001)), "a worker makes it"
+            wait_until(woken.is_set, "the dispatcher is woken")
+            woken.clear()
+            driver.after_wait()
+        assert (ring.submitted, ended) == (0, [])
+        ring.lacks = None
+        driver.before_wait(sleeps=True)
+        assert ring.submitted == 1
+        assert engine.start(syncing(1001))
+        for token in list(ring.tokens):
+            assert isinstance(token, Request)
+            ring.let_go(token, 0)
+        assert engine.done()[0] is request
+        assert not engine.has_waiting()
+        driver._go_on(request)
+        assert [one.result() for one in ended] == ["synced"]
+    finally:
+        driver.close()
+
+
+def test_what_cannot_be_asked_back_for_want_of_memory_is_so_later(
+    holding: tuple[Uring, HoldingRing],
+) -> None:
+    engine, ring = holding
+    assert engine.start(writing(1001))
+    ring.lacks = NO_MEMORY
+    for _ in range(3):
+        assert engine.overdue() == []
+        assert engine.has_waiting()
+    assert ring.cancelled == 1, "nothing more is queued behind what the kernel does not take"
+    ring.lacks = None
+    assert engine.submit()
+    engine.overdue()
+    assert ring.cancelled == 2
+
+
+def test_without_memory_for_a_call_a_worker_makes_it(holding: tuple[Uring, HoldingRing]) -> None:
+    engine, ring = holding
+    ring.lacks = MemoryError()
+    assert not engine.start(asking(Pread(7, 3, 10, 0), 1001))
+    assert engine._under_way == 0
+
+
+def test_an_error_in_looking_at_a_result_is_that_request_s(
+    holding: tuple[Uring, HoldingRing], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of fstat(2) on a file system that was shut down. Others that are done are not lost."""
+    engine, ring = holding
+    short, other = asking(Pread(7, 3, 10, 0), 1001), syncing(1001)
+    assert engine.start(short)
+    assert engine.start(other)
+    ring.let_go(short, 0, b"")
+    ring.let_go(other, 0)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fstat", fail)
+        assert engine.done() == [short, other]
+    assert short.call is None
+    with pytest.raises(OSError, match="no memory"):
+        short.result()
+    assert (other.call, other.result()) == (None, None)
 
 
 def fill(fd: int) -> None:

@@ -17,6 +17,9 @@ wait, to other files. So the writes in the ring are those of one user at a time;
 workers. And once one user's writes have not moved for a tenth of a second, what the kernel has
 not begun is asked back, and his next writes go to the workers, too, until the ring has none.
 
+What the kernel has no memory for stays queued and is submitted again. Until then workers make what
+comes.
+
 A write that is made for a caller goes with that caller's rights: the kernel keeps them as a
 *personality* (io_uring_register(2)), is told its number with the write, and has the thread that
 makes the write take it on for that time. They are what `spending_as` would write with, and the
@@ -29,6 +32,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import time
 from collections import OrderedDict, deque
@@ -43,6 +47,8 @@ from ninefuse.linux.credentials import registered_as
 
 if TYPE_CHECKING:
     from ninefuse.driving._ring import Ring
+
+log = logging.getLogger(__name__)
 
 # What a worker is to do from the start: nothing was done.
 _AGAIN = frozenset((-errno.EAGAIN, -errno.EINTR, -errno.ECANCELED, -errno.ENOMEM))
@@ -115,6 +121,7 @@ class Uring:
         self.count = 0
         self._by_user = by_user
         self._under_way = 0
+        self._is_refused = False  # the kernel did not take what is queued
         self._users: dict[int, _User] = {}
         self._writer = 0  # whose writes are in the ring, where there are any
         # By user id, group id and further group; in the order of their last use.
@@ -134,7 +141,7 @@ class Uring:
 
         Returns:
             False if a worker is to make it: this user's places are taken by calls that are stuck,
-            or the kernel does not keep the rights that it is to be made with.
+            or the kernel has no memory, or does not keep the rights that it is to be made with.
         """
         number = request.user or 0
         user = self._users.get(number)
@@ -158,8 +165,11 @@ class Uring:
         return True
 
     def has_waiting(self) -> bool:
-        """Whether anything waits, for a place or behind a write: `overdue` is to be asked."""
-        return any(user.waiting or user.writes for user in self._users.values())
+        """Whether anything waits, for a place, behind a write or for memory of the kernel's.
+
+        `overdue` is to be asked then.
+        """
+        return self._is_refused or any(user.waiting or user.writes for user in self._users.values())
 
     def overdue(self) -> list[Request]:
         """What a worker is to make, since nothing has come back since this was called last.
@@ -175,7 +185,8 @@ class Uring:
             user.has_moved = False
             if user.writes and not user.has_written:
                 user.writes_are_stuck = True
-                self._ring.cancel_writes()
+                if not self._is_refused:
+                    self._tell(self._ring.cancel_writes)
             user.has_written = False
         return found
 
@@ -195,11 +206,11 @@ class Uring:
         call = request.call
         assert call is not None
         writes = isinstance(call, Pwrite)
-        if writes and not self._may_write(request.user or 0, user):
+        if self._is_refused or (writes and not self._may_write(request.user or 0, user)):
             return False
         try:
             self._starts[type(call)](request, call)
-        except OSError:  # nothing was queued
+        except (OSError, MemoryError):  # nothing was queued
             return False
         request.is_begun = True
         if writes:
@@ -235,10 +246,21 @@ class Uring:
                 del self._users[number]
         return left
 
-    def submit(self) -> None:
-        """Give the kernel all that is queued."""
-        if self._ring.in_flight:
-            self._ring.submit()
+    def submit(self) -> bool:
+        """Give the kernel all that is queued; False if it is to be tried again."""
+        if self._ring.in_flight or self._is_refused:
+            self._tell(self._ring.submit)
+        return not self._is_refused
+
+    def _tell(self, submit: Callable[[], object]) -> None:
+        """Have the ring submit; what the kernel does not take stays queued."""
+        try:
+            submit()
+            self._is_refused = False
+        except OSError as e:
+            if not self._is_refused:
+                log.warning("io_uring takes no calls (%s): trying again", e.strerror)
+            self._is_refused = True
 
     def drain(self) -> None:
         """Make `fd` unreadable."""
@@ -259,7 +281,11 @@ class Uring:
             self._ended(request)
             if request.watch is not None:
                 request.watch.made_elsewhere(call, request.since, time.perf_counter_ns())
-            if self._finished(request, call, result, data):
+            try:
+                is_finished = self._finished(request, call, result, data)
+            except OSError as e:  # others that are done are not to be lost by it
+                request.error, is_finished = e, True
+            if is_finished:
                 request.call = None
             found.append(request)
         return found + self._start_waiting()

@@ -14,7 +14,7 @@ import resource
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +32,7 @@ from ninefuse.executor import LeadingModel
 from ninefuse.fuse import leading
 from ninefuse.fuse._role import Role
 from ninefuse.fuse._wire import Device
+from ninefuse.fuse.leading import Leading
 from ninefuse.fuse.opcodes import Opcode
 from ninefuse.settings import LEADERS
 
@@ -343,6 +344,41 @@ def _leading(kernel: Kernel) -> int:
 
 def _leaders() -> int:
     return sum(one.name.startswith("leader") for one in threading.enumerate())
+
+
+class LookedAt:
+    """In the place of a `Role` with one hand, and of the clock: a look comes just before a call.
+
+    Attributes:
+        due: looks that are still to come.
+    """
+
+    threads, in_calls, handed, idle, hands = 2, 1, 1, 0, 1
+
+    def __init__(self) -> None:
+        self.queued = self.finished = 0
+        self.due: list[Callable[[], None]] = []
+
+    def call_later(self, _: float, function: Callable[[], None]) -> bool:
+        self.due.append(function)
+        return True
+
+    def hand(self, *_: object) -> None:
+        self.finished += 1  # so the hand is not stuck, as yet
+        due, self.due = self.due, []
+        for look in due:
+            look()
+        self.queued += 1
+
+
+def test_a_call_that_is_queued_during_a_look_is_looked_at_later() -> None:
+    """If the hand gets stuck then, nobody else would send it to the workers."""
+    role = LookedAt()
+    driver = SimpleNamespace(pool=SimpleNamespace(threads=1), clock=role)
+    crew = Leading(driver, SimpleNamespace())  # type: ignore[arg-type]
+    crew._role = role  # type: ignore[assignment]
+    assert crew.hand(asks(Fsync(7, 3)))
+    assert (role.queued, len(role.due)) == (1, 1)
 
 
 def test_whoever_leads_makes_no_deferred_call(

@@ -147,18 +147,20 @@ class Leading:
         role = self._role
         if not role.handed and role.in_calls + 1 < role.threads:
             return False
-        if role.idle <= role.queued:
+        waits = role.idle <= role.queued
+        if waits:
             if role.hands < self._hands:
                 role.hires(1)
                 self._wanted.put("hand")
             elif self._are_stuck or role.queued >= _MOST_QUEUED:
                 return False
-            self._look_again()
         request.thread = "a hand"
         try:
             role.hand(request, self._unique)
         except MemoryError:
             return False
+        if waits:  # once it is queued: a look that ends before would not see it
+            self._look_again()
         return True
 
     def pass_on(self) -> bool:

@@ -34,7 +34,7 @@ from ops_helpers import source as source
 from ninefuse import ops
 from ninefuse.calls import Body
 from ninefuse.executor import create
-from ninefuse.fuse import callbacks
+from ninefuse.fuse import callbacks, changes
 from ninefuse.linux.callers import Caller
 from ninefuse.linux.syscalls import Attributes
 from ninefuse.ops import Changes
@@ -581,3 +581,51 @@ def test_a_write_is_not_refused_because_another_took_the_set_id_bits_just_before
     else:
         with fails(errno.EPERM):
             tree.run(asked)
+
+
+@pytest.fixture
+def not_owner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks for attributes to be changed may not change them."""
+
+    async def refused(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "not the owner")
+
+    monkeypatch.setattr(ops, "setattr", refused)
+
+
+@pytest.mark.usefixtures("not_owner")
+@pytest.mark.parametrize(
+    ("mode", "asked"),
+    [(0o6775, 0o775), (0o4766, 0o766), (0o2775, 0o775), (0o6766, 0o2766)],
+)
+def test_before_a_write_the_kernel_takes_set_id_bits_in_anybody_s_name(
+    tree: Client, mode: int, asked: int
+) -> None:
+    """Those that the write would cost the file: not a set-group-id bit that is but a mark."""
+    path = tree.source / "file"
+    found, _ = tree.do(callbacks.lookup, ROOT, b"file")
+    path.chmod(mode)
+    for other in (asked ^ 0o100, asked & 0o777 ^ 0o20, mode & 0o700):
+        with fails(errno.EPERM):
+            tree.do(callbacks.setattr, found.number, None, Changes(mode=other), ME)
+    assert stat.S_IMODE(path.stat().st_mode) == mode
+    tree.do(callbacks.setattr, found.number, None, Changes(mode=asked), ME)
+    assert stat.S_IMODE(path.stat().st_mode) == asked
+
+
+@pytest.mark.usefixtures("not_owner")
+def test_a_mode_that_the_owner_sets_meanwhile_is_not_undone(
+    tree: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel asks for set-id bits to go, by the mode that the file had before."""
+    path = tree.source / "file"
+    found, _ = tree.do(callbacks.lookup, ROOT, b"file")
+    path.chmod(0o6777)
+
+    def closes(caller: Caller, fd: int) -> bool:
+        path.chmod(0o4700)
+        return True
+
+    monkeypatch.setattr(changes, "_may_write_as", closes)
+    tree.do(callbacks.setattr, found.number, None, Changes(mode=0o777), ME)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o700

@@ -153,17 +153,20 @@ def _is_for_write(fd: int, mode: int | None, caller: Caller) -> bool:
     Before a write by somebody who is not the owner, the kernel asks for it itself, and does not
     say so: the bits go that the write would cost the file anyway. A set-group-id bit without
     group execution it leaves to the write, and asks for nothing to be changed.
+
+    The mode itself is not set: its owner may have changed it since. A chown(2) to nobody takes
+    the same bits from the mode that there is, in one step (chown_common in fs/open.c).
     """
     now = stat.S_IMODE(stat_descriptor(fd).mode)
     if mode is None:
         return bool(now & SET_ID)
     taken = SET_ID if now & stat.S_IXGRP else stat.S_ISUID
-    if not now & SET_ID or mode not in (now & ~SET_ID, now & ~taken):
+    if not now & SET_ID or mode != now & ~taken:
         return False
     # Who may not write, nor could have the bits taken by that, asks by himself: the kernel
     # believes him to be the owner still.
     if not _may_write_as(caller, fd):
         return False
     with acting_as(None, bits=True):
-        os.chmod(proc_path(fd), mode)
+        os.chown(proc_path(fd), -1, -1)
     return True

@@ -13,8 +13,9 @@ together. They differ in how one waits:
 
 Lock order, outermost first: the rename lock, a directory's listing, the fid table's
 lock, the counts of the fid table, and then all other mutexes (docs/architecture.md names
-them), inside which there is none. The rename lock is taken at an operation's entry only.
-tests/lock_order.py asserts it.
+them), inside which there is none. tests/lock_order.py asserts it. The rename lock is taken with no
+other lock held, between calls: by a lookup after its look, to note the place, and by a rename
+before it moves the name, and after.
 
 A short mutex guards the state of each lock and is never held while anything waits or
 is resumed.

@@ -1,8 +1,8 @@
 """The 9P operations: one coroutine a message, named after it.
 
-Each is straight-line code on a `Session`: it looks fids up, marks its blocking calls
-with `blocking`, takes the rename lock at its entry where it uses a remembered name,
-and raises OSError with the errno of the reply. A driver from executor.py runs it.
+Each is straight-line code on a `Session`: it looks fids up, marks its blocking calls with
+`blocking`, takes the rename lock between them to note or to move a file's place, and raises OSError
+with the errno of the reply. A driver from executor.py runs it.
 
 It may import tree/, linux/, locks.py and calls.py, but neither fuse/, driving/ and executor.py
 nor threading, trio and pyfuse3.

@@ -38,8 +38,11 @@ from mounting import (
     unmount,
     wait_until,
 )
+from ops_helpers import fails
 
+from ninefuse.command import cli
 from ninefuse.exitcodes import ExitCode
+from ninefuse.fuse import rootmount
 from ninefuse.settings import MODELS
 
 PAGE = mmap.PAGESIZE
@@ -283,6 +286,22 @@ def test_a_mount_that_is_refused(source: Path, mountpoint: Path) -> None:
             *NINEFUSE, "--log", mountpoint.with_name("log"), source, "/usr"
         )  # not a user's to mount on
         refused(ExitCode.MOUNT_REFUSED, done, "/usr")
+    assert not is_mounted(mountpoint)
+
+
+@pytest.mark.skipif(not AS_ROOT, reason="needs root: mount(2)")
+def test_a_mount_that_fails_halfway_is_taken_back(
+    source: Path, mountpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made, but there is no descriptor by which it would be found again."""
+
+    def fail(point: int) -> None:
+        assert is_mounted(mountpoint)
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(rootmount, "MountPoint", fail)
+    with fails(errno.EMFILE):
+        rootmount.mount(cli.parse([str(source), str(mountpoint)]))
     assert not is_mounted(mountpoint)
 
 

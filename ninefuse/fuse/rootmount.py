@@ -147,7 +147,11 @@ def _mount_on(
                 raise
             log.debug("mount(2) says: %s; libfuse is to try", e.strerror)
             return None
-        place = MountPoint(point)
+        try:
+            place = MountPoint(point)
+        except OSError:  # no descriptor is left for it; this one leads to what lies on top
+            syscalls.detach(proc_path(point))
+            raise
         if _path_of(point) != mountpoint:
             place.detach()
             raise exchanged(mountpoint)

@@ -15,14 +15,12 @@ import stat
 from ninefuse.exitcodes import ExitCode, Failure
 from ninefuse.fuse import mounting
 from ninefuse.linux import capabilities, mountinfo
+from ninefuse.linux.syscalls import proc_path
 from ninefuse.process import ownfile
 from ninefuse.settings import FUSE_DEVICE, Settings
 
 FUSE_CONF = "/etc/fuse.conf"
 FUSERMOUNT = "fusermount3"
-
-# The type of our mounts in the mount table, unless they have a subtype= of their own.
-_KIND = b"fuse.ninefuse"
 
 # How long a directory may take to answer stat(2) before it counts as hung, in seconds.
 STAT_TIMEOUT = 5.0
@@ -143,7 +141,7 @@ def _real_mountpoint(mountpoint: str) -> str:
         try:
             if ownfile.is_private(parent):
                 return os.path.realpath(mountpoint)
-            real = os.path.join(os.readlink(f"/proc/self/fd/{parent}"), name)
+            real = os.path.join(os.readlink(proc_path(parent)), name)
         finally:
             os.close(parent)
     except OSError as error:
@@ -166,7 +164,7 @@ def _check_overlap(source: str, mountpoint: str, real_mountpoint: str) -> None:
         )
     there = mountinfo.on_top(real_mountpoint)
     names = (os.fsencode(source), os.fsencode(real_source))
-    if there and there.kind == _KIND and there.source in names:
+    if there and os.fsdecode(there.kind) == mountinfo.OURS and there.source in names:
         # A second daemon would cover the first, and what programs have open stays with that.
         raise Failure(
             ExitCode.SAME_DIRECTORY,

@@ -12,6 +12,7 @@ import struct
 from typing import NamedTuple
 
 from ninefuse.linux.libc import AT_EMPTY_PATH, function
+from ninefuse.linux.syscalls import proc_path
 
 # The types of file systems in statfs(2).
 _OVERLAYFS = 0x794C7630
@@ -194,7 +195,7 @@ def uuid_of_file_system(fd: int) -> bytes:
     buffer = bytearray(_UUID_SIZE)
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
     try:
-        readable = os.open(f"/proc/self/fd/{fd}", flags)
+        readable = os.open(proc_path(fd), flags)
         try:
             fcntl.ioctl(readable, _FS_IOC_GETFSUUID, buffer)
         finally:

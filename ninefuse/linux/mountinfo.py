@@ -25,6 +25,8 @@ from ninefuse.linux.syscalls import PollFd, device_behind, is_ready, stat_descri
 
 _MOUNTINFO = "/proc/self/mountinfo"
 
+OURS = "fuse.ninefuse"  # the type of our mounts, unless one has a subtype= of its own
+
 
 class MountLine(NamedTuple):
     """A line of mountinfo, as far as we need it (proc(5))."""

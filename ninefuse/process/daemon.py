@@ -124,7 +124,7 @@ def _run_child(
     """Run serve as a daemon and end the process, whatever happens."""
     code = int(ExitCode.INTERNAL)
     try:
-        code = _detach_and_serve(serve, pipe, mask, _Starter(program))
+        code = _detach_and_serve(serve, pipe, mask, program)
     finally:
         # os._exit, so that neither the caller's frames nor its exit handlers run once more.
         with contextlib.suppress(Exception):
@@ -134,13 +134,11 @@ def _run_child(
 
 
 def _detach_and_serve(
-    serve: Callable[[Callable[[], None]], int],
-    pipe: int,
-    mask: Iterable[int],
-    starter: logging.Handler,
+    serve: Callable[[Callable[[], None]], int], pipe: int, mask: Iterable[int], program: str
 ) -> int:
     """Run serve and return its exit code; tell the parent how the start went, and detach then."""
     is_ready = False
+    ours, starter = logging.getLogger("ninefuse"), _Starter(program)
 
     def ready() -> None:
         nonlocal is_ready
@@ -153,7 +151,7 @@ def _detach_and_serve(
         signal.signal(signal.SIGINT, interrupt or signal.SIG_DFL)
         _tell(pipe, ExitCode.OK, "")
         # Only now: until here errors, libfuse's too, were to reach the user's terminal.
-        logging.getLogger("ninefuse").removeHandler(starter)
+        ours.removeHandler(starter)
         _redirect_to_null(1, 2)
 
     # A Ctrl-C comes to the waiting command too, which asks us to end.
@@ -163,7 +161,7 @@ def _detach_and_serve(
         # A working directory would keep its file system from being unmounted.
         os.chdir("/")
         _redirect_to_null(0)
-        logging.getLogger("ninefuse").addHandler(starter)
+        ours.addHandler(starter)
         code = serve(ready)
         if is_ready:
             return code

@@ -26,8 +26,6 @@ _DEAD = (errno.ENOTCONN, errno.ECONNABORTED)
 _MISSING = (errno.ENODATA, errno.ENOTSUP)
 _DENIED = (errno.EACCES, errno.EPERM)
 
-_KIND = "fuse.ninefuse"  # the file system's type, unless the mount has a subtype= of its own
-
 
 class Reply(NamedTuple):
     """What came of reading the attribute.
@@ -144,7 +142,7 @@ def explain(path: str, reply: Reply) -> Problem:
             f"{where}: permission denied: a mount is open to the user who mounted it, "
             "and to others with -o allow_other only"
         )
-    if code in _MISSING and reply.kind == _KIND:
+    if code in _MISSING and reply.kind == mountinfo.OURS:
         if code == errno.ENOTSUP:
             return Problem(
                 f"{where} is mounted with -o noxattr, and so without this attribute: "
